@@ -1,4 +1,4 @@
-"""Typed configuration: a complete YAML recipe, then ``section.key=value`` overrides.
+"""Typed configuration; ``njepa.recipes`` reads it from YAML and ``section.key=value``.
 
 The recipe owns everything except what the DeepSpeed file owns (batch size, accumulation, ZeRO,
 precision, clipping). A key that exists nowhere is an error that names the nearest existing one.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import math
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -403,31 +402,6 @@ class Config(Section):
         return side, side
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
-    folder = resources.files("njepa.recipes")
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name[-5:] == ".yaml")
-
-
-def load_config(recipe: str | None = None, overrides: list[str] | None = None) -> Config:
-    """Read a recipe (a name of the package or a path to a YAML file) and apply overrides.
-
-    Args:
-        recipe: None means ``shapes-tiny``.
-        overrides: ``section.key=value``, the value in YAML; later ones win.
-
-    Raises:
-        ConfigError: unknown recipe or key, wrong type, impossible combination.
-    """
-    name = recipe or "shapes-tiny"
-    raw = _read_recipe(name)
-    stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name
-    raw.setdefault("recipe", stem)
-    for item in overrides or []:
-        _apply_override(raw, item)
-    return parse_config(raw, origin=f"recipe {name}")
-
-
 def parse_config(raw: dict[str, Any], origin: str = "configuration") -> Config:
     """Validate a mapping of sections; every problem found is named at once."""
     try:
@@ -442,52 +416,6 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _read_recipe(name: str) -> dict[str, Any]:
-    if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
-            raise ConfigError(f"--recipe {name}: no such file")
-        text = path.read_text()
-    else:
-        known = recipe_names()
-        if name not in known:
-            raise ConfigError(
-                f"--recipe: unknown recipe {name!r}{_did_you_mean(name, known)}; "
-                f"known: {', '.join(known)}, or a path that ends in .yaml"
-            )
-        text = (resources.files("njepa.recipes") / f"{name}.yaml").read_text()
-    try:
-        raw = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {name} is not YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"recipe {name} must be a mapping of sections, got {type(raw).__name__}")
-    return raw
-
-
-def _apply_override(raw: dict[str, Any], item: str) -> None:
-    key, equals, text = item.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override must be section.key=value, got {item!r}")
-    try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {item!r}: the value is not YAML: {error}") from None
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-    *sections, last = key.removeprefix("--").split(".")
-    node = raw
-    for section in sections:
-        child = node.setdefault(section, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {item!r}: {section!r} is not a section")
-        node = child
-    node[last] = value
-
-
 def _explain(error: Any) -> str:
     location = [str(part) for part in error["loc"]]
     where = ".".join(location) or "configuration"
@@ -499,9 +427,7 @@ def _explain(error: Any) -> str:
         known = list(_fields_at(location[:-1]))
         home = [s for s in _fields_at([]) if key in _fields_at([s])]
         moved = f"; {key} lives in section {home[0]!r}" if home else ""
-        return (
-            f"{where}: unknown key{_did_you_mean(key, known) or moved}; known: {', '.join(known)}"
-        )
+        return f"{where}: unknown key{did_you_mean(key, known) or moved}; known: {', '.join(known)}"
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return message if location == [] else f"{where}: {message}"
@@ -516,6 +442,7 @@ def _fields_at(location: list[str]) -> list[str]:
     return list(model.model_fields) if hasattr(model, "model_fields") else []
 
 
-def _did_you_mean(word: str, known: list[str]) -> str:
+def did_you_mean(word: str, known: list[str]) -> str:
+    """``; did you mean 'x'?`` for the nearest known word, or nothing."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
