@@ -1,0 +1,30 @@
+"""njepa_kernels: the fused operations of joint-embedding predictive pre-training.
+
+Needs torch and nothing else. Every op takes ``impl="auto"``; ``available_impls()`` says what runs.
+"""
+
+from ._checks import debug_checks
+from ._dispatch import available_impls
+from ._philox import philox_normal
+from ._version import __version__
+from .ema_update_.op import ema_update_
+from .gather_tokens.op import gather_tokens
+from .jepa_loss.op import jepa_loss
+from .jepa_loss.reference import JepaLoss
+from .predictor_tokens.op import predictor_tokens
+from .vicreg.op import vicreg
+from .vicreg.reference import VicregTerms
+
+__all__ = [
+    "JepaLoss",
+    "VicregTerms",
+    "__version__",
+    "available_impls",
+    "debug_checks",
+    "ema_update_",
+    "gather_tokens",
+    "jepa_loss",
+    "philox_normal",
+    "predictor_tokens",
+    "vicreg",
+]

@@ -1,0 +1,80 @@
+"""Argument checks. Every message names the op, the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+INDEX = (torch.int64,)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_debug = False
+
+
+def debug_checks(enabled: bool = True) -> None:
+    """Also check values that live on an accelerator (index ranges), at the cost of a host sync.
+
+    On CPU these checks always run. Elsewhere they are off by default, because reading a value makes
+    the host wait; an index out of range is then undefined behaviour (it may read another sample's
+    row). Turn them on while looking for a bug. Shape and type checks never need this switch.
+    """
+    global _debug
+    _debug = enabled
+
+
+def can_read_values(tensor: torch.Tensor) -> bool:
+    """Whether a check may look at the values of ``tensor`` (never while compiling)."""
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    return _debug or tensor.device.type == "cpu"
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    value: object,
+    layout: str,
+    shape: Sequence[int | None] | None = None,
+    *,
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    device: torch.device | None = None,
+) -> None:
+    """Check type, dtype, number of dimensions, the sizes in ``shape`` that are not None, device.
+
+    ``layout`` is how messages write the shape, e.g. "[B,M,Kt]"; it sets the number of dimensions.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor {layout}, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        got = str(value.dtype).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} must be {expected}, got {got}")
+    if shape is None:
+        shape = [None] * (layout.count(",") + 1)
+    got_shape = list(value.shape)
+    if len(got_shape) != len(shape) or any(
+        size is not None and size != got for size, got in zip(shape, got_shape, strict=True)
+    ):
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{op}: {name} must be {layout} = [{sizes}], got {got_shape}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}, got {value.device}")
+
+
+def check_index_range(op: str, name: str, idx: torch.Tensor, size: int) -> None:
+    """Raise unless all of ``idx`` lies in [0, size); see ``debug_checks`` for accelerators."""
+    if idx.numel() == 0 or not can_read_values(idx):
+        return
+    low, high = (int(bound) for bound in torch.aminmax(idx))
+    if low < 0 or high >= size:
+        bad = low if low < 0 else high
+        raise ValueError(f"{op}: {name} must be int64 in [0, {size}), got {bad}")
+
+
+def check_like(
+    op: str, name: str, value: object, dtypes: Sequence[torch.dtype], like: torch.Tensor
+) -> None:
+    """Check type and dtype, and that shape and device are those of ``like``."""
+    layout = "[" + ",".join("*" * like.dim()) + "]"
+    check_tensor(op, name, value, layout, like.shape, dtypes=dtypes, device=like.device)

@@ -1,0 +1,1 @@
+"""ema_update_: t <- m t + (1 - m) s for many tensors."""

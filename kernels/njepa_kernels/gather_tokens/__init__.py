@@ -1,0 +1,1 @@
+"""gather_tokens: x[b, idx] + pos[idx]."""

@@ -1,0 +1,1 @@
+"""predictor_tokens: context tokens and (noised) queries of the predictor."""

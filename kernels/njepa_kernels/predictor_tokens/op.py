@@ -1,0 +1,98 @@
+"""predictor_tokens: the input of the predictor in one call, with the noise of N-JEPA."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+
+from .._checks import FLOATS, INDEX, check_index_range, check_tensor
+from .._dispatch import Impl, choose
+from .reference import predictor_tokens_reference
+
+Mix = Literal["ve", "vp", "edm"]
+
+
+def predictor_tokens(
+    context: torch.Tensor,
+    pos: torch.Tensor,
+    mask_token: torch.Tensor,
+    context_idx: torch.Tensor,
+    target_idx: torch.Tensor,
+    sigma: torch.Tensor | None = None,
+    seed: int = 0,
+    step: int = 0,
+    sample_ids: torch.Tensor | None = None,
+    mix: Mix = "ve",
+    *,
+    impl: Impl = "auto",
+) -> torch.Tensor:
+    """The predictor's input: context tokens with clean positions, then one query per target.
+
+    B batch, M target blocks, Kc context tokens, Kt targets per block, N patches, d width. With
+    psi_j = pos[j] and s = sigma of the token:
+
+        out[m*B + b, :Kc]     = context[b] + psi_{context_idx[b]}                (the same for all m)
+        out[m*B + b, Kc + t]  = mask_token + mix(psi_j, s, n),  j = target_idx[b, m, t]
+        mix = "ve":  psi + s n
+              "vp":  (psi + s n) / sqrt(1 + s^2)
+              "edm": sigma_d / sqrt(s^2 + sigma_d^2) * (psi + s n),  sigma_d = 1/sqrt(2)
+
+    n ~ N(0, I) is counter-based (``njepa_kernels.philox_normal``): a function of seed, step, sample
+    id, block, patch j and channel only, so neither the batch layout, nor the number of ranks, nor
+    the implementation changes it. With ``sigma=None`` nothing is drawn; sigma = 0 gives the same
+    output. Without noise these are the tokens of I-JEPA, in its row order (facebookresearch/ijepa,
+    src/models/vision_transformer.py); noise on the positions of masked tokens is our reading of
+    N-JEPA (arXiv 2507.15216), whose code is not public.
+
+    Args:
+        context: [B, Kc, d], fp32, bf16, fp16 or fp64.
+        pos: [N, d] of any floating type. mask_token: [d], the same.
+        context_idx: int64 [B, Kc] in [0, N). target_idx: int64 [B, M, Kt] in [0, N).
+        sigma: fp32 (or fp64) [B, M] or [B, M, Kt], in units of ``pos``, or None.
+        seed, step: Python ints; they count modulo 2^32.
+        sample_ids: int64 [B]; required with ``sigma``; they count modulo 2^32.
+        mix: how position and noise combine.
+        impl: which implementation runs; see ``njepa_kernels.available_impls``.
+
+    Returns:
+        [M*B, Kc+Kt, d], row m*B + b, in the type of ``context``. Noise and sums are fp32 (fp64 if an
+        input is fp64), rounded once at the end.
+
+    Gradients: ``context`` (summed over M), ``mask_token``, ``pos``, ``sigma``. Deterministic on CPU.
+
+    Raises:
+        TypeError, ValueError: wrong type, shape or device, an unknown ``mix``, ``sigma`` without
+            ``sample_ids``, or an index outside [0, N) (on an accelerator only under
+            ``njepa_kernels.debug_checks()``, to spare a host sync).
+    """
+    op = "predictor_tokens"
+    check_tensor(op, "context", context, "[B,Kc,d]")
+    batch, n_context, width = context.shape
+    device = context.device
+    check_tensor(op, "pos", pos, "[N,d]", (None, width), device=device)
+    check_tensor(op, "mask_token", mask_token, "[d]", (width,), device=device)
+    check_tensor(
+        op, "context_idx", context_idx, "[B,Kc]", (batch, n_context), dtypes=INDEX, device=device
+    )
+    check_tensor(
+        op, "target_idx", target_idx, "[B,M,Kt]", (batch, None, None), dtypes=INDEX, device=device
+    )
+    if mix not in get_args(Mix):
+        raise ValueError(f"{op}: mix must be one of {', '.join(get_args(Mix))}, got {mix!r}")
+    if sigma is not None:
+        per_token = isinstance(sigma, torch.Tensor) and sigma.dim() == 3
+        layout, shape = (
+            ("[B,M,Kt]", target_idx.shape) if per_token else ("[B,M]", target_idx.shape[:2])
+        )
+        wide = tuple(dtype for dtype in FLOATS if dtype.itemsize >= 4)
+        check_tensor(op, "sigma", sigma, layout, shape, dtypes=wide, device=device)
+        if sample_ids is None:
+            raise ValueError(f"{op}: sample_ids (int64 [B]) must be given with sigma, got None")
+        check_tensor(op, "sample_ids", sample_ids, "[B]", (batch,), dtypes=INDEX, device=device)
+    check_index_range(op, "context_idx", context_idx, pos.shape[0])
+    check_index_range(op, "target_idx", target_idx, pos.shape[0])
+    choose(op, impl, device)
+    return predictor_tokens_reference(
+        context, pos, mask_token, context_idx, target_idx, sigma, seed, step, sample_ids, mix
+    )

@@ -1,0 +1,1 @@
+"""vicreg: invariance, variance, covariance."""
