@@ -53,7 +53,7 @@ def ema_update_(
     for name, tensors in (("sources", sources), ("shadow", shadow)):
         if tensors is not None and len(tensors) != len(targets):
             raise ValueError(
-                f"{op}: {name} must have as many tensors as targets, {len(targets)}, got {len(tensors)}"
+                f"{op}: {name} must have {len(targets)} tensors, as targets has, got {len(tensors)}"
             )
     for i, target in enumerate(targets):
         check_like(op, f"targets[{i}]", target, (torch.float32,), target)

@@ -17,11 +17,13 @@ def ema_update_reference_(
     """t <- m t + (1 - m) s in fp32, in place; shadow <- t."""
     if not targets:
         return
-    wide = [source.to(target.dtype) for target, source in zip(targets, sources, strict=True)]
-    torch._foreach_mul_(targets, momentum)
+    means = list(targets)
+    wide = [source.to(mean.dtype) for mean, source in zip(means, sources, strict=True)]
     if isinstance(momentum, torch.Tensor):
-        torch._foreach_add_(targets, torch._foreach_mul(wide, 1.0 - momentum))
+        torch._foreach_mul_(means, momentum)
+        torch._foreach_add_(means, torch._foreach_mul(wide, 1.0 - momentum))
     else:
-        torch._foreach_add_(targets, wide, alpha=1.0 - momentum)
+        torch._foreach_mul_(means, momentum)
+        torch._foreach_add_(means, wide, alpha=1.0 - momentum)
     if shadow is not None:
-        torch._foreach_copy_(shadow, targets)
+        torch._foreach_copy_(list(shadow), means)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .._checks import INDEX, check_index_range, check_tensor
+from .._checks import INDEX, check_index_range, check_per_block, check_tensor
 from .._dispatch import Impl, choose
 from .reference import JepaLoss, jepa_loss_reference
 
@@ -46,8 +46,8 @@ def jepa_loss(
         are all sums inside. per_token is detached and unweighted. An empty batch gives nan.
 
     Raises:
-        TypeError, ValueError: wrong type, shape, device or number, or an index outside [0, N) (on an
-            accelerator only under ``njepa_kernels.debug_checks()``, to spare a host sync).
+        TypeError, ValueError: wrong type, shape, device or number, or an index outside [0, N) (on
+            an accelerator only under ``njepa_kernels.debug_checks()``, to spare a host sync).
     """
     op = "jepa_loss"
     check_tensor(op, "h", h, "[B,N,D]")
@@ -61,11 +61,7 @@ def jepa_loss(
         op, "pred", pred, "[M*B,Kt,D]", (n_blocks * batch, n_targets, width), device=device
     )
     if weight is not None:
-        per_token = isinstance(weight, torch.Tensor) and weight.dim() == 3
-        layout, shape = (
-            ("[B,M,Kt]", target_idx.shape) if per_token else ("[B,M]", target_idx.shape[:2])
-        )
-        check_tensor(op, "weight", weight, layout, shape, device=device)
+        check_per_block(op, "weight", weight, target_idx)
     if not beta >= 0:
         raise ValueError(f"{op}: beta must be at least 0, got {beta}")
     if not eps > 0:

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
-from .._checks import FLOATS, INDEX, check_index_range, check_tensor
+from .._checks import INDEX, check_index_range, check_per_block, check_tensor
 from .._dispatch import Impl, choose
 from .reference import predictor_tokens_reference
 
@@ -32,7 +32,7 @@ def predictor_tokens(
     B batch, M target blocks, Kc context tokens, Kt targets per block, N patches, d width. With
     psi_j = pos[j] and s = sigma of the token:
 
-        out[m*B + b, :Kc]     = context[b] + psi_{context_idx[b]}                (the same for all m)
+        out[m*B + b, :Kc]     = context[b] + psi_{context_idx[b]}            (the same for all m)
         out[m*B + b, Kc + t]  = mask_token + mix(psi_j, s, n),  j = target_idx[b, m, t]
         mix = "ve":  psi + s n
               "vp":  (psi + s n) / sqrt(1 + s^2)
@@ -56,10 +56,11 @@ def predictor_tokens(
         impl: which implementation runs; see ``njepa_kernels.available_impls``.
 
     Returns:
-        [M*B, Kc+Kt, d], row m*B + b, in the type of ``context``. Noise and sums are fp32 (fp64 if an
-        input is fp64), rounded once at the end.
+        [M*B, Kc+Kt, d], row m*B + b, in the type of ``context``. Noise and sums are fp32 (sums fp64
+        if an input is fp64), rounded once at the end.
 
-    Gradients: ``context`` (summed over M), ``mask_token``, ``pos``, ``sigma``. Deterministic on CPU.
+    Gradients: ``context`` (summed over M), ``mask_token``, ``pos``, ``sigma``. Deterministic on
+    CPU.
 
     Raises:
         TypeError, ValueError: wrong type, shape or device, an unknown ``mix``, ``sigma`` without
@@ -81,12 +82,7 @@ def predictor_tokens(
     if mix not in get_args(Mix):
         raise ValueError(f"{op}: mix must be one of {', '.join(get_args(Mix))}, got {mix!r}")
     if sigma is not None:
-        per_token = isinstance(sigma, torch.Tensor) and sigma.dim() == 3
-        layout, shape = (
-            ("[B,M,Kt]", target_idx.shape) if per_token else ("[B,M]", target_idx.shape[:2])
-        )
-        wide = tuple(dtype for dtype in FLOATS if dtype.itemsize >= 4)
-        check_tensor(op, "sigma", sigma, layout, shape, dtypes=wide, device=device)
+        check_per_block(op, "sigma", sigma, target_idx, (torch.float32, torch.float64))
         if sample_ids is None:
             raise ValueError(f"{op}: sample_ids (int64 [B]) must be given with sigma, got None")
         check_tensor(op, "sample_ids", sample_ids, "[B]", (batch,), dtypes=INDEX, device=device)
