@@ -1,0 +1,42 @@
+"""The target encoder: an exponential moving average of the context encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import cast
+
+import torch
+from njepa_kernels import ema_update_
+from njepa_kernels._dispatch import Impl
+from torch import Tensor, nn
+
+from njepa.models.encoder import Encoder
+
+
+def make_target(encoder: Encoder) -> Encoder:
+    """A copy of the encoder in fp32, without gradients, in eval mode; before DeepSpeed wraps it."""
+    return deepcopy(encoder).float().eval().requires_grad_(False)
+
+
+def ema_parameters(encoder: Encoder) -> list[nn.Parameter]:
+    """Parameters that the EMA follows, in a fixed order: all but the frozen position table."""
+    return [p for name, p in encoder.named_parameters() if name != "pos_embed"]
+
+
+def update_target(
+    target: Encoder, sources: Sequence[Tensor], momentum: float | Tensor, impl: Impl = "auto"
+) -> None:
+    """target <- m target + (1 - m) source, in fp32 and in place.
+
+    Args:
+        sources: the context encoder's tensors in the order of ``ema_parameters``: the parameters,
+            or what holds their fp32 values.
+        momentum: m in [0, 1].
+
+    Raises:
+        ValueError: number or shapes of ``sources`` do not fit.
+    """
+    targets = cast(list[Tensor], ema_parameters(target))
+    with torch.no_grad():
+        ema_update_(targets, [s.detach() for s in sources], momentum, impl=impl)

@@ -1,0 +1,154 @@
+"""The encoder: timm's Vision Transformer, run on a subset of its tokens.
+
+Shapes: B images, N patches, K kept patches, D width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from njepa_kernels import gather_tokens
+from njepa_kernels._dispatch import Impl
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from njepa.config import Config, ConfigError, ModelConfig, did_you_mean
+from njepa.models.init import init_generator, init_weights, rescale_by_depth
+from njepa.models.positions import position_table
+
+
+class EncoderSize(NamedTuple):
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+
+
+#: facebookresearch/ijepa, src/models/vision_transformer.py.
+SIZES = {
+    "vit_tiny": EncoderSize(192, 12, 3),
+    "vit_small": EncoderSize(384, 12, 6),
+    "vit_base": EncoderSize(768, 12, 12),
+    "vit_large": EncoderSize(1024, 24, 16),
+    "vit_huge": EncoderSize(1280, 32, 16),
+    "vit_giant": EncoderSize(1408, 40, 16, 48 / 11),
+}
+
+
+def encoder_size(config: ModelConfig) -> EncoderSize:
+    """The named size with the overrides of the configuration.
+
+    Raises:
+        ConfigError: unknown name, or a width that heads or the position table cannot divide.
+    """
+    if config.encoder not in SIZES:
+        raise ConfigError(
+            f"model.encoder={config.encoder!r} is unknown"
+            f"{did_you_mean(config.encoder, list(SIZES))}; known: {', '.join(SIZES)}"
+        )
+    named = SIZES[config.encoder]
+    size = EncoderSize(
+        config.width or named.width,
+        config.depth or named.depth,
+        config.heads or named.heads,
+        named.mlp_ratio,
+    )
+    if size.width % 4:
+        raise ConfigError(
+            f"model.width must be a multiple of 4 (2-D sin-cos positions), got {size.width}"
+        )
+    check_heads("model", size.width, size.heads)
+    return size
+
+
+def check_heads(section: str, width: int, heads: int) -> None:
+    """Raise ConfigError unless ``heads`` divides ``width``."""
+    if width % heads:
+        fitting = [n for n in range(1, width + 1) if width % n == 0]
+        near = min(fitting, key=lambda n: abs(n - heads))
+        raise ConfigError(
+            f"{section}.width={width} must be a multiple of {section}.heads={heads}; "
+            f"set {section}.heads={near}, for example"
+        )
+
+
+class BlockNorm(nn.LayerNorm):
+    """LayerNorm with the published eps, 1e-6."""
+
+    def __init__(
+        self, width: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(width, eps=1e-6, device=device, dtype=dtype)
+
+
+class Encoder(VisionTransformer):
+    """timm's ViT without class token, with a frozen 2-D sin-cos position table.
+
+    Parameter names, shapes and outputs on full images are those of timm's ``VisionTransformer(
+    class_token=False, global_pool="avg", fc_norm=False, num_classes=0)``.
+    """
+
+    def __init__(
+        self,
+        size: EncoderSize,
+        image_size: int,
+        patch_size: int,
+        pos_scale: float = 1.0,
+        impl: Impl = "auto",
+    ) -> None:
+        # The layers draw their own defaults first; init_weights replaces them all.
+        with torch.random.fork_rng(devices=[]):
+            super().__init__(
+                img_size=image_size,
+                patch_size=patch_size,
+                embed_dim=size.width,
+                depth=size.depth,
+                num_heads=size.heads,
+                mlp_ratio=size.mlp_ratio,
+                class_token=False,
+                global_pool="avg",
+                fc_norm=False,
+                num_classes=0,
+                norm_layer=BlockNorm,
+                weight_init="skip",
+            )
+        self.impl = impl
+        table = position_table(size.width, (image_size // patch_size,) * 2, pos_scale)
+        self.pos_embed: nn.Parameter = nn.Parameter(table.unsqueeze(0), requires_grad=False)
+
+    def forward(  # type: ignore[override]  # timm's takes an attention mask
+        self, images: Tensor, idx: Tensor | None = None
+    ) -> Tensor:
+        """Features after the final norm.
+
+        Args:
+            images: [B, 3, S, S], normalised; cast to the type of the parameters.
+            idx: int64 [B, K], the patches that enter the blocks, or None for all.
+
+        Returns:
+            [B, K, D] or [B, N, D]. Masking comes after the positions and before the blocks, as in
+            facebookresearch/ijepa, src/models/vision_transformer.py.
+        """
+        pos = self.pos_embed
+        # Under autocast the residual stream stays in the type of the parameters, as published.
+        x = self.patch_embed(images.to(pos.dtype)).to(pos.dtype)
+        x = x + pos if idx is None else gather_tokens(x, idx, pos[0], impl=self.impl)
+        features: Tensor = self.norm(self.blocks(x))
+        return features
+
+
+def build_encoder(config: Config) -> Encoder:
+    """The encoder of a configuration, on CPU, with weights from stream ``init/encoder``."""
+    model = config.model
+    encoder = Encoder(
+        encoder_size(model),
+        config.data.image_size,
+        model.patch_size,
+        model.pos_scale,
+        config.impl.default,
+    )
+    init_weights(encoder, model, init_generator(config.run.seed, "encoder"))
+    if model.depth_rescaled_init:
+        rescale_by_depth(encoder.blocks)
+    return encoder

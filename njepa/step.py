@@ -1,0 +1,57 @@
+"""The one module that is trained: batch and target features in, loss and metrics out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from njepa.config import Config
+from njepa.data.batch import Batch
+from njepa.models.jepa import build_jepa
+from njepa.objectives import objective
+
+
+class TrainModule(nn.Module):
+    """Network and objective; what ``deepspeed.initialize`` gets."""
+
+    def __init__(self, config: Config, group: dist.ProcessGroup | None = None) -> None:
+        """``group``: ranks over which VICReg's statistics run, None for a single process."""
+        super().__init__()
+        self.config, self.group = config, group
+        self.jepa = build_jepa(config, group)
+
+    def forward(self, batch: Batch, h: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a micro-batch, and detached scalar metrics.
+
+        Args:
+            h: [B, N, D], all features of the target encoder, computed without gradient.
+        """
+        output = self.jepa(
+            batch.images,
+            batch.context_idx,
+            batch.target_idx,
+            batch.sigma,
+            batch.sample_ids,
+            batch.micro_step,
+        )
+        losses = objective(self.config, output, h, batch, self.jepa.projector, self.group)
+        return losses.total, losses.metrics
+
+
+def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups: {params, weight_decay, decayed}, the decayed one first.
+
+    Decayed: more or fewer than one dimension and no "bias" in the name, hence the mask token too.
+    The rule of facebookresearch/ijepa, src/helper.py, whose four groups these two merge; frozen
+    position tables are left out. Call it before ZeRO-3 flattens the parameters.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter.dim() != 1 and "bias" not in name].append(parameter)
+    return [
+        {"params": params, "weight_decay": weight_decay if decayed else 0.0, "decayed": decayed}
+        for decayed, params in groups.items()
+    ]
