@@ -28,6 +28,10 @@ DS_OWNED = {
 }  # fmt: skip
 
 
+#: In a recipe: the user must give this value.
+UNSET = "???"
+
+
 class ConfigError(ValueError):
     """A configuration that cannot run; the message says what was got, expected and how to mend."""
 
@@ -74,6 +78,11 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
+        if str(self.path) == UNSET:
+            raise ValueError(
+                "data.path is not set, and this recipe has no images of its own; add "
+                "data.path=FOLDER"
+            )
         _increasing("data.crop_scale", self.crop_scale, low=0.0, high=1.0)
         _increasing("data.crop_ratio", self.crop_ratio, low=0.0)
         if min(self.std) <= 0:
@@ -430,7 +439,7 @@ def _explain(error: Any) -> str:
         return f"{where}: unknown key{did_you_mean(key, known) or moved}; known: {', '.join(known)}"
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
-        return message if location == [] else f"{where}: {message}"
+        return message  # the validators above name their keys
     return f"{where}: {message[0].lower()}{message[1:]}, got {got!r}"
 
 

@@ -1,0 +1,41 @@
+# Each target works as the only command on a fresh machine with Python 3.11 or 3.12.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Extra arguments: make train ARGS="method=ijepa run.dir=runs/ijepa", make test ARGS="-k masks"
+ARGS ?=
+
+.PHONY: help setup train test bench lint types clean
+help:
+	@echo "make setup   create $(VENV) and install njepa with everything it uses"
+	@echo "make train   train the tiny recipe on the embedded images (a few minutes on a CPU)"
+	@echo "make test    run the tests;  make bench: the benchmarks"
+	@echo "make lint    ruff;  make types: mypy"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+		{ echo "make: could not create $(VENV); on Debian: apt-get install python3-venv"; exit 1; }
+	$(BIN)/pip install --quiet -e ".[train,test]"
+	@touch $@
+
+train: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed njepa/train.py --ds_config ds.json $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/pytest $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/pytest bench --benchmark-only $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

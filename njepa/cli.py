@@ -1,0 +1,105 @@
+"""``njepa train | scan | info``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from njepa import __version__, train
+from njepa.config import Config, Section
+from njepa.recipes import load_config, recipe_names
+
+USAGE = """usage: njepa <command> [options]
+
+commands:
+  train   pre-train an encoder (the same as `deepspeed njepa/train.py` with one process)
+  scan    decode every image of a source, write a list of the good ones, name the bad ones
+  info    versions, recipes, configuration keys, what runs on this machine
+
+`njepa <command> --help` tells more.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    commands = {"train": train.main, "scan": _scan, "info": _info}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    if arguments[0] not in commands:
+        print(
+            f"njepa: unknown command {arguments[0]!r}; known: {', '.join(commands)}",
+            file=sys.stderr,
+        )
+        return 2
+    return commands[arguments[0]](arguments[1:], prog=f"njepa {arguments[0]}")
+
+
+def _scan(argv: list[str], prog: str) -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=_scan.__doc__)
+    parser.add_argument("path", type=Path, help="image folder or list file")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("good.txt"),
+        help="list of good images (default: %(default)s)",
+    )
+    parser.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
+    args = parser.parse_args(argv)
+    from njepa.data.scan import scan
+
+    try:
+        report = scan(args.path, args.out, args.workers)
+    except ValueError as error:
+        print(f"njepa: {error}", file=sys.stderr)
+        return 2
+    print(report)
+    return 0
+
+
+def _info(argv: list[str], prog: str) -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog, description="What there is to configure, and what runs here."
+    )
+    parser.add_argument(
+        "--keys", action="store_true", help="every configuration key with its default"
+    )
+    args = parser.parse_args(argv)
+    if args.keys:
+        _print_keys(Config)
+        return 0
+    import njepa_kernels
+    import torch
+
+    print(
+        f"njepa {__version__}, torch {torch.__version__}, CUDA device: "
+        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}"
+    )
+    print("\nfused ops:")
+    for op, impls in njepa_kernels.available_impls().items():
+        print(f"  {op}: " + "; ".join(f"{impl}: {why}" for impl, why in impls.items()))
+    print("\nrecipes:")
+    for name in recipe_names():
+        c = load_config(name, ["data.path=."])
+        patches = f"{c.model.encoder}/{c.model.patch_size} at {c.data.image_size} px"
+        print(f"  {name}: {c.method}, {patches}, {c.optim.epochs} epochs")
+    print("\n`njepa info --keys` lists the configuration.")
+    return 0
+
+
+def _print_keys(model: type[Section], prefix: str = "") -> None:
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            _print_keys(kind, f"{prefix}{name}.")
+            continue
+        text = " ".join((field.description or "").split())
+        print(f"{prefix}{name} = {field.default!r}\n    {text}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

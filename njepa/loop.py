@@ -1,0 +1,365 @@
+"""The run: build every part from the configuration, then step, log, evaluate, checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from njepa import checkpointing, ds_engine
+from njepa.config import Config, ConfigError, dump_config
+from njepa.data.batch import Batch
+from njepa.data.loader import build_loader
+from njepa.data.order import SampleOrder
+from njepa.data.sources import open_source
+from njepa.ds_engine import BatchSizes
+from njepa.ema import make_target, update_target
+from njepa.evaluation.evaluate import Evaluator, open_test_side, report
+from njepa.masking import MaskSampler
+from njepa.models.encoder import build_encoder
+from njepa.models.jepa import build_jepa
+from njepa.monitors import FeatureMonitor, MetricMeans, Stopwatch
+from njepa.noise import NoiseLevels
+from njepa.ranks import Ranks
+from njepa.run_folder import RunFolder, run_dir
+from njepa.schedules import Schedules
+from njepa.step import TrainModule, param_groups
+from njepa.stopping import StopRequest
+from njepa.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; no checkpoint was written after it did."""
+
+
+class Trainer:
+    """One run on this rank. Building it checks everything that can be checked without training.
+
+    Args:
+        config: the resolved recipe.
+        ds: the DeepSpeed file as ``load_ds_config`` returns it.
+        ranks: this process among the others.
+
+    Raises:
+        ConfigError, ValueError: inputs that cannot work; nothing was trained or written over.
+    """
+
+    def __init__(self, config: Config, ds: dict[str, Any], ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.sizes = ds_engine.resolve_batch(ds, ranks.world)
+        check_vicreg_batch(config, self.sizes)
+        with _as_config_error():  # a pure check, before anything is read or written
+            masks = MaskSampler(config.mask, config.grid, config.run.seed)
+        self.folder: RunFolder | None = None
+        ranks.on_main(lambda: self._claim(ds))
+        with _as_config_error():
+            # Rank 0 builds the cached index first, the others then find it.
+            ranks.on_main(lambda: self._open_source() and None)
+            self.index = self._open_source()
+            self.test_index = open_test_side(config, self.index) if ranks.main else None
+            order = SampleOrder(
+                self.index.n,
+                self.sizes.micro,
+                self.sizes.accumulation,
+                ranks.world,
+                ranks.rank,
+                config.run.seed,
+            )
+        self.steps_per_epoch = order.steps_per_epoch
+        self.total_steps = config.run.max_steps or config.optim.epochs * self.steps_per_epoch
+        warmup = round(self.total_steps * config.optim.warmup_epochs / config.optim.epochs)
+        with _as_config_error():
+            self.schedules = Schedules(config.optim, self.total_steps, warmup)
+
+        jepa = build_jepa(config)
+        noise = NoiseLevels(
+            config.noise,
+            config.mask.n_targets,
+            jepa.predictor.pos_rms,
+            config.run.seed,
+            self.total_steps,
+        )
+        self.target = make_target(jepa.encoder).to(ranks.device)
+        self.online = list(jepa.encoder.parameters())
+        module = TrainModule(jepa, config, group=ranks.group)
+        self.impl = module.impl_table()
+        self.engine = ds_engine.build_engine(
+            module,
+            param_groups(module, config.optim.weight_decay),
+            ds,
+            self.sizes,
+            config.optim,
+            ranks.device,
+        )
+        self.step = self._resume() if config.run.resume else 0
+        self.loader = build_loader(
+            config, self.index, order, masks, noise, ranks.device, self.step, self.total_steps
+        )
+        self.evaluator = (
+            Evaluator(config, self.index, self.test_index, ranks.device)
+            if self.test_index is not None
+            else None
+        )
+
+    # ---- the run -----------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any] | None:
+        """Train to the end, or until a stop is asked for; returns the summary on rank 0.
+
+        Raises:
+            NonFiniteLoss: the loss is no longer a number.
+        """
+        config, run = self.config, run_dir(self.config)
+        tracker = (
+            Tracker(
+                run,
+                self.step,
+                self.total_steps,
+                tensorboard=config.run.tensorboard,
+                progress=config.run.progress,
+            )
+            if self.ranks.main
+            else None
+        )
+        if tracker is not None:
+            tracker.say(self.describe())
+        stop = StopRequest(self.ranks)
+        means, features, watch = MetricMeans(), FeatureMonitor(), Stopwatch()
+        began, first_images = time.perf_counter(), self.step
+        every = config.run.checkpoint_every or self.steps_per_epoch
+        batches, finished, interrupted = iter(self.loader), False, False
+        try:
+            while self.step < self.total_steps:
+                self._train_step(batches, means, features)
+                self.step += 1
+                finished = self.step == self.total_steps
+                interrupted = stop.agreed() or self.step == config.run.stop_after
+                last = finished or interrupted
+                if tracker is not None:
+                    tracker.advance()
+                if self.step % config.run.log_every == 0 or last or self.step == 1:
+                    self._log(tracker, means, features, watch)
+                pause = time.perf_counter()
+                if self.step % every == 0 or last:
+                    self._save(means)
+                if config.eval.every and self.step % config.eval.every == 0 and not last:
+                    self._evaluate(tracker)
+                watch.pause(time.perf_counter() - pause)
+                if interrupted and not finished:
+                    break
+            seconds = time.perf_counter() - began
+            if not finished:
+                if tracker is not None:
+                    tracker.say(
+                        f"stopped after step {self.step} of {self.total_steps}; the checkpoint is "
+                        f"in {run}; go on with run.resume=true"
+                    )
+                return None
+            return self._summarise(tracker, seconds, (self.step - first_images) * self.sizes.total)
+        finally:
+            stop.close()
+            self.loader.close()
+            if tracker is not None:
+                tracker.close()
+            if self.folder is not None:
+                self.folder.close()
+
+    def _train_step(self, batches: Any, means: MetricMeans, features: FeatureMonitor) -> None:
+        """One optimizer step: ``accumulation`` micro-batches, the update, the target's update."""
+        lr, weight_decay, momentum = self.schedules.at(self.step)
+        ds_engine.set_rates(self.engine, lr, weight_decay)
+        for _ in range(self.sizes.accumulation):
+            batch: Batch = next(batches)
+            h = self.encode_target(batch.images)
+            loss, metrics = self.engine(batch, h)
+            self.engine.backward(loss)
+            self.engine.step()
+            means.add(metrics)
+            means.add_counts(
+                k_context=batch.context_idx.shape[-1], k_target=batch.target_idx.shape[-1]
+            )
+            features.add(h)
+        with ds_engine.full_parameters(self.engine, self.online) as online:
+            update_target(self.target, online, momentum, impl=self.config.impl.default)
+
+    @torch.no_grad()
+    def encode_target(self, images: Tensor) -> Tensor:
+        """Target features of all patches, [B, N, D], in the precision of the engine."""
+        with ds_engine.autocast(self.engine, self.ranks.device):
+            return self.target(images)
+
+    # ---- what happens between steps ------------------------------------------------------------
+
+    def _log(
+        self,
+        tracker: Tracker | None,
+        means: MetricMeans,
+        features: FeatureMonitor,
+        watch: Stopwatch,
+    ) -> None:
+        steps = means.steps / self.sizes.accumulation
+        metrics = means.read(self.ranks.group)
+        seconds = watch.lap()
+        waited, self.loader.wait_s = self.loader.wait_s, 0.0
+        if tracker is not None:
+            lr, weight_decay, momentum = self.schedules.at(self.step - 1)
+            norm = ds_engine.gradient_norm(self.engine)
+            tracker.log(
+                self.step,
+                {
+                    "epoch": round(self.step / self.steps_per_epoch, 4),
+                    **metrics,
+                    "lr": lr,
+                    "wd": weight_decay,
+                    "ema": momentum,
+                    **({} if norm is None else {"grad_norm": norm}),
+                    **features.read(),
+                    "images_per_s": round(steps * self.sizes.total / seconds, 2),
+                    "data_wait_frac": round(waited / seconds, 4),
+                },
+            )
+        if not math.isfinite(metrics["loss"]):
+            raise NonFiniteLoss(
+                f"the loss is {metrics['loss']} at step {self.step}; the last good checkpoint is "
+                f"{checkpointing.latest_checkpoint(run_dir(self.config)) or 'none'}. Lower "
+                f"optim.lr, lengthen optim.warmup_epochs, or set gradient_clipping in the "
+                f"DeepSpeed file"
+            )
+
+    def _save(self, means: MetricMeans) -> None:
+        if not means.finite(self.ranks.group):
+            raise NonFiniteLoss(f"the loss is not finite at step {self.step}; nothing was saved")
+        checkpointing.save_checkpoint(
+            run_dir(self.config),
+            self.step,
+            self.engine,
+            self.target,
+            {
+                "total_steps": self.total_steps,
+                "global_batch": self.sizes.total,
+                "data_digest": self.index.digest,
+                "config": dump_config(self.config),
+                "impl": self.impl,
+                "versions": checkpointing.versions(),
+            },
+            self.ranks,
+            self.config.run.keep_checkpoints,
+        )
+
+    def _evaluate(self, tracker: Tracker | None) -> None:
+        if self.evaluator is not None and tracker is not None:
+            tracker.log(self.step, report("knn_top1", self.evaluator.knn(self.encode_target)))
+        self.ranks.barrier()
+
+    def _summarise(
+        self, tracker: Tracker | None, seconds: float, images: int
+    ) -> dict[str, Any] | None:
+        if tracker is None or self.folder is None:
+            self.ranks.barrier()
+            return None
+        lines = [json.loads(x) for x in (self.folder.path / "metrics.jsonl").open()]
+        losses = [line["loss"] for line in lines if "loss" in line]
+        scores: dict[str, Any] = {}
+        if self.evaluator is not None:
+            tracker.say("evaluating: target encoder, untrained network, raw pixels")
+            untrained = build_encoder(self.config).to(self.ranks.device).eval()
+            scores = {
+                **self.evaluator.final(self.encode_target),
+                **self.evaluator.floors(untrained),
+            }
+        summary = {
+            "recipe": self.config.recipe,
+            "method": self.config.method,
+            "steps": self.step,
+            "images_per_s": round(images / seconds, 2),
+            "loss_first": losses[0],
+            "loss_last": losses[-1],
+            **scores,
+            "feature_std": lines[-1].get("feature_std"),
+            "rankme": lines[-1].get("rankme"),
+            "device": device_name(self.ranks.device),
+            "impl": self.impl,
+            "skipped_images": self.loader.skipped,
+            "seconds": round(seconds, 1),
+        }
+        self.folder.write_summary(summary)
+        tracker.say(json.dumps(summary, indent=2))
+        self.ranks.barrier()
+        return summary
+
+    # ---- set-up --------------------------------------------------------------------------------
+
+    def _claim(self, ds: dict[str, Any]) -> None:
+        self.folder = RunFolder(self.config, ds)
+
+    def _open_source(self) -> Any:
+        return open_source(
+            self.config.data.path,
+            self.config.data.cache_dir,
+            progress=self.config.run.progress and self.ranks.main,
+        )
+
+    def _resume(self) -> int:
+        path = checkpointing.latest_checkpoint(run_dir(self.config))
+        if path is None:
+            log.warning("run.resume=true, but %s has no checkpoint: starting at step 0", path)
+            return 0
+        state = checkpointing.load_checkpoint(
+            path, self.engine, self.target, self.ranks, self.index.digest
+        )
+        return int(state["step"])
+
+    def describe(self) -> str:
+        """What will run, for the first lines of the log."""
+        config, sizes = self.config, self.sizes
+        trainable = sum(
+            getattr(p, "ds_numel", p.numel()) for p in self.engine.parameters() if p.requires_grad
+        )
+        rows = {
+            "run": f"{run_dir(config)} (recipe {config.recipe}, method {config.method})",
+            "data": f"{self.index.n} images, {self.loader.backend} loader "
+            f"({self.loader.backend_reason})",
+            "batch": f"{sizes.total} = {sizes.micro} x {sizes.accumulation} accumulated x "
+            f"{sizes.world} ranks",
+            "steps": f"{self.step} of {self.total_steps} done, {self.steps_per_epoch} an epoch",
+            "model": f"{config.model.encoder}/{config.model.patch_size} at "
+            f"{config.data.image_size} px, {trainable / 1e6:.2f} M trainable parameters",
+            "device": device_name(self.ranks.device),
+            "ops": ", ".join(f"{op}: {impl}" for op, impl in self.impl.items()),
+        }
+        return "\n".join(f"{name:>7}  {text}" for name, text in rows.items())
+
+
+@contextmanager
+def _as_config_error() -> Iterator[None]:
+    """A ValueError from parts that check the user's input is the user's to mend."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_vicreg_batch(config: Config, sizes: BatchSizes) -> None:
+    """VICReg needs at least two images in the global micro-batch."""
+    if config.vicreg.weight > 0 and sizes.micro * sizes.world < 2:
+        raise ConfigError(
+            f"vicreg.weight={config.vicreg.weight} compares images and needs a micro-batch of at "
+            f"least 2 over all ranks, got {sizes.micro} x {sizes.world} ranks; raise "
+            f"train_micro_batch_size_per_gpu or set vicreg.weight=0"
+        )
+
+
+def device_name(device: torch.device) -> str:
+    """``NVIDIA H200``, or the CPU's architecture and its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"

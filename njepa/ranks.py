@@ -1,0 +1,119 @@
+"""Who am I among the processes of this run, and on which device.
+
+The same file runs under ``deepspeed``, ``torchrun``, ``srun`` and plain ``python``.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from njepa.config import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Place of this process in the run."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup | None
+    """Gloo group for words between hosts (stop flags, errors); None for a single process."""
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """Group of the tensors, None for a single process."""
+        return dist.group.WORLD if self.world > 1 else None
+
+    def barrier(self) -> None:
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on rank 0 and give its result to all; its error is raised on all."""
+        if self.control is None:
+            return action()
+        box: list[object] = [None, None]
+        if self.main:
+            try:
+                box[0] = action()
+            except Exception as error:
+                box[1] = error
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        if isinstance(box[1], Exception):
+            raise box[1]
+        return box[0]  # type: ignore[return-value]
+
+
+def join_ranks(device: str = "auto") -> Ranks:
+    """Start torch.distributed from the launcher's environment (a world of one without it).
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: CUDA was asked for and there is none.
+    """
+    _read_launcher()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "run.device=cuda, but torch sees no CUDA device; set run.device=cpu or auto"
+        )
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read by DeepSpeed when it is first imported
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", timeout=timedelta(minutes=60), rank=rank, world_size=world
+        )
+    control = dist.new_group(backend="gloo") if world > 1 else None
+    place = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    return Ranks(rank, world, local_rank, place, control)
+
+
+def _read_launcher() -> None:
+    """Fill torch.distributed's variables where the launcher did not (plain python, srun)."""
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+        env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+        if "MASTER_ADDR" not in env:
+            if "SLURM_LAUNCH_NODE_IPADDR" not in env:
+                raise ConfigError(
+                    "started by srun without MASTER_ADDR; export MASTER_ADDR=<first node>"
+                )
+            env["MASTER_ADDR"] = env["SLURM_LAUNCH_NODE_IPADDR"]
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+    env.setdefault("RANK", "0")
+    env.setdefault("WORLD_SIZE", "1")
+    env.setdefault("LOCAL_RANK", "0")
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in env:
+        with socket.socket() as probe:  # a free port: two runs on one machine must not meet
+            probe.bind(("127.0.0.1", 0))
+            env["MASTER_PORT"] = str(probe.getsockname()[1])
+
+
+def leave_ranks() -> None:
+    """Close the process group, so that no launcher complains about leaked resources."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

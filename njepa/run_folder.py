@@ -1,0 +1,112 @@
+"""The folder of a run: claimed by one run at a time, never overwritten by another.
+
+Holds ``config.yaml``, ``ds.json``, ``metrics.jsonl``, ``summary.json``, ``checkpoints/`` and
+``tensorboard/``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from njepa.config import Config, ConfigError, dump_config
+
+#: Settings that may change when a run is resumed; all others decide its result.
+FREE_ON_RESUME = (
+    "recipe", "run", "eval", "impl", "data.path", "data.eval_path", "data.backend", "data.workers",
+    "data.prefetch", "data.cache_dir",
+)  # fmt: skip
+FIXED_IN_RUN = ("run.seed", "run.max_steps")
+
+
+class RunFolder:
+    """Claim ``config.run.dir`` for this process (rank 0 only).
+
+    Raises:
+        ConfigError: it holds a run and ``run.resume`` is false, another process works in it, or
+            the run in it was started with other settings.
+    """
+
+    def __init__(self, config: Config, ds: dict[str, Any]) -> None:
+        self.path = run_dir(config)
+        held = (self.path / "config.yaml").is_file()
+        if held and not config.run.resume:
+            raise ConfigError(
+                f"run.dir={self.path} already holds a run; continue it with run.resume=true, or "
+                f"choose another run.dir"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held for the run)
+        except OSError as error:
+            raise ConfigError(f"run.dir={self.path} cannot be written: {error}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"run.dir={self.path} is in use by another process; wait for it or choose another"
+            ) from None
+        if held:
+            _check_same_run(self.path / "config.yaml", config)
+        write_atomically(self.path / "config.yaml", dump_config(config))
+        write_atomically(self.path / "ds.json", json.dumps(ds, indent=2) + "\n")
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+def run_dir(config: Config) -> Path:
+    """``run.dir``, by default ``runs/<recipe>``."""
+    return config.run.dir or Path("runs") / config.recipe
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file as a whole: a reader or a crash never sees half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _check_same_run(file: Path, config: Config) -> None:
+    before, now = (
+        _flat(yaml.safe_load(file.read_text())),
+        _flat(yaml.safe_load(dump_config(config))),
+    )
+    changed = [
+        f"  {key}: {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not _free(key)
+    ]
+    if changed:
+        raise ConfigError(
+            "run.resume=true, but the run was started with other settings:\n"
+            + "\n".join(changed)
+            + "\nrestore them, or start a new run in another run.dir"
+        )
+
+
+def _free(key: str) -> bool:
+    if key in FIXED_IN_RUN:
+        return False
+    return any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        k: v
+        for name, sub in tree.items()
+        for k, v in _flat(sub, f"{prefix}.{name}".lstrip(".")).items()
+    }

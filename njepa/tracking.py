@@ -1,0 +1,72 @@
+"""Where numbers go: metrics.jsonl, TensorBoard, the progress bar. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from njepa.run_folder import write_atomically
+
+
+class Tracker:
+    """Writes one JSON object per logged step.
+
+    Args:
+        run: the run folder.
+        start: first step of this process; later lines of an interrupted run are dropped.
+        total: steps of the whole run.
+        images_per_step: global batch, for the bar.
+    """
+
+    def __init__(
+        self, run: Path, start: int, total: int, *, tensorboard: bool = True, progress: bool = True
+    ) -> None:
+        path = run / "metrics.jsonl"
+        if path.is_file():
+            lines = [line for line in path.read_text().splitlines() if _step(line) <= start]
+            write_atomically(path, "".join(line + "\n" for line in lines))
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in close)
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
+        self._bar = tqdm(
+            total=total, initial=start, disable=not progress, unit="step", dynamic_ncols=True
+        )
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Write the numbers of ``step`` (optimizer steps done)."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self._board is not None:
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, step)
+        shown = {
+            "loss": f"{metrics['loss']:.4f}" if "loss" in metrics else None,
+            "img/s": f"{metrics['images_per_s']:.0f}" if "images_per_s" in metrics else None,
+        }
+        self._bar.set_postfix({k: v for k, v in shown.items() if v is not None}, refresh=False)
+
+    def say(self, text: str) -> None:
+        """Print a line without tearing the bar."""
+        tqdm.write(text)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):  # a line cut off by a crash
+        return float("inf")

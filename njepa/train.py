@@ -1,0 +1,89 @@
+"""Pre-train an encoder: parse, build, run, close.
+
+    deepspeed njepa/train.py --ds_config ds.json [--recipe R] [section.key=value ...]
+
+The same file runs under torchrun, srun and plain python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+from njepa.config import ConfigError
+from njepa.recipes import load_config, recipe_names
+
+EPILOG = """overrides:
+  section.key=value      any key of the recipe, the value in YAML, for example
+                         method=ijepa data.path=photos optim.lr=5e-4 run.max_steps=1000
+  run.resume=true        continue the run in run.dir from its last checkpoint
+
+Batch size, accumulation, ZeRO stage, precision and clipping belong to the DeepSpeed file.
+`njepa info` lists the recipes, the configuration keys and what runs on this machine.
+"""
+
+
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line; ``--local_rank`` is what DeepSpeed's launcher adds."""
+    result = argparse.ArgumentParser(
+        prog=prog,
+        description="Pre-train a Vision Transformer with I-JEPA, C-JEPA, N-JEPA or N+C-JEPA.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument(
+        "--ds_config",
+        "--deepspeed_config",
+        default="ds.json",
+        metavar="FILE",
+        help="DeepSpeed JSON file (default: %(default)s)",
+    )
+    result.add_argument(
+        "--recipe",
+        metavar="R",
+        help=f"recipe: {', '.join(recipe_names())}, or a .yaml file (default: shapes-tiny)",
+    )
+    result.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    result.add_argument("overrides", nargs="*", metavar="section.key=value", help="see below")
+    return result
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Run from the command line; returns the exit status (0 done or stopped, 2 bad input)."""
+    args = parser(prog).parse_args(argv)
+    main_rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    logging.basicConfig(
+        level=logging.INFO if main_rank else logging.ERROR,
+        format="%(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        config = load_config(args.recipe, args.overrides)
+        # torch, DeepSpeed and DALI take seconds to import: a typing error should not.
+        from njepa.ds_engine import load_ds_config
+
+        ds = load_ds_config(args.ds_config)
+        from njepa.loop import NonFiniteLoss, Trainer
+        from njepa.ranks import join_ranks, leave_ranks
+
+        ranks = join_ranks(config.run.device)
+        try:
+            Trainer(config, ds, ranks).run()
+        except NonFiniteLoss as error:
+            if main_rank:
+                print(f"njepa: {error}", file=sys.stderr)
+            return 1
+        finally:
+            leave_ranks()
+    except ConfigError as error:
+        if main_rank:
+            print(f"njepa: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
