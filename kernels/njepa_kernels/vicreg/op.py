@@ -58,7 +58,7 @@ def vicreg(
     check_tensor(op, "u", u, "[M,n,D]" if three else "[n,D]")
     if not eps > 0:
         raise ValueError(f"{op}: eps must be above 0, got {eps}")
-    if u.shape[-1] == 0 or u.shape[0] == 0:
+    if u.shape[-1] == 0 or (three and u.shape[0] == 0):
         raise ValueError(
             f"{op}: u must have at least one view and one channel, got {list(u.shape)}"
         )

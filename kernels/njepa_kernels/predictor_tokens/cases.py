@@ -1,0 +1,115 @@
+"""Cases of predictor_tokens. B batch, M blocks, Kc context, Kt targets, N patches, d width."""
+
+from __future__ import annotations
+
+import torch
+
+from .._philox import philox_normal
+from ..testing import Inputs, Mode, OpCase, draw_indices
+from .op import Mix, predictor_tokens
+from .reference import predictor_tokens_reference
+
+
+def predictor_tokens_eager(
+    context: torch.Tensor,
+    pos: torch.Tensor,
+    mask_token: torch.Tensor,
+    context_idx: torch.Tensor,
+    target_idx: torch.Tensor,
+    sigma: torch.Tensor | None = None,
+    seed: int = 0,
+    step: int = 0,
+    sample_ids: torch.Tensor | None = None,
+    mix: str = "ve",
+) -> torch.Tensor:
+    """As facebookresearch/ijepa does it, with noise on the gathered positions."""
+    batch, n_blocks, n_targets = target_idx.shape
+    width = pos.shape[1]
+    table = pos.unsqueeze(0).repeat(batch, 1, 1)
+    x = context + table.gather(1, context_idx.unsqueeze(-1).repeat(1, 1, width))
+    x = x.repeat(n_blocks, 1, 1)
+    blocks = target_idx.unbind(1)
+    psi = torch.cat([table.gather(1, j.unsqueeze(-1).repeat(1, 1, width)) for j in blocks])
+    if sigma is not None:
+        assert sample_ids is not None
+        noise = philox_normal(seed, step, sample_ids, target_idx, width)
+        noise = noise.transpose(0, 1).reshape(n_blocks * batch, n_targets, width)
+        s = sigma if sigma.dim() == 3 else sigma.unsqueeze(-1).repeat(1, 1, n_targets)
+        s = s.transpose(0, 1).reshape(n_blocks * batch, n_targets, 1)
+        psi = psi + s * noise
+        if mix == "vp":
+            psi = psi / torch.sqrt(1 + s**2)
+        elif mix == "edm":
+            psi = psi * (0.5**0.5) / torch.sqrt(s**2 + 0.5)
+    queries = mask_token.view(1, 1, width).repeat(n_blocks * batch, n_targets, 1) + psi
+    return torch.cat((x, queries), dim=1).to(context.dtype)
+
+
+def _case(
+    size: str,
+    b: int,
+    m: int,
+    kc: int,
+    kt: int,
+    n: int,
+    d: int,
+    *,
+    mix: Mix = "ve",
+    sigma: str | None = "block",
+    small: bool = True,
+) -> OpCase:
+    def make_inputs(device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
+        g = torch.Generator().manual_seed(seed)
+        levels = None
+        if sigma is not None:
+            levels = torch.rand(b, m, *([kt] if sigma == "token" else []), generator=g) * 2.0
+            levels = levels.to(device)
+        return {
+            "context": torch.randn(b, kc, d, generator=g).to(device, dtype),
+            "pos": torch.randn(n, d, generator=g).to(device),
+            "mask_token": torch.randn(d, generator=g).to(device, dtype),
+            "context_idx": draw_indices(b, n, kc, g).to(device),
+            "target_idx": draw_indices(b * m, n, kt, g).view(b, m, kt).to(device),
+            "sigma": levels,
+            "seed": 7,
+            "step": seed,
+            "sample_ids": torch.randint(0, 2**31, (b,), generator=g).to(device),
+            "mix": mix,
+        }
+
+    def traffic(dtype: torch.dtype, mode: Mode) -> int:
+        out = m * b * (kc + kt) * d * dtype.itemsize
+        inputs = b * kc * d * dtype.itemsize + n * d * 4 + b * (kc + m * kt) * 8
+        return (out + inputs) * (2 if mode == "fwdbwd" else 1)
+
+    def flops(mode: Mode) -> int:
+        forward = b * kc * d + m * b * kt * d * (1 if sigma is None else 3)
+        return forward + (m * b * (kc + kt) * d if mode == "fwdbwd" else 0)
+
+    return OpCase(
+        op="predictor_tokens",
+        size=size,
+        function=predictor_tokens,
+        reference=predictor_tokens_reference,
+        eager=predictor_tokens_eager,
+        make_inputs=make_inputs,
+        bytes=traffic,
+        flops=flops,
+        differentiable=("context", "pos", "mask_token", "sigma"),
+        small=small,
+    )
+
+
+CASES = [
+    _case("b3-m4-kc10-kt6-n36-d48-clean", 3, 4, 10, 6, 36, 48, sigma=None),
+    _case("b3-m4-kc10-kt6-n36-d48-ve", 3, 4, 10, 6, 36, 48),
+    _case("b2-m2-kc10-kt6-n36-d48-vp", 2, 2, 10, 6, 36, 48, mix="vp"),
+    _case("b2-m2-kc10-kt6-n36-d48-edm-token", 2, 2, 10, 6, 36, 48, mix="edm", sigma="token"),
+    _case("b2-m1-kc1-kt1-n197-d100", 2, 1, 1, 1, 197, 100),
+    _case("b2-m3-kc5-kt4-n16-d30-token", 2, 3, 5, 4, 16, 30, sigma="token"),
+    _case("b0-m4-kc10-kt6-n36-d48", 0, 4, 10, 6, 36, 48),
+    _case("vits16-224-b8", 8, 4, 51, 33, 196, 384, sigma=None, small=False),
+    _case("vits16-224-b8-ve", 8, 4, 51, 33, 196, 384, small=False),
+    _case("vitl16-224-b128", 128, 4, 51, 33, 196, 384, sigma=None, small=False),
+    _case("vitl16-224-b128-ve", 128, 4, 51, 33, 196, 384, small=False),
+]
