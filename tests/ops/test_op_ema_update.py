@@ -23,7 +23,7 @@ def _inputs(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 
 def _momenta() -> list[Any]:
     values: list[Any] = [0.0, 0.5, 0.996, 0.99999, 1.0, 1]
-    return values + [torch.tensor(0.996, dtype=torch.float64), torch.tensor(0.75)]
+    return [*values, torch.tensor(0.996, dtype=torch.float64), torch.tensor(0.75)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
