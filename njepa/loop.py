@@ -11,20 +11,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from njepa_kernels import available_impls
+from njepa_kernels._dispatch import choose
 from torch import Tensor
 
 from njepa import checkpointing, ds_engine
 from njepa.config import Config, ConfigError, dump_config
 from njepa.data.batch import Batch
+from njepa.data.index import open_source
 from njepa.data.loader import build_loader
 from njepa.data.order import SampleOrder
-from njepa.data.sources import open_source
 from njepa.ds_engine import BatchSizes
-from njepa.ema import make_target, update_target
+from njepa.ema import ema_parameters, make_target, update_target
 from njepa.evaluation.evaluate import Evaluator, open_test_side, report
 from njepa.masking import MaskSampler
 from njepa.models.encoder import build_encoder
-from njepa.models.jepa import build_jepa
+from njepa.models.predictor import check_sizes
 from njepa.monitors import FeatureMonitor, MetricMeans, Stopwatch
 from njepa.noise import NoiseLevels
 from njepa.ranks import Ranks
@@ -58,14 +60,27 @@ class Trainer:
         self.sizes = ds_engine.resolve_batch(ds, ranks.world)
         check_vicreg_batch(config, self.sizes)
         with _as_config_error():  # a pure check, before anything is read or written
+            check_sizes(config)
+            self.impl = choose_impls(config, ranks.device)
             masks = MaskSampler(config.mask, config.grid, config.run.seed)
-        self.folder: RunFolder | None = None
+        self.evaluator: Evaluator | None = None  # rank 0, where there are labelled test images
+        self.folder: RunFolder | None = None  # rank 0 only
         ranks.on_main(lambda: self._claim(ds))
+        try:
+            self._build(ds, masks)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, ds: dict[str, Any], masks: MaskSampler) -> None:
+        config, ranks = self.config, self.ranks
         with _as_config_error():
-            # Rank 0 builds the cached index first, the others then find it.
-            ranks.on_main(lambda: self._open_source() and None)
-            self.index = self._open_source()
-            self.test_index = open_test_side(config, self.index) if ranks.main else None
+            self.index = open_source(
+                config.data.path,
+                config.data.cache_dir,
+                progress=config.run.progress and ranks.main,
+            )
+            ranks.on_main(self._open_test_side)
             order = SampleOrder(
                 self.index.n,
                 self.sizes.micro,
@@ -80,18 +95,17 @@ class Trainer:
         with _as_config_error():
             self.schedules = Schedules(config.optim, self.total_steps, warmup)
 
-        jepa = build_jepa(config)
         noise = NoiseLevels(
             config.noise,
             config.mask.n_targets,
-            jepa.predictor.pos_rms,
+            config.model.pos_scale / math.sqrt(2),
             config.run.seed,
             self.total_steps,
         )
-        self.target = make_target(jepa.encoder).to(ranks.device)
-        self.online = list(jepa.encoder.parameters())
-        module = TrainModule(jepa, config, group=ranks.group)
-        self.impl = module.impl_table()
+        module = TrainModule(config, group=ranks.group)
+        encoder = module.jepa.encoder
+        self.target = make_target(encoder).to(ranks.device)
+        self.online = ema_parameters(encoder)
         self.engine = ds_engine.build_engine(
             module,
             param_groups(module, config.optim.weight_decay),
@@ -104,11 +118,11 @@ class Trainer:
         self.loader = build_loader(
             config, self.index, order, masks, noise, ranks.device, self.step, self.total_steps
         )
-        self.evaluator = (
-            Evaluator(config, self.index, self.test_index, ranks.device)
-            if self.test_index is not None
-            else None
-        )
+
+    def close(self) -> None:
+        """Release the run folder."""
+        if self.folder is not None:
+            self.folder.close()
 
     # ---- the run -----------------------------------------------------------------------------
 
@@ -130,6 +144,8 @@ class Trainer:
             if self.ranks.main
             else None
         )
+        if self.folder is not None:
+            self.folder.begin()
         if tracker is not None:
             tracker.say(self.describe())
         stop = StopRequest(self.ranks)
@@ -170,8 +186,7 @@ class Trainer:
             self.loader.close()
             if tracker is not None:
                 tracker.close()
-            if self.folder is not None:
-                self.folder.close()
+            self.close()
 
     def _train_step(self, batches: Any, means: MetricMeans, features: FeatureMonitor) -> None:
         """One optimizer step: ``accumulation`` micro-batches, the update, the target's update."""
@@ -301,12 +316,10 @@ class Trainer:
     def _claim(self, ds: dict[str, Any]) -> None:
         self.folder = RunFolder(self.config, ds)
 
-    def _open_source(self) -> Any:
-        return open_source(
-            self.config.data.path,
-            self.config.data.cache_dir,
-            progress=self.config.run.progress and self.ranks.main,
-        )
+    def _open_test_side(self) -> None:
+        test = open_test_side(self.config, self.index)
+        if test is not None:
+            self.evaluator = Evaluator(self.config, self.index, test, self.ranks.device)
 
     def _resume(self) -> int:
         path = checkpointing.latest_checkpoint(run_dir(self.config))
@@ -337,6 +350,18 @@ class Trainer:
             "ops": ", ".join(f"{op}: {impl}" for op, impl in self.impl.items()),
         }
         return "\n".join(f"{name:>7}  {text}" for name, text in rows.items())
+
+
+def choose_impls(config: Config, device: torch.device) -> dict[str, str]:
+    """The implementation that will run for each op.
+
+    Raises:
+        ConfigError: ``impl.default`` asks for one that cannot run here; says why.
+    """
+    try:
+        return {op: choose(op, config.impl.default, device) for op in available_impls()}
+    except RuntimeError as error:
+        raise ConfigError(f"impl.default={config.impl.default}: {error}") from None
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Holds ``config.yaml``, ``ds.json``, ``metrics.jsonl``, ``summary.json``, ``check
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -25,7 +26,7 @@ FIXED_IN_RUN = ("run.seed", "run.max_steps")
 
 
 class RunFolder:
-    """Claim ``config.run.dir`` for this process (rank 0 only).
+    """Claim ``config.run.dir`` for this process (rank 0 only); ``begin`` starts the run in it.
 
     Raises:
         ConfigError: it holds a run and ``run.resume`` is false, another process works in it, or
@@ -51,15 +52,29 @@ class RunFolder:
             raise ConfigError(
                 f"run.dir={self.path} is in use by another process; wait for it or choose another"
             ) from None
+        self._config, self._ds, self._begun = config, ds, held
         if held:
-            _check_same_run(self.path / "config.yaml", config)
-        write_atomically(self.path / "config.yaml", dump_config(config))
-        write_atomically(self.path / "ds.json", json.dumps(ds, indent=2) + "\n")
+            try:
+                _check_same_run(self.path / "config.yaml", config)
+            except ConfigError:
+                self.close()
+                raise
+
+    def begin(self) -> None:
+        """Record what runs; from here on the folder holds a run."""
+        self._begun = True
+        write_atomically(self.path / "config.yaml", dump_config(self._config))
+        write_atomically(self.path / "ds.json", json.dumps(self._ds, indent=2) + "\n")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def close(self) -> None:
+        """Release the folder; one in which no run began is left as it was found."""
+        if not self._begun:
+            (self.path / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty: it was there before
+                self.path.rmdir()
         self._lock.close()
 
 

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from njepa.config import Config, ConfigError
-from njepa.data.index import ImageIndex
-from njepa.data.shapes import ensure_shapes
-from njepa.data.sources import cache_dir, open_source
+from njepa.data.index import ImageIndex, open_source
 from njepa.evaluation.features import (
     LabelledImages,
     align_classes,
@@ -33,10 +31,9 @@ def open_test_side(config: Config, train: ImageIndex) -> ImageIndex | None:
     Raises:
         ConfigError: ``data.eval_path`` is set and cannot be used with ``data.path``.
     """
+    path: Path | None = config.data.eval_path
     if config.data.path is None:
-        path: Path | None = ensure_shapes(cache_dir(config.data.cache_dir))[1]
-    else:
-        path = config.data.eval_path
+        path = train.root.parent / "test"  # the embedded set
     if path is None:
         return None
     if train.labels is None:

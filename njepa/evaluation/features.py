@@ -44,16 +44,17 @@ def align_classes(train: ImageIndex, test: ImageIndex) -> np.ndarray:
     """Labels of ``test`` in the numbering of ``train``'s classes.
 
     Raises:
-        ConfigError: a class of the test side that the training side does not have.
+        ConfigError: no labels, or a class that the training side does not have.
     """
-    unknown = sorted(set(test.classes) - set(train.classes))
-    if test.labels is None or unknown:
+    labels = test.labels_in(train.classes)
+    if labels is None or (labels < 0).any():
+        unknown = ", ".join(sorted(set(test.classes) - set(train.classes))[:5])
         raise ConfigError(
-            f"data.eval_path: the test classes must be among the training classes, unknown: "
-            f"{', '.join(unknown[:5]) or 'all (no class folders)'}"
+            f"the classes of the test images in {test.root} must be among those of {train.root}, "
+            f"got {unknown or 'images without class folders'}; set data.eval_path to a folder "
+            f"with the same class folders, or unset it"
         )
-    number = {name: i for i, name in enumerate(train.classes)}
-    return np.array([number[name] for name in test.classes])[test.labels]
+    return labels
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from njepa.config import Config, NoiseConfig
-from njepa.models.encoder import BlockNorm, check_heads, encoder_size
+from njepa.models.encoder import BlockNorm, EncoderSize, check_heads, encoder_size
 from njepa.models.init import init_generator, init_weights, rescale_by_depth
 from njepa.models.positions import position_table, sincos
 from njepa.randomness import stream_seed
@@ -151,6 +151,17 @@ class Predictor(nn.Module):
         return total.expand_as(psi)
 
 
+def check_sizes(config: Config) -> EncoderSize:
+    """The encoder's size, once it and the predictor's are known to be possible.
+
+    Raises:
+        ConfigError: unknown encoder, or a width that heads or the position table cannot divide.
+    """
+    size, part = encoder_size(config.model), config.model.predictor
+    check_heads("model.predictor", part.width, part.heads or size.heads)
+    return size
+
+
 def build_predictor(config: Config, name: str, noisy: bool) -> Predictor:
     """A predictor of the configuration, on CPU, with weights from stream ``init/<name>``.
 
@@ -158,9 +169,8 @@ def build_predictor(config: Config, name: str, noisy: bool) -> Predictor:
         name: "predictor" or "noise_predictor".
         noisy: whether it gets sigma.
     """
-    model, (width, _, heads, _) = config.model, encoder_size(config.model)
+    model, (width, _, heads, _) = config.model, check_sizes(config)
     part = model.predictor
-    check_heads("model.predictor", part.width, part.heads or heads)
     predictor = Predictor(
         width,
         config.grid,

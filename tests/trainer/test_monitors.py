@@ -1,0 +1,55 @@
+"""Monitors: what they report on tensors with a known answer."""
+
+import math
+
+import pytest
+import torch
+
+from njepa.monitors import FeatureMonitor, MetricMeans, rankme
+
+
+def test_rankme_of_known_spectra():
+    assert rankme(torch.eye(8)).item() == pytest.approx(8, rel=1e-4)
+    assert rankme(torch.ones(50, 8)).item() == pytest.approx(1, rel=1e-3)
+    two = torch.zeros(10, 6)
+    two[0, 0], two[1, 1] = 3.0, 1.0
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert rankme(two).item() == pytest.approx(math.exp(entropy), rel=1e-3)
+
+
+def test_feature_monitor_keeps_the_last_images_only():
+    monitor = FeatureMonitor(capacity=6)
+    assert monitor.read() == {}
+    old, new = torch.full((4, 3, 2), 100.0), torch.randn(6, 3, 2, generator=torch.manual_seed(0))
+    monitor.add(old)
+    monitor.add(new)
+    pooled = new.mean(1)
+    assert monitor.read()["feature_std"] == pytest.approx(pooled.std(0).mean().item(), rel=1e-5)
+    assert monitor.read()["rankme"] == pytest.approx(rankme(pooled).item(), rel=1e-5)
+
+
+def test_collapse_shows():
+    healthy, collapsed = FeatureMonitor(), FeatureMonitor()
+    x = torch.randn(256, 4, 32, generator=torch.manual_seed(0))
+    healthy.add(x)
+    collapsed.add(1.0 + 1e-3 * x)
+    assert healthy.read()["feature_std"] > 0.4
+    assert collapsed.read()["feature_std"] < 1e-2
+    assert healthy.read()["rankme"] > 25
+    assert collapsed.read()["rankme"] < 2
+
+
+def test_means_leave_out_absent_levels_and_notice_bad_losses():
+    means = MetricMeans()
+    nan = torch.tensor(float("nan"))
+    means.add({"loss": torch.tensor(1.0), "loss_level_0": torch.tensor(4.0), "loss_level_1": nan})
+    means.add({"loss": torch.tensor(3.0), "loss_level_0": nan, "loss_level_1": nan})
+    means.add_counts(k_context=10)
+    means.add_counts(k_context=20)
+    assert means.finite()
+    assert means.steps == 2
+    assert means.read() == {"loss": 2.0, "loss_level_0": 4.0, "k_context": 15.0}
+    assert means.read() == {}
+    means.add({"loss": nan})
+    assert not means.finite()
+    assert math.isnan(means.read()["loss"])

@@ -1,0 +1,80 @@
+"""Run folder and tracker: nothing of another run is lost."""
+
+import json
+import re
+
+import pytest
+
+from njepa.config import ConfigError, parse_config
+from njepa.run_folder import RunFolder, run_dir
+from njepa.tracking import Tracker
+
+
+def config(folder, **sections):
+    run = {"dir": str(folder), **sections.pop("run", {})}
+    return parse_config({"run": run, **sections})
+
+
+def begin(folder, ds=None):
+    run = RunFolder(config(folder), ds or {})
+    run.begin()
+    run.close()
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    begin(tmp_path, {"a": 1})
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(
+        ConfigError, match=r"already holds a run; continue it with run\.resume=true"
+    ):
+        RunFolder(config(tmp_path, optim={"lr": 1}), {})
+    assert (tmp_path / "config.yaml").read_text() == before
+    assert json.loads((tmp_path / "ds.json").read_text()) == {"a": 1}
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    first = RunFolder(config(tmp_path), {})
+    first.begin()
+    with pytest.raises(ConfigError, match="is in use by another process"):
+        RunFolder(config(tmp_path, run={"resume": True}), {})
+    first.close()
+    RunFolder(config(tmp_path, run={"resume": True}), {}).close()
+
+
+def test_resume_refuses_what_decides_the_result_and_takes_the_rest(tmp_path):
+    begin(tmp_path)
+    changed = config(tmp_path, run={"resume": True, "seed": 3}, optim={"lr": 5.0})
+    with pytest.raises(ConfigError, match=re.escape("optim.lr: 0.001 -> 5.0")) as caught:
+        RunFolder(changed, {})
+    assert "run.seed: 0 -> 3" in str(caught.value)
+    free = config(tmp_path, run={"resume": True, "log_every": 3}, data={"workers": 1})
+    RunFolder(free, {}).close()
+
+
+def test_a_set_up_that_failed_leaves_nothing(tmp_path):
+    RunFolder(config(tmp_path / "new"), {}).close()
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "notes.txt").write_text("mine")
+    RunFolder(config(tmp_path), {}).close()
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        RunFolder(config(tmp_path / "file" / "run"), {})
+
+
+def test_default_folder_carries_the_recipe():
+    assert str(run_dir(parse_config({"recipe": "shapes-tiny"}))) == "runs/shapes-tiny"
+
+
+def test_tracker_drops_lines_after_the_resumed_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 2.0}, {"step": 30, "loss": 3.0}]
+    path.write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"step": 4')
+    tracker = Tracker(tmp_path, 20, 100, tensorboard=False, progress=False)
+    tracker.log(30, {"loss": 4.0})
+    tracker.close()
+    read = [json.loads(x) for x in path.read_text().splitlines()]
+    assert read == [*lines[:2], {"step": 30, "loss": 4.0}]
