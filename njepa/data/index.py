@@ -1,0 +1,170 @@
+"""The index of a source: names, sizes and labels of the images whose header can be read."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from tqdm import tqdm
+
+from njepa.data.listing import EXPECTED, Entries, Source, SourceError, list_entries
+
+Int64Array = npt.NDArray[np.int64]
+Int32Array = npt.NDArray[np.int32]
+
+_HEAD = 1 << 16  # bytes of a shard member that hold the header of almost every image
+_ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+
+
+@dataclass(frozen=True)
+class ImageIndex:
+    """Readable images of a source; the sample id is the position here."""
+
+    root: Path
+    names: list[str]
+    widths: Int32Array
+    """Pixels, after the EXIF orientation, [n]; ``heights`` too."""
+    heights: Int32Array
+    sizes: Int64Array
+    """Encoded bytes, [n]."""
+    labels: Int64Array | None
+    """Class numbers, [n]; for evaluation only. None: no labels, or a single class."""
+    classes: list[str]
+    shards: list[str]
+    """Tar files relative to ``root``; empty for a folder or a list."""
+    shard: Int64Array
+    offsets: Int64Array
+    unreadable: list[str]
+    """Images whose header could not be read, with the reason; they have no sample id."""
+    digest: str
+    """SHA-256 over names, byte and pixel sizes and labels."""
+
+    @property
+    def n(self) -> int:
+        return len(self.names)
+
+    def name(self, i: int) -> str:
+        """Name of sample ``i`` relative to the source; for a shard ``file.tar/member``."""
+        return self.names[i]
+
+    def path(self, i: int) -> Path | None:
+        """The file of sample ``i``; None where it is part of a shard."""
+        return None if self.shards else self.root / self.names[i]
+
+    def read(self, i: int, limit: int = -1) -> bytes:
+        """Encoded bytes of sample ``i`` (the first ``limit`` of them).
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        if not self.shards:
+            with open(self.root / self.names[i], "rb") as file:
+                return file.read(limit)
+        shard = self.root / self.shards[self.shard[i]]
+        size = int(self.sizes[i])
+        return _read_at(shard, int(self.offsets[i]), size if limit < 0 else min(size, limit))
+
+    def labels_in(self, classes: list[str]) -> Int64Array | None:
+        """``labels`` numbered as in ``classes`` (those of another index); -1: not among them."""
+        if self.labels is None:
+            return None
+        number = {name: k for k, name in enumerate(classes)}
+        return np.array([number.get(name, -1) for name in self.classes], np.int64)[self.labels]
+
+
+def build_index(source: Source, progress: bool) -> ImageIndex:
+    """Read the header of every image of ``source``.
+
+    Raises:
+        SourceError: none is readable.
+    """
+    quiet = not progress
+    shards = source.files if source.kind == "shards" else []
+    bar = tqdm(range(len(shards)), "reading tar headers", unit="shard", disable=quiet or not shards)
+    entries = list_entries(source, bar)
+    total = len(entries.names)
+
+    def header(i: int) -> tuple[int, int, str]:
+        shard, offset = int(entries.shard[i]), int(entries.offsets[i])
+        try:
+            if shard < 0:
+                return *_upright_size(source.root / entries.names[i]), ""
+            size, file = int(entries.sizes[i]), source.root / shards[shard]
+            try:
+                return *_upright_size(_read_at(file, offset, min(_HEAD, size))), ""
+            except (OSError, SyntaxError, ValueError):
+                return *_upright_size(_read_at(file, offset, size)), ""
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            return 0, 0, "empty file" if entries.sizes[i] == 0 else reason
+
+    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
+        results = pool.map(header, range(total), chunksize=64)
+        read = list(tqdm(results, "reading image sizes", total, unit="img", disable=quiet))
+    widths = np.array([w for w, _, _ in read], dtype=np.int32)
+    heights = np.array([h for _, h, _ in read], dtype=np.int32)
+    good = np.flatnonzero(widths)
+    unreadable = [f"{entries.names[i]} ({read[i][2]})" for i in np.flatnonzero(widths == 0)]
+    if len(good) == 0:
+        raise SourceError(
+            f"data: none of the {total} images of {source.path} is readable: "
+            f"{'; '.join(unreadable[:5])}. {EXPECTED}"
+        )
+    classes, labels = _classes(entries, good)
+    names = [entries.names[i] for i in good]
+    return ImageIndex(
+        source.root, names, widths[good], heights[good], entries.sizes[good], labels, classes,
+        shards, entries.shard[good], entries.offsets[good], unreadable,
+        _digest(names, entries.sizes[good], widths[good], heights[good], labels, classes),
+    )  # fmt: skip
+
+
+def _upright_size(file: Path | bytes) -> tuple[int, int]:
+    """(width, height) after the EXIF orientation, from the header alone."""
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        width, height = image.size
+        # A TIFF has its orientation in ``size`` already; getexif of a PNG without EXIF would
+        # decode the whole image.
+        if image.format != "TIFF" and "exif" in image.info:
+            orientation = image.getexif().get(_ORIENTATION)
+            if orientation in _SIDEWAYS:
+                return height, width
+        return width, height
+
+
+def _classes(entries: Entries, good: Int64Array) -> tuple[list[str], Int64Array | None]:
+    if entries.labels is None:
+        return [], None
+    of_image = [entries.labels[i] for i in good]
+    distinct = set(of_image)
+    numeric = all(name.isdecimal() for name in distinct)
+    classes = sorted(distinct, key=(lambda c: (int(c), c)) if numeric else None)
+    if len(classes) < 2:
+        return [], None
+    number = {name: k for k, name in enumerate(classes)}
+    return classes, np.array([number[name] for name in of_image], dtype=np.int64)
+
+
+def _digest(names: list[str], sizes: Int64Array, widths: Int32Array, heights: Int32Array,
+            labels: Int64Array | None, classes: list[str]) -> str:  # fmt: skip
+    digest = hashlib.sha256(os.fsencode("\n".join([*names, "", *classes])))
+    for array in (sizes, widths, heights, labels):
+        if array is not None:
+            digest.update(array.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _read_at(file: Path, offset: int, size: int) -> bytes:
+    with open(file, "rb", buffering=0) as shard:
+        data = os.pread(shard.fileno(), size, offset)
+    if len(data) != size:
+        raise OSError(f"{file} ends before byte {offset + size}")
+    return data

@@ -1,0 +1,292 @@
+"""Where images come from: a folder, a list file or tar shards. Names only; nothing is decoded here.
+
+A source is listed in two steps: ``find_source`` looks at names, sizes and times (cheap: done at
+every start to see whether a cached index is still valid), ``list_entries`` finds the images in it.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Int64Array = npt.NDArray[np.int64]
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+EXPECTED = (
+    "data.path takes a folder of images (nested or not), a list file (.txt, one path per line), "
+    "or tar shards (a .tar file, a folder of .tar files, or a pattern such as "
+    "train-{0000..0099}.tar); image names end in " + " ".join(EXTENSIONS)
+)
+_THREADS = 16  # they wait for the disk or the network, not for a core
+
+
+class SourceError(ValueError):
+    """A source that holds nothing to train on; the message says what was found and expected."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What can be known without opening a file.
+
+    ``files`` are images (folder, list) or shards, relative to ``root`` where they lie under it.
+    """
+
+    kind: Literal["folder", "list", "shards"]
+    path: Path
+    root: Path
+    files: list[str]
+    sizes: Int64Array
+    """Bytes of each file; -1: missing."""
+    times: Int64Array
+    """Modification times in ns."""
+    labels: list[str] | None = None
+
+    def fingerprint(self) -> str:
+        """Changes when a file is added, removed, renamed, touched or resized."""
+        text = "\n".join([self.kind, str(self.path), *self.files, *(self.labels or [])])
+        digest = hashlib.sha256(os.fsencode(text))
+        digest.update(self.sizes.tobytes())
+        digest.update(self.times.tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The images of a source, in the order of their sample ids; ``shard`` -1: a file of its own."""
+
+    names: list[str]
+    labels: list[str] | None
+    sizes: Int64Array
+    shard: Int64Array
+    offsets: Int64Array
+
+
+def find_source(path: Path) -> Source:
+    """List a source.
+
+    Raises:
+        SourceError: nothing at ``path``, or nothing in it that could be an image.
+    """
+    text = os.fspath(path)
+    if re.search(r"[{*?\[]", text) and not path.exists():
+        return _shards(path, _expand(text))
+    if not path.exists():
+        parent = next((p for p in path.absolute().parents if p.exists()), None)
+        hint = f" (the nearest that exists is {parent})" if parent else ""
+        raise SourceError(f"data: {path} does not exist{hint}. {EXPECTED}")
+    if path.is_dir():
+        return _folder(path)
+    suffix = path.suffix.lower()
+    if suffix == ".txt":
+        return _list_file(path)
+    if suffix == ".tar" or re.search(r"\.tar\.\w+$|\.tgz$", path.name.lower()):
+        return _shards(path, [text])
+    raise SourceError(f"data: {path} is a file whose name ends in {suffix!r}. {EXPECTED}")
+
+
+def list_entries(source: Source, progress: Iterable[int] | None = None) -> Entries:
+    """The images of ``source``; reads the headers of tar shards.
+
+    Args:
+        progress: wraps the indices of the shards (a progress bar).
+    """
+    if source.kind != "shards":
+        none = np.full(len(source.files), -1, dtype=np.int64)
+        return Entries(source.files, source.labels, source.sizes, none, np.zeros_like(none))
+    rows: list[tuple[str, str | None, int, int, int]] = []
+    for k in progress if progress is not None else range(len(source.files)):
+        rows += [(*row, k) for row in _shard_rows(source.root, source.files[k])]
+    if not rows:
+        raise SourceError(
+            f"data: no image in the {len(source.files)} tar shard(s) of {source.path}. {EXPECTED}"
+        )
+    names, labels, offsets, sizes, shard = zip(*rows, strict=True)
+    known = [label for label in labels if label is not None]
+    return Entries(
+        list(names),
+        known if len(known) == len(rows) else None,
+        np.array(sizes, dtype=np.int64),
+        np.array(shard, dtype=np.int64),
+        np.array(offsets, dtype=np.int64),
+    )
+
+
+def _folder(path: Path) -> Source:
+    root = path.absolute()
+    files = _walk(root)
+    images = [f for f in files if _is_image(f[0])]
+    tars = [f[0] for f in files if f[0].lower().endswith(".tar")]
+    if not images and tars:
+        return _shards(root, [str(root / name) for name in tars])
+    if not images:
+        kinds = Counter(os.path.splitext(name)[1] or "no extension" for name, _, _ in files)
+        got = ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common(5)) or "no file at all"
+        raise SourceError(f"data: no image in the folder {path}; found {got}. {EXPECTED}")
+    names = [name for name, _, _ in images]
+    labelled = all("/" in name for name in names)
+    return Source(
+        "folder",
+        root,
+        root,
+        names,
+        np.array([size for _, size, _ in images], dtype=np.int64),
+        np.array([time for _, _, time in images], dtype=np.int64),
+        [name.split("/", 1)[0] for name in names] if labelled else None,
+    )
+
+
+_Found = tuple[str, int, int]  # relative posix name, bytes, modification time in ns
+_Folder = tuple[str, str, frozenset[tuple[int, int]]]  # path, prefix of names, inodes above
+
+
+def _walk(root: Path) -> list[_Found]:
+    """All files below ``root`` in the order of their names; links are followed, loops are cut."""
+    files: list[_Found] = []
+    level: list[_Folder] = [(str(root), "", frozenset())]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        while level:
+            scanned = list(pool.map(_scan, level))
+            files += [f for found, _ in scanned for f in found]
+            level = [d for _, below in scanned for d in below]
+    return sorted(files, key=lambda f: os.fsencode(f[0]))
+
+
+def _scan(folder: _Folder) -> tuple[list[_Found], list[_Folder]]:
+    path, prefix, above = folder
+    here = os.stat(path)
+    above = above | {(here.st_dev, here.st_ino)}
+    files: list[_Found] = []
+    below: list[_Folder] = []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            try:
+                stat = entry.stat()
+            except OSError:  # a broken link, or a file that has just been removed
+                continue
+            if entry.is_dir() and (stat.st_dev, stat.st_ino) not in above:
+                below.append((entry.path, f"{prefix}{entry.name}/", above))
+            elif entry.is_file():
+                files.append((prefix + entry.name, stat.st_size, stat.st_mtime_ns))
+    return files, below
+
+
+def _list_file(path: Path) -> Source:
+    root = path.absolute().parent
+    rows: list[tuple[str, str | None]] = []
+    text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        name, tab, label = line.partition("\t")
+        rows.append((Path(name.strip()).as_posix(), label.strip() if tab else None))
+        if (rows[0][1] is None) != (rows[-1][1] is None):
+            raise SourceError(
+                f"data: {path}, line {number}: labels must stand on every line or on none; "
+                f"expected a path, or a path, a tab and a label, got {line!r}"
+            )
+    if not rows:
+        raise SourceError(f"data: the list file {path} is empty. {EXPECTED}")
+    rows.sort(key=lambda row: os.fsencode(row[0]))
+    names = [name for name, _ in rows]
+    sizes, times = _stat([str(root / name) for name in names])
+    labels = [label for _, label in rows if label is not None]
+    return Source("list", path.absolute(), root, names, sizes, times, labels or None)
+
+
+def _shards(path: Path, shards: list[str]) -> Source:
+    if not shards:
+        raise SourceError(f"data: no file matches {path}. {EXPECTED}")
+    sizes, times = _stat(shards)
+    missing = [shard for shard, size in zip(shards, sizes, strict=True) if size < 0]
+    if missing:
+        raise SourceError(
+            f"data: {len(missing)} of the {len(shards)} tar shards of {path} do not exist, "
+            f"the first is {missing[0]}"
+        )
+    whole = [os.path.abspath(shard) for shard in shards]
+    root = Path(os.path.commonpath([os.path.dirname(shard) for shard in whole]))
+    names = [Path(shard).relative_to(root).as_posix() for shard in whole]
+    return Source("shards", path.absolute(), root, names, sizes, times)
+
+
+def _stat(paths: list[str]) -> tuple[Int64Array, Int64Array]:
+    """Bytes and modification times; -1 where there is no such file."""
+
+    def one(path: str) -> tuple[int, int]:
+        try:
+            stat = os.stat(path)
+        except OSError:
+            return -1, -1
+        return stat.st_size, stat.st_mtime_ns
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        both = np.array(list(pool.map(one, paths, chunksize=256)), dtype=np.int64).reshape(-1, 2)
+    return both[:, 0].copy(), both[:, 1].copy()
+
+
+def _expand(pattern: str) -> list[str]:
+    """Braces ({000..146}, {a,b}) as in a shell, then ``*``, ``?`` and ``[...]``; sorted."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return sorted(glob.glob(pattern)) if re.search(r"[*?\[]", pattern) else [pattern]
+    inner, head, tail = match.group(1), pattern[: match.start()], pattern[match.end() :]
+    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", inner)
+    if bounds:
+        first, last = bounds.groups()
+        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+        parts = [f"{k:0{width}d}" for k in range(int(first), int(last) + 1)]
+    else:
+        parts = inner.split(",")
+    return [path for part in parts for path in _expand(head + part + tail)]
+
+
+_Row = tuple[str, str | None, int, int]  # name, label, offset, bytes
+
+
+def _shard_rows(root: Path, shard: str) -> list[_Row]:
+    """Images of one tar file: members with the same stem are one sample (WebDataset)."""
+    path = root / shard
+    images: dict[str, tuple[str, int, int]] = {}
+    labels: dict[str, str] = {}
+    try:
+        with tarfile.open(path, mode="r:") as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                if not member.isreg() or member.issparse() or not stem:
+                    continue
+                key = f"{folder}/{stem}"
+                if "." + extension.lower() in EXTENSIONS:
+                    images.setdefault(key, (member.name, member.offset_data, member.size))
+                elif extension.lower() == "cls":
+                    data = tar.extractfile(member)
+                    assert data is not None  # a regular member
+                    labels[key] = data.read(4096).decode("utf-8", "replace").strip()
+    except tarfile.TarError as error:
+        raise SourceError(
+            f"data: {path} cannot be read as a tar file ({error}). Compressed shards are not "
+            f"supported, since images are read at their offset: unpack it to a plain .tar "
+            f"(JPEG does not shrink anyway). A shard that was cut short must be copied again"
+        ) from None
+    return [
+        (f"{shard}/{name}", labels.get(key), offset, size)
+        for key, (name, offset, size) in images.items()
+    ]
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)

@@ -1,0 +1,218 @@
+"""Batches for the training loop: pixels of a backend, masks and noise levels drawn beside it."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from njepa.config import Config
+from njepa.data.batch import Batch
+from njepa.data.index import ImageIndex
+from njepa.data.normalise import normalise
+from njepa.data.order import SampleOrder
+from njepa.data.torch_loader import Pixels, TorchPixels
+from njepa.masking import MaskSampler
+from njepa.noise import NoiseLevels
+
+logger = logging.getLogger(__name__)
+
+_POLL = 0.1  # seconds between two looks at whether the loader was closed
+
+
+class PixelSource(Protocol):
+    """A backend: the pixels of consecutive micro-steps."""
+
+    def __next__(self) -> Pixels: ...
+
+    def close(self) -> None: ...
+
+
+class Loader:
+    """Iterator over ``Batch`` on ``device``; a thread keeps a few batches ready.
+
+    Attributes:
+        backend: "dali" or "torch"; ``backend_reason`` says why.
+        wait_s: seconds that ``next`` waited for a batch since it was last set to 0.
+        skipped: unreadable images that were replaced so far (each time counts).
+    """
+
+    def __init__(
+        self, config: Config, index: ImageIndex, order: SampleOrder, masks: MaskSampler,
+        noise: NoiseLevels, device: torch.device, steps: range, pixels: PixelSource,
+        backend: str, backend_reason: str,
+    ) -> None:  # fmt: skip
+        self.backend, self.backend_reason = backend, backend_reason
+        self.wait_s, self.skipped = 0.0, 0
+        self._config, self._index, self._order = config, index, order
+        self._masks, self._noise, self._device, self._steps = masks, noise, device, steps
+        self._pixels, self._warned = pixels, set[int]()
+        self._ready: queue.Queue[Batch | Exception | None] = queue.Queue(config.data.prefetch)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._produce, name="njepa-loader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next micro-batch.
+
+        Raises:
+            DecodeError: the torch backend found no readable image for a place in the batch.
+            UnreadableImage: the DALI backend met an unreadable image.
+        """
+        if self._closed.is_set():
+            raise StopIteration
+        began = time.perf_counter()
+        item = self._ready.get()
+        self.wait_s += time.perf_counter() - began
+        if item is None or isinstance(item, Exception):
+            self.close()
+            raise item or StopIteration
+        batch = item.to(self._device)
+        data = self._config.data
+        return batch._replace(images=normalise(batch.images, data.mean, data.std))
+
+    def close(self) -> None:
+        """Stop reading and end the workers; may be called twice."""
+        if not self._closed.is_set():
+            self._closed.set()
+            self._thread.join()
+            self._pixels.close()
+
+    def _produce(self) -> None:
+        last: Batch | Exception | None = None
+        try:
+            for micro_step in self._steps:
+                if self._closed.is_set():
+                    return
+                pixels = next(self._pixels)
+                self._report(pixels.unreadable)
+                if not self._put(self._assemble(micro_step, pixels.images)):
+                    return
+        except Exception as error:  # handed to the consumer, who raises it
+            last = error
+        self._put(last)
+
+    def _put(self, item: Batch | Exception | None) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._ready.put(item, timeout=_POLL)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _assemble(self, micro_step: int, images: Tensor) -> Batch:
+        plan, order = self._order.at(micro_step), self._order
+        mine = slice(order.rank * order.micro_batch, (order.rank + 1) * order.micro_batch)
+        if self._config.mask.compat == "fixed":  # sizes follow the global batch
+            masks = self._masks(micro_step, plan.global_ids)
+            context_idx, target_idx = masks.context_idx[mine], masks.target_idx[mine]
+        else:  # as published: every rank for itself
+            context_idx, target_idx = self._masks(micro_step, plan.ids)
+        levels = sigma = None
+        if self._noise.active:
+            drawn = self._noise.assign(plan.step, plan.global_ids, target_idx.shape[-1])
+            levels, sigma = self._tensor(drawn.levels[mine]), self._tensor(drawn.sigma[mine])
+        if self._device.type == "cuda" and not images.is_cuda:
+            images = images.pin_memory()
+        return Batch(
+            images,
+            self._tensor(plan.ids),
+            self._tensor(context_idx),
+            self._tensor(target_idx),
+            levels,
+            sigma,
+            micro_step,
+        )
+
+    def _tensor(self, array: npt.NDArray[np.generic]) -> Tensor:
+        tensor = torch.from_numpy(array.copy())
+        return tensor.pin_memory() if self._device.type == "cuda" else tensor
+
+    def _report(self, unreadable: list[tuple[int, str]]) -> None:
+        self.skipped += len(unreadable)
+        for sample, reason in unreadable:
+            if sample not in self._warned:
+                self._warned.add(sample)
+                logger.warning(
+                    "unreadable image %s (%s): another one takes its place",
+                    self._index.name(sample),
+                    reason,
+                )
+
+
+def build_loader(
+    config: Config, index: ImageIndex, order: SampleOrder, masks: MaskSampler, noise: NoiseLevels,
+    device: torch.device, start_step: int, total_steps: int,
+) -> Loader:  # fmt: skip
+    """Loader from optimizer step ``start_step`` up to ``total_steps`` (exclusive).
+
+    Every step gives ``order.accumulation`` batches. A resumed run passes its step: nothing else is
+    needed to continue with the same samples, crops, masks and levels.
+
+    Raises:
+        ValueError: ``data.backend=dali`` where DALI is not installed.
+    """
+    backend, reason = choose_backend(config.data.backend, device)
+    start, stop = start_step * order.accumulation, total_steps * order.accumulation
+    workers = config.data.workers
+    if workers is None:
+        workers = default_workers(device)
+    pixels: PixelSource
+    if backend == "dali":
+        from njepa.data.dali_pipeline import DaliPixels
+
+        pixels = DaliPixels(
+            config.data, config.run.seed, index, order, start, stop, max(workers, 1), device
+        )
+    else:
+        pixels = TorchPixels(config.data, config.run.seed, index, order, start, stop, workers)
+    steps = range(start, stop)
+    return Loader(config, index, order, masks, noise, device, steps, pixels, backend, reason)
+
+
+def choose_backend(wanted: str, device: torch.device) -> tuple[str, str]:
+    """Backend and reason.
+
+    Raises:
+        ValueError: DALI is asked for and not installed.
+    """
+    installed = importlib.util.find_spec("nvidia") is not None and (
+        importlib.util.find_spec("nvidia.dali") is not None
+    )
+    if wanted == "dali" and not installed:
+        raise ValueError(
+            "data.backend=dali, but DALI is not installed; run: pip install nvidia-dali-cuda130 "
+            "(Linux on x86-64), or set data.backend=torch"
+        )
+    if wanted != "auto":
+        return wanted, "as configured"
+    if device.type != "cuda":
+        return "torch", "without a GPU torchvision is the faster one"
+    if not installed:
+        return "torch", "DALI is not installed (pip install nvidia-dali-cuda130)"
+    return "dali", "decodes on the GPU"
+
+
+def default_workers(device: torch.device) -> int:
+    """Loader processes (or DALI threads) of one rank: its share of the cores, at most 16.
+
+    Without a GPU one process: training needs the cores, and decodes slower than one can deliver.
+    """
+    if device.type != "cuda":
+        return 1
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    return min(16, max(1, len(os.sched_getaffinity(0)) // int(ranks)))

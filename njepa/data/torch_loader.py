@@ -1,0 +1,148 @@
+"""Images by torchvision: worker processes decode, crop and resize whole planned micro-batches."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from njepa.config import DataConfig
+from njepa.data.crops import crop_windows, flips
+from njepa.data.decode import DecodeError, decode, resize
+from njepa.data.index import ImageIndex
+from njepa.data.order import Planned, SampleOrder
+
+
+class Pixels(NamedTuple):
+    """What a backend delivers for one micro-batch."""
+
+    images: Tensor
+    """uint8 [B, 3, S, S], channels-last in memory."""
+    unreadable: list[tuple[int, str]]
+    """Sample ids that were replaced by others, with the reason."""
+
+
+class PlannedImages(Dataset["Pixels | DecodeError"]):
+    """Micro-step to pixels: a pure function, so workers need no state and no seed."""
+
+    def __init__(
+        self, config: DataConfig, seed: int, index: ImageIndex, order: SampleOrder
+    ) -> None:
+        self._config, self._seed, self._index, self._order = config, seed, index, order
+
+    def __getitem__(self, micro_step: int) -> Pixels | DecodeError:
+        try:
+            return self.load(micro_step)
+        except DecodeError as error:  # raised by a worker it would drown in a traceback
+            return error
+
+    def load(self, micro_step: int) -> Pixels:
+        """Decode the micro-batch.
+
+        An unreadable image is replaced by the next readable sample of the epoch's order, seen
+        through the crop draws of the planned one.
+
+        Raises:
+            DecodeError: an image and everything that could replace it is unreadable.
+        """
+        plan = self._order.at(micro_step)
+        config, index, size = self._config, self._index, self._config.image_size
+        windows = crop_windows(
+            self._seed, plan.epoch, plan.ids, index.widths[plan.ids], index.heights[plan.ids],
+            config.crop_scale, config.crop_ratio,
+        )  # fmt: skip
+        mirrored = flips(self._seed, plan.epoch, plan.ids, config.hflip)
+        images = torch.empty(len(plan.ids), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        unreadable: list[tuple[int, str]] = []
+        for slot, sample in enumerate(plan.ids.tolist()):
+            try:
+                view = self._view(sample, windows[slot])
+            except (OSError, DecodeError) as error:
+                unreadable.append((sample, str(error)))
+                view = self._replacement(plan, slot, unreadable)
+            images[slot] = view.flip(2) if mirrored[slot] else view
+        return Pixels(images, unreadable)
+
+    def _view(self, sample: int, window: np.ndarray) -> Tensor:
+        image = decode(self._index.read(sample))
+        expected = (int(self._index.heights[sample]), int(self._index.widths[sample]))
+        if image.shape[1:] != expected:
+            raise DecodeError(
+                f"has {image.shape[2]} x {image.shape[1]} pixels, "
+                f"{expected[1]} x {expected[0]} when it was indexed"
+            )
+        left, top, width, height = window.tolist()
+        crop = image[:, top : top + height, left : left + width]
+        return resize(crop, self._config.image_size, self._config.image_size)
+
+    def _replacement(self, plan: Planned, slot: int, unreadable: list[tuple[int, str]]) -> Tensor:
+        index, config = self._index, self._config
+        for other in self._order.replacements(plan.micro_step, slot):
+            window = crop_windows(
+                self._seed, plan.epoch, plan.ids[slot : slot + 1], index.widths[[other]],
+                index.heights[[other]], config.crop_scale, config.crop_ratio,
+            )  # fmt: skip
+            try:
+                return self._view(other, window[0])
+            except (OSError, DecodeError):
+                continue
+        sample, reason = unreadable[-1]
+        raise DecodeError(
+            f"{index.name(sample)} ({reason}) is unreadable, and so is every image that could "
+            f"replace it; look at the source with: njepa scan PATH --out good.txt"
+        )
+
+
+class TorchPixels:
+    """Iterates ``Pixels`` for micro-steps ``start`` to ``stop`` - 1, decoded ahead by workers.
+
+    Args:
+        workers: processes; 0 decodes in the caller.
+    """
+
+    def __init__(
+        self, config: DataConfig, seed: int, index: ImageIndex, order: SampleOrder,
+        start: int, stop: int, workers: int,
+    ) -> None:  # fmt: skip
+        loader = DataLoader(
+            PlannedImages(config, seed, index, order),
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=workers,
+            prefetch_factor=config.prefetch if workers else None,
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),  # leaves torch's own alone
+            worker_init_fn=_init_worker,
+            # Fork: starts at once, shares the index, and workers touch neither CUDA nor the
+            # threads of the parent; forkserver and spawn would import torch once per worker.
+            multiprocessing_context="fork" if workers else None,
+        )
+        self._batches: Iterator[Pixels | DecodeError] = iter(loader)
+
+    def __next__(self) -> Pixels:
+        pixels = next(self._batches)
+        if isinstance(pixels, DecodeError):
+            raise pixels
+        return pixels
+
+    def close(self) -> None:
+        """End the workers."""
+        shutdown = getattr(self._batches, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
+
+
+def _as_it_is(pixels: Any) -> Any:
+    return pixels
+
+
+def _init_worker(_: int) -> None:
+    # Ctrl-C and a launcher's SIGTERM reach the whole process group; the training process decides
+    # when to end, and workers end with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
