@@ -1,0 +1,123 @@
+"""Run short trainings in processes of their own and hand back what they did.
+
+    python jobs.py JOBS.json OUT.pt        with RANK, WORLD_SIZE, ... in the environment
+
+Every job is {name, overrides, ds, grads}; all jobs of a call share the processes, because starting
+them costs more than training does. OUT.pt (rank 0) maps the name to what was recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+TINY = [
+    "data.image_size=32", "data.backend=torch", "data.workers=0", "model.encoder=vit_tiny",
+    "model.patch_size=4", "model.width=32", "model.depth=2", "model.heads=2",
+    "model.predictor={depth: 1, width: 16, heads: 2}", "model.init=xavier", "mask.min_keep=4",
+    "optim.warmup_epochs=0", "optim.lr=3e-3", "optim.ema=[0.9, 1.0]",
+    "run.max_steps=3", "run.log_every=1", "run.tensorboard=false", "run.progress=false",
+]  # fmt: skip
+
+
+def make_images(folder: Path, n: int, classes: int = 2) -> None:
+    """``n`` JPEGs with structure (waves of random direction and colour) in class folders."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:48, 0:40] / 8.0
+    for i in range(n):
+        a, b, phase = rng.normal(size=2), rng.uniform(60, 120, 3), rng.uniform(0, 6, 3)
+        wave = np.sin(a[0] * x + a[1] * y)[..., None]
+        pixels = 128 + b * np.sin(wave * 3 + phase)
+        path = folder / f"class{i % classes}" / f"{i:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+def run_jobs(jobs: list[dict[str, Any]], world: int, folder: Path) -> dict[str, Any]:
+    """Run the jobs on ``world`` ranks (gloo, CPU) and return rank 0's records.
+
+    Raises:
+        AssertionError: a rank failed; its output is shown.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = []
+    for rank in range(world):
+        env = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        }  # fmt: skip
+        with open(folder / f"rank{rank}.log", "w") as log:
+            command = [sys.executable, __file__, str(folder / "jobs.json"), str(folder / "out.pt")]
+            processes.append(
+                subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+            )
+    codes = [process.wait(timeout=600) for process in processes]
+    logs = "\n".join((folder / f"rank{r}.log").read_text()[-4000:] for r in range(world))
+    assert codes == [0] * world, logs
+    return torch.load(folder / "out.pt", weights_only=True)
+
+
+def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
+    from njepa.loop import Trainer
+    from njepa.recipes import load_config
+
+    config = load_config("shapes-tiny", TINY + job["overrides"])
+    trainer = Trainer(config, job["ds"], ranks)
+    record: dict[str, Any] = {"ids": [], "grads": [], "losses": []}
+    engine = trainer.engine
+    names = {p: n for n, p in engine.module.named_parameters() if p.requires_grad}
+    step, forward = engine.step, engine.forward
+
+    def recording_forward(batch: Any, h: Any) -> Any:
+        ids = [torch.empty_like(batch.sample_ids) for _ in range(ranks.world)]
+        torch.distributed.all_gather(ids, batch.sample_ids.contiguous())
+        record["ids"].append(torch.cat(ids))
+        loss, metrics = forward(batch, h)
+        shared = loss.detach().clone()
+        torch.distributed.all_reduce(shared)
+        record["losses"].append(shared.item() / ranks.world)
+        return loss, metrics
+
+    def recording_step() -> None:
+        if job.get("grads") and engine.is_gradient_accumulation_boundary():
+            from deepspeed.utils import safe_get_full_grad
+
+            stage = engine.zero_optimization_stage()
+            got = {n: (safe_get_full_grad(p) if stage else p.grad) for p, n in names.items()}
+            record["grads"].append({n: g.detach().float().clone() for n, g in got.items()})
+        step()
+
+    engine.step, engine.forward = recording_step, recording_forward
+    trainer.run()
+    record["step"] = trainer.step
+    record["target"] = {k: v.clone() for k, v in trainer.target.state_dict().items()}
+    engine.destroy()
+    return record
+
+
+def main() -> None:
+    from njepa.ranks import join_ranks, leave_ranks
+
+    ranks = join_ranks("cpu")
+    records = {job["name"]: _run(job, ranks) for job in json.loads(Path(sys.argv[1]).read_text())}
+    if ranks.main:
+        torch.save(records, sys.argv[2])
+    leave_ranks()
+
+
+if __name__ == "__main__":
+    main()

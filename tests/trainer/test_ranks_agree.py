@@ -1,0 +1,74 @@
+"""Two ranks train as one with the doubled batch does, under every ZeRO stage and method."""
+
+import pytest
+import torch
+from jobs import make_images, run_jobs
+
+METHODS = ("ijepa", "cjepa", "njepa", "ncjepa")
+STAGES = (0, 1, 2, 3)
+GLOBAL_BATCH = 8
+
+
+def ds(world, stage, accumulation=1):
+    return {
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ranks")
+    make_images(root / "images", 20)
+
+    def job(world, method, stage):
+        # A weight of 1 makes the VICReg terms visible in the gradients.
+        extra = ["vicreg.weight=1.0"] if method in ("cjepa", "ncjepa") else []
+        name = f"{method}-{stage}"
+        common = [f"data.path={root}/images", f"data.cache_dir={root}/cache{world}"]
+        return {
+            "name": name,
+            "overrides": [
+                f"method={method}", f"run.dir={root}/runs/w{world}-{name}", *common, *extra
+            ],
+            "ds": ds(world, stage),
+            "grads": True,
+        }  # fmt: skip
+
+    one = run_jobs([job(1, m, 0) for m in METHODS], 1, root / "one")
+    two = run_jobs([job(2, m, s) for m in METHODS for s in STAGES], 2, root / "two")
+    return one, two
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_equal_one(records, method, stage):
+    one, two = records[0][f"{method}-0"], records[1][f"{method}-{stage}"]
+    assert len(one["losses"]) == len(two["losses"]) == 3
+    for ids_one, ids_two in zip(one["ids"], two["ids"], strict=True):
+        assert sorted(ids_one.tolist()) == sorted(ids_two.tolist())
+        assert len(set(ids_one.tolist())) == GLOBAL_BATCH
+    assert two["losses"] == pytest.approx(one["losses"], rel=2e-6)
+    for grads_one, grads_two in zip(one["grads"], two["grads"], strict=True):
+        assert grads_one.keys() == grads_two.keys()
+        total = torch.stack([g.norm() for g in grads_one.values()]).norm()
+        for name, expected in grads_one.items():
+            error = (grads_two[name] - expected).norm()
+            # fp32 rounding of sums in another order; a lost factor would be of the size of total.
+            assert error <= 2e-5 * expected.norm() + 2e-6 * total, (name, error, expected.norm())
+    for name, expected in one["target"].items():
+        torch.testing.assert_close(two["target"][name], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.multirank
+def test_the_losses_are_worth_comparing(records):
+    """Methods differ, steps differ, and every trained tensor has a gradient."""
+    one = records[0]
+    losses = {m: tuple(one[f"{m}-0"]["losses"]) for m in METHODS}
+    assert len(set(losses.values())) == 4
+    for method in METHODS:
+        assert len(set(losses[method])) == 3
+        for name, grad in one[f"{method}-0"]["grads"][0].items():
+            assert grad.abs().max() > 0, (method, name)
