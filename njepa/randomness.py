@@ -76,6 +76,12 @@ def uniform(
     return np.multiply(words(seed, stream, step, ids, count, attempt), 2.0**-32, dtype=np.float64)
 
 
+def uniform_of_step(seed: int, stream: str, step: int) -> tuple[float, float, float, float]:
+    """The first four ``uniform`` numbers of id 0: draws that the samples of a step share."""
+    a, b, c, d = philox4x32(0, 0, 0, 0, stream_seed(seed, stream), step & MASK32)
+    return a * 2.0**-32, b * 2.0**-32, c * 2.0**-32, d * 2.0**-32
+
+
 def permutation(seed: int, epoch: int, n: int) -> Int64Array:
     """The order of n samples in an epoch, int64 [n]: argsort of 64-bit keys of stream "order".
 

@@ -6,12 +6,12 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from njepa_kernels._philox import philox4x32
 from scipy import stats
 
-from njepa.randomness import STREAMS, permutation, stream_seed, uniform, words
+from njepa.randomness import STREAMS, permutation, stream_seed, uniform, uniform_of_step, words
 
 IDS = np.arange(2000, dtype=np.int64)
 
@@ -30,6 +30,7 @@ def test_words_follow_the_documented_counter() -> None:
         ]
         assert row.tolist() == expected[:count]
     np.testing.assert_array_equal(uniform(11, "crop", step, ids, count, attempt), got / 2**32)
+    assert uniform_of_step(11, "crop", step) == tuple(uniform(11, "crop", step, ids, 4)[0])
 
 
 def test_stream_seed_follows_its_formula() -> None:
@@ -43,6 +44,7 @@ def test_known_values_never_change() -> None:
     assert permutation(0, 0, 10).tolist() == [0, 5, 8, 6, 1, 2, 3, 4, 7, 9]
 
 
+@settings(derandomize=True, deadline=None)
 @given(
     ids=st.lists(st.integers(0, 2**62), min_size=1, max_size=40),
     count=st.integers(0, 9),
