@@ -1,0 +1,254 @@
+"""Multi-block masks: which patches of an image are context and which are targets (I-JEPA).
+
+Source: Assran et al., arXiv:2301.08243, and facebookresearch/ijepa, src/masks/multiblock.py.
+All blocks of one batch share two sizes (targets, context); places are drawn per image.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from njepa.config import MaskConfig, Range
+from njepa.randomness import Int64Array, uniform_of_step, words
+
+BoolArray = npt.NDArray[np.bool_]
+Size = tuple[int, int]
+_Steps = tuple[int, int, int]
+
+_log = logging.getLogger(__name__)
+_FAILURES = 20  # draws of an image before it has to respect one target block less
+
+
+class Masks(NamedTuple):
+    """Flat row-major patch numbers, ascending along the last axis."""
+
+    context_idx: Int64Array
+    """[G, Kc], the same Kc for every image."""
+    target_idx: Int64Array
+    """[G, M, Kt]; blocks of an image may overlap one another."""
+
+
+def block_size(r: float, scale: Range, aspect: Range, grid: Size, largest: Size) -> Size:
+    """Height and width of a block from one number r in [0, 1].
+
+    With s and a at the fraction r of their ranges and A = int(H W s): h = round(sqrt(A a)) and
+    w = round(sqrt(A / a)), halves to even, at most ``largest``. One r sets both area and aspect, as
+    published: small blocks are wide, large ones tall.
+    """
+    _, h, w = _area_and_sides(r, scale, aspect, grid)
+    return min(h, largest[0]), min(w, largest[1])
+
+
+def possible_sizes(scale: Range, aspect: Range, grid: Size, largest: Size) -> set[Size]:
+    """Every value of ``block_size`` for r = 0, 2^-32, ..., 1 - 2^-32 (and 1)."""
+
+    # Area and height grow with r and the width shrinks while the area stands: two draws that agree
+    # in all three have nothing else between them, so bisection finds every step.
+    def between(low: int, high: int, at_low: _Steps, at_high: _Steps) -> set[_Steps]:
+        if at_low == at_high or high - low == 1:
+            return {at_low, at_high}
+        middle = (low + high) // 2
+        at_middle = at(middle)
+        return between(low, middle, at_low, at_middle) | between(middle, high, at_middle, at_high)
+
+    def at(word: int) -> _Steps:
+        return _area_and_sides(word * 2.0**-32, scale, aspect, grid)
+
+    steps = between(0, 2**32, at(0), at(2**32))
+    return {(min(h, largest[0]), min(w, largest[1])) for _, h, w in steps}
+
+
+class MaskSampler:
+    """Masks of a batch as a pure function of (seed, micro_step, sample ids), without state.
+
+    ``compat="fixed"``: a block may lie anywhere; contexts are cut to the shortest one of the given
+    ids (pass the global batch) by a uniformly random choice of patches; an image whose context has
+    no more than ``min_keep`` patches gets all its blocks anew.
+    ``compat="upstream"``: the published behaviour. Blocks are at most (H-1, W-1) and their last
+    admissible offset is never drawn; contexts keep their first patches, which prefers the top rows;
+    only the context block is drawn anew. Pass the ids of one rank.
+    Both: after 20 failures of an image its context need not avoid the last target block, after 40
+    the last two, and so on, so the sampler always ends. The first time is logged as a warning.
+
+    Raises:
+        ValueError: when built, if a block that these settings can draw has no more than
+            ``min_keep`` patches, or (fixed) if two sizes leave no such context however they lie.
+    """
+
+    def __init__(self, config: MaskConfig, grid: Size, seed: int) -> None:
+        self.config, self.grid, self.seed = config, grid, seed
+        self._spare = 1 if config.compat == "fixed" else 0
+        self._largest = (grid[0] - 1 + self._spare, grid[1] - 1 + self._spare)
+        self._patches = grid[0] * grid[1]
+        self._warned = False
+        self._check()
+
+    def block_sizes(self, micro_step: int) -> tuple[Size, Size]:
+        """(h, w) of the target blocks and of the context block in this step, for any ids."""
+        c = self.config
+        r_target, r_context, *_ = uniform_of_step(self.seed, "mask_size", micro_step)
+        return (
+            block_size(r_target, c.target_scale, c.aspect_ratio, self.grid, self._largest),
+            block_size(r_context, c.context_scale, (1.0, 1.0), self.grid, self._largest),
+        )
+
+    def __call__(self, micro_step: int, sample_ids: Int64Array) -> Masks:
+        """Masks of the given samples, int64 [G].
+
+        Places depend on each sample's id alone; the number Kc is the batch's.
+        """
+        if len(sample_ids) == 0:
+            raise ValueError("masks need at least one sample id, got an empty array")
+        sizes = self.block_sizes(micro_step)
+        corners, keys = self._place(micro_step, sample_ids, sizes, attempt=0)
+        kept = self._context(corners, sizes, self.config.n_targets)
+        lengths = kept.sum(axis=1)
+        if lengths.min() <= self.config.min_keep:
+            self._redraw(micro_step, sample_ids, sizes, corners, kept)
+            lengths = kept.sum(axis=1)
+        shortest = int(lengths.min())
+        if self.config.compat == "fixed":
+            chosen = choose_random(kept, shortest, keys)
+        else:
+            chosen = kept & (kept.cumsum(axis=1, dtype=np.int32) <= shortest)
+        # Each row of ``chosen`` holds as many patches as any other.
+        flat = np.flatnonzero(chosen).reshape(len(sample_ids), shortest)
+        flat -= np.arange(0, len(flat) * self._patches, self._patches)[:, None]
+        return Masks(flat, self._targets(corners, sizes[0]))
+
+    def _place(
+        self, micro_step: int, ids: Int64Array, sizes: tuple[Size, Size], attempt: int
+    ) -> tuple[Int64Array, Int64Array]:
+        """Corners [M+1, 2, G], (top, left) of the targets and the context, and a word [G]."""
+        blocks = [sizes[0]] * self.config.n_targets + [sizes[1]]
+        room = np.array(self.grid) + self._spare - np.array(blocks)  # [M+1, 2] offsets
+        draws = words(self.seed, "mask_place", micro_step, ids, room.size + 1, attempt).T
+        return (draws[:-1] * room.reshape(-1, 1) >> 32).reshape(*room.shape, -1), draws[-1]
+
+    def _context(
+        self, corners: Int64Array, sizes: tuple[Size, Size], constraints: int
+    ) -> BoolArray:
+        """Patches [G, N] of the context block outside of the first ``constraints`` targets."""
+        kept = self._inside(corners[-1], sizes[1])
+        if not self.config.allow_overlap:
+            for corner in corners[:constraints]:
+                kept &= ~self._inside(corner, sizes[0])
+        return kept
+
+    def _inside(self, corner: Int64Array, size: Size) -> BoolArray:
+        """The patches [G, N] inside the blocks with the corners [2, G]."""
+        rows, columns = _band(self.grid, size[0], 0), _band(self.grid, size[1], 1)
+        inside: BoolArray = rows.take(corner[0], axis=0) & columns.take(corner[1], axis=0)
+        return inside
+
+    def _redraw(
+        self,
+        micro_step: int,
+        ids: Int64Array,
+        sizes: tuple[Size, Size],
+        corners: Int64Array,
+        kept: BoolArray,
+    ) -> None:
+        """Draw the images with too short a context anew, in place."""
+        n_targets = self.config.n_targets
+        first = 0 if self.config.compat == "fixed" else n_targets  # block that is drawn anew
+        failed = np.flatnonzero(kept.sum(axis=1) <= self.config.min_keep)
+        for attempt in range(1, _FAILURES * n_targets + 1):
+            if attempt == _FAILURES and not self._warned:
+                self._warned = True
+                _log.warning(
+                    "%d of %d images have %d context patches or fewer after %d draws on a grid of "
+                    "%dx%d and may share patches with their targets; lower mask.min_keep or "
+                    "mask.target_scale (said once)",
+                    len(failed), len(ids), self.config.min_keep, _FAILURES, *self.grid,
+                )  # fmt: skip
+            again = corners[:, :, failed]
+            again[first:] = self._place(micro_step, ids[failed], sizes, attempt)[0][first:]
+            corners[:, :, failed] = again
+            kept[failed] = self._context(again, sizes, n_targets - attempt // _FAILURES)
+            failed = failed[kept[failed].sum(axis=1) <= self.config.min_keep]
+            if len(failed) == 0:
+                return
+
+    def _targets(self, corners: Int64Array, size: Size) -> Int64Array:
+        height, width = size
+        corner = corners[:-1, 0] * self.grid[1] + corners[:-1, 1]  # [M, G]
+        block = np.arange(height)[:, None] * self.grid[1] + np.arange(width)
+        indices: Int64Array = np.ascontiguousarray(corner.T)[:, :, None] + block.ravel()
+        return indices
+
+    def _check(self) -> None:
+        c, (rows, columns) = self.config, self.grid
+        targets = possible_sizes(c.target_scale, c.aspect_ratio, self.grid, self._largest)
+        contexts = possible_sizes(c.context_scale, (1.0, 1.0), self.grid, self._largest)
+        for key, sizes in (("target_scale", targets), ("context_scale", contexts)):
+            h, w = min(sizes, key=math.prod)
+            if h * w <= c.min_keep:
+                aspect = f" and mask.aspect_ratio={list(c.aspect_ratio)}" * (key == "target_scale")
+                lower = f"set mask.min_keep to at most {h * w - 1}, " if h * w else ""
+                raise ValueError(
+                    f"mask.{key}={list(getattr(c, key))}{aspect} on a grid of {rows}x{columns} "
+                    f"patches draws blocks as small as {h}x{w} = {h * w} patches, expected more "
+                    f"than mask.min_keep={c.min_keep}; {lower}raise mask.{key}, or use more "
+                    f"patches (larger data.image_size or smaller model.patch_size)"
+                )
+        if c.compat == "upstream" or c.allow_overlap:
+            return
+        left, target, context = min(
+            (math.prod(k) - _least_overlap(t, k, self.grid), t, k)
+            for t in targets
+            for k in contexts
+        )
+        if left <= c.min_keep:
+            raise ValueError(
+                f"a target block of {target[0]}x{target[1]} patches leaves at most {left} of a "
+                f"{context[0]}x{context[1]} context block on a grid of {rows}x{columns}, expected "
+                f"more than mask.min_keep={c.min_keep}; lower mask.min_keep or "
+                f"mask.target_scale={list(c.target_scale)}, raise "
+                f"mask.context_scale={list(c.context_scale)}, or set mask.allow_overlap=true"
+            )
+
+
+def choose_random(kept: BoolArray, count: int, keys: Int64Array) -> BoolArray:
+    """``count`` of the kept patches in each row of [G, N], every choice equally likely.
+
+    ``keys`` [G] are uint32 random words. Patch n of row g ranks by h(keys[g] + n c mod 2^32) with
+    c = 2^32 / golden ratio and h the 32-bit finaliser of MurmurHash3; a smaller ``count`` keeps a
+    subset of what a larger one keeps. (A Philox word for each patch takes seven times as long.)
+    """
+    steps = np.arange(kept.shape[1], dtype=np.uint32) * np.uint32(0x9E3779B9)
+    # c is odd and h is a bijection: no two patches of a row are equal.
+    rank = keys.astype(np.uint32)[:, None] + steps
+    rank ^= rank >> np.uint32(16)
+    rank *= np.uint32(0x85EBCA6B)
+    rank ^= rank >> np.uint32(13)
+    rank *= np.uint32(0xC2B2AE35)
+    rank ^= rank >> np.uint32(16)
+    kept_first = rank | (kept.view(np.int8) - np.int8(1)).astype(np.uint32)  # others: 2^32 - 1
+    kept_first.partition(count - 1, axis=1)
+    return kept & (rank <= kept_first[:, count - 1 : count])
+
+
+def _area_and_sides(r: float, scale: Range, aspect: Range, grid: Size) -> _Steps:
+    area = int(grid[0] * grid[1] * (scale[0] + r * (scale[1] - scale[0])))
+    ratio = aspect[0] + r * (aspect[1] - aspect[0])
+    return area, round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+
+
+def _least_overlap(a: Size, b: Size, grid: Size) -> int:
+    return math.prod(max(0, i + j - side) for i, j, side in zip(a, b, grid, strict=True))
+
+
+@lru_cache(maxsize=512)
+def _band(grid: Size, side: int, axis: int) -> BoolArray:
+    """Which patches [N] lie in a band of rows (axis 0) or columns (axis 1), per offset [.., N]."""
+    place = np.indices(grid)[axis].ravel()
+    offset = np.arange(grid[axis] - side + 1)[:, None]
+    band: BoolArray = (place >= offset) & (place < offset + side)
+    return band
