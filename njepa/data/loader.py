@@ -9,7 +9,6 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,21 +20,14 @@ from njepa.data.batch import Batch
 from njepa.data.index import ImageIndex
 from njepa.data.normalise import normalise
 from njepa.data.order import SampleOrder
-from njepa.data.torch_loader import Pixels, TorchPixels
+from njepa.data.pixels import PixelSource
+from njepa.data.torch_loader import TorchPixels
 from njepa.masking import MaskSampler
 from njepa.noise import NoiseLevels
 
 logger = logging.getLogger(__name__)
 
 _POLL = 0.1  # seconds between two looks at whether the loader was closed
-
-
-class PixelSource(Protocol):
-    """A backend: the pixels of consecutive micro-steps."""
-
-    def __next__(self) -> Pixels: ...
-
-    def close(self) -> None: ...
 
 
 class Loader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,19 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from njepa.config import DataConfig
-from njepa.data.crops import crop_windows, flips
+from njepa.data.crops import crop_windows
 from njepa.data.decode import DecodeError, decode, resize
 from njepa.data.index import ImageIndex
 from njepa.data.order import Planned, SampleOrder
-
-
-class Pixels(NamedTuple):
-    """What a backend delivers for one micro-batch."""
-
-    images: Tensor
-    """uint8 [B, 3, S, S], channels-last in memory."""
-    unreadable: list[tuple[int, str]]
-    """Sample ids that were replaced by others, with the reason."""
+from njepa.data.pixels import Pixels, planned_views
 
 
 class PlannedImages(Dataset["Pixels | DecodeError"]):
@@ -52,11 +44,7 @@ class PlannedImages(Dataset["Pixels | DecodeError"]):
         """
         plan = self._order.at(micro_step)
         config, index, size = self._config, self._index, self._config.image_size
-        windows = crop_windows(
-            self._seed, plan.epoch, plan.ids, index.widths[plan.ids], index.heights[plan.ids],
-            config.crop_scale, config.crop_ratio,
-        )  # fmt: skip
-        mirrored = flips(self._seed, plan.epoch, plan.ids, config.hflip)
+        windows, mirrored = planned_views(config, self._seed, index, plan)
         images = torch.empty(len(plan.ids), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         unreadable: list[tuple[int, str]] = []
         for slot, sample in enumerate(plan.ids.tolist()):

@@ -1,0 +1,158 @@
+"""Images by DALI: it reads, decodes the crop window and resizes; what and where is ours to say."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import nvidia.dali as nvidia_dali
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from njepa.config import DataConfig
+from njepa.data.decode import DecodeError, decode
+from njepa.data.index import ImageIndex
+from njepa.data.order import SampleOrder
+from njepa.data.pixels import Pixels, planned_views
+
+dali: Any = nvidia_dali  # its annotations leave out what is used here
+
+
+class UnreadableImage(RuntimeError):
+    """DALI met an image that it cannot decode, and has no way to go on without it."""
+
+
+class DaliPixels:
+    """Iterates ``Pixels`` for micro-steps ``start`` to ``stop`` - 1.
+
+    The same pipeline on CPU and GPU. Randomness stays outside: file names (or the bytes of shard
+    members), windows and flips enter as inputs, so there is no DALI state to save.
+
+    Args:
+        threads: CPU threads of the pipeline.
+        device: where the pixels are decoded and delivered.
+    """
+
+    def __init__(
+        self, config: DataConfig, seed: int, index: ImageIndex, order: SampleOrder,
+        start: int, stop: int, threads: int, device: torch.device,
+    ) -> None:  # fmt: skip
+        self._config, self._seed, self._index, self._order = config, seed, index, order
+        self._start, self._stop, self._next = start, stop, start
+        self._readers = ThreadPoolExecutor(threads) if index.shards else None
+        self._pipeline = self._build(threads, device)
+
+    def __next__(self) -> Pixels:
+        """The next micro-batch, ready on the device.
+
+        Raises:
+            UnreadableImage: names the file and says how to go on. RuntimeError: DALI failed
+                although every file is readable.
+        """
+        if self._pipeline is None or self._next >= self._stop:
+            raise StopIteration
+        try:
+            (images,) = self._pipeline.run()  # returns when they are complete
+        except (RuntimeError, IndexError) as error:
+            raise self._explained(error) from error
+        self._next += 1
+        return Pixels(from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), [])
+
+    def close(self) -> None:
+        """Drop the pipeline and its threads."""
+        self._pipeline = None
+        if self._readers is not None:
+            self._readers.shutdown(cancel_futures=True)
+
+    def _build(self, threads: int, device: torch.device) -> Any:
+        gpu = device.type == "cuda"
+        device_id = None
+        if gpu:
+            device_id = torch.cuda.current_device() if device.index is None else device.index
+        size = self._config.image_size
+        fn, types = dali.fn, dali.types
+        pipeline = dali.Pipeline(
+            batch_size=self._order.micro_batch,
+            num_threads=threads,
+            device_id=device_id,
+            prefetch_queue_depth=self._config.prefetch,
+        )
+        with pipeline:
+            data, corner, extent, mirrored = fn.external_source(
+                source=self._inputs,
+                num_outputs=4,
+                dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
+                ndim=[1, 1, 1, 0],
+            )
+            if not self._index.shards:
+                data = fn.io.file.read(data)
+            # Whole numbers are pixels of the upright image, so nothing is rounded here.
+            images = fn.decoders.image_slice(
+                data,
+                corner,
+                extent,
+                axis_names="WH",
+                device="mixed" if gpu else "cpu",
+                jpeg_fancy_upsampling=True,  # as libjpeg does, on the GPU too
+            )
+            images = fn.resize(
+                images, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True
+            )
+            pipeline.set_outputs(fn.flip(images, horizontal=mirrored))
+        pipeline.build()
+        return pipeline
+
+    def _inputs(self, iteration: int) -> tuple[Any, ...]:
+        micro_step = self._start + iteration
+        if micro_step >= self._stop:
+            raise StopIteration
+        plan = self._order.at(micro_step)
+        windows, mirrored = planned_views(self._config, self._seed, self._index, plan)
+        corner, extent = np.split(windows.astype(np.int32), 2, axis=1)
+        return (
+            self._encoded(plan.ids),
+            np.ascontiguousarray(corner),
+            np.ascontiguousarray(extent),
+            mirrored.astype(np.int32),
+        )
+
+    def _encoded(self, ids: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
+        """Bytes of shard members; for files their path, which DALI reads itself."""
+        if self._readers is None:
+            data = [str(self._index.path(i)).encode("utf-8", "surrogateescape") for i in ids]
+        else:
+            data = list(self._readers.map(self._index.read, ids))
+        return [np.frombuffer(item, dtype=np.uint8) for item in data]
+
+    def _explained(self, error: Exception) -> Exception:
+        """Which file stopped the pipeline: DALI often does not say, so decode them once more."""
+        ahead = range(self._next, min(self._next + self._config.prefetch + 1, self._stop))
+        for micro_step in ahead:
+            bad = [text for i in self._order.at(micro_step).ids if (text := self._fault(int(i)))]
+            if bad:
+                return UnreadableImage(
+                    f"unreadable image(s) in micro-step {micro_step}: {'; '.join(bad)}. DALI "
+                    f"cannot go on without them. List the good images with "
+                    f"'njepa scan PATH --out good.txt' and set data.path=good.txt, or set "
+                    f"data.backend=torch, which replaces unreadable images"
+                )
+        names = [self._index.name(int(i)) for i in self._order.at(self._next).ids[:3]]
+        return RuntimeError(
+            f"DALI failed in micro-step {self._next} ({', '.join(names)}, ...), whose files are "
+            f"all readable by Pillow; data.backend=torch does without DALI"
+        )
+
+    def _fault(self, sample: int) -> str:
+        index = self._index
+        try:
+            height, width = decode(index.read(sample)).shape[1:]
+        except (OSError, DecodeError) as error:
+            return f"{index.path(sample) or index.name(sample)} ({error})"
+        if (width, height) != (index.widths[sample], index.heights[sample]):
+            return (
+                f"{index.path(sample) or index.name(sample)} (has {width} x {height} pixels, "
+                f"{index.widths[sample]} x {index.heights[sample]} when it was indexed)"
+            )
+        return ""
