@@ -189,10 +189,10 @@ def _list_file(path: Path) -> Source:
     rows: list[tuple[str, str | None]] = []
     text = path.read_text(encoding="utf-8", errors="surrogateescape")
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
+        name, tab, label = line.rstrip("\r").partition("\t")
+        if not name:
             continue
-        name, tab, label = line.partition("\t")
-        rows.append((Path(name.strip()).as_posix(), label.strip() if tab else None))
+        rows.append((Path(name).as_posix(), label.strip() if tab else None))
         if (rows[0][1] is None) != (rows[-1][1] is None):
             raise SourceError(
                 f"data: {path}, line {number}: labels must stand on every line or on none; "
