@@ -1,0 +1,173 @@
+"""The encoder: timm's network on a subset of tokens, its positions and its initial weights."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import timm
+import torch
+from published_ijepa import sincos_table
+from timm.models.vision_transformer import VisionTransformer
+from tiny import make_batch, tiny_config
+
+from njepa.config import ConfigError
+from njepa.models.encoder import SIZES, Encoder, EncoderSize, build_encoder, encoder_size
+from njepa.models.positions import position_table, sincos
+
+
+def timm_twin() -> VisionTransformer:
+    return VisionTransformer(
+        img_size=48, patch_size=8, embed_dim=32, depth=2, num_heads=2, class_token=False,
+        global_pool="avg", fc_norm=False, num_classes=0,
+    )  # fmt: skip
+
+
+def test_state_dict_is_timms_both_ways():
+    encoder, twin = build_encoder(tiny_config()), timm_twin()
+    images = make_batch(tiny_config()).images
+    twin.load_state_dict(encoder.state_dict(), strict=True)
+    torch.testing.assert_close(encoder(images), twin.forward_features(images), rtol=0, atol=0)
+    other = timm_twin()  # with weights and a position table of its own
+    encoder.load_state_dict(other.state_dict(), strict=True)
+    torch.testing.assert_close(encoder(images), other.forward_features(images), rtol=0, atol=0)
+    torch.testing.assert_close(encoder(images).mean(1), other(images), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("vit_tiny", "vit_tiny_patch16_224"), ("vit_small", "vit_small_patch16_224"),
+        ("vit_base", "vit_base_patch16_224"), ("vit_large", "vit_large_patch16_224"),
+        ("vit_huge", "vit_huge_patch14_gap_224"), ("vit_giant", "vit_giant_patch16_gap_224"),
+    ],
+)  # fmt: skip
+def test_named_sizes_have_timms_shapes(ours: str, theirs: str):
+    patch = 14 if "patch14" in theirs else 16
+    with torch.device("meta"):
+        twin = timm.create_model(theirs, num_classes=0, class_token=False, global_pool="avg",
+                                 fc_norm=False)  # fmt: skip
+        encoder = Encoder(SIZES[ours], 224, patch)
+    shapes = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in twin.state_dict().items()}
+    assert encoder.blocks[0].attn.num_heads == twin.blocks[0].attn.num_heads
+
+
+def test_subset_is_taken_after_positions_and_before_blocks():
+    encoder, batch = build_encoder(tiny_config()), make_batch(tiny_config())
+    got = encoder(batch.images, batch.context_idx)
+    tokens = encoder.patch_embed(batch.images) + encoder.pos_embed
+    for b in range(len(batch.images)):
+        kept = tokens[b, batch.context_idx[b]].unsqueeze(0)
+        torch.testing.assert_close(got[b], encoder.norm(encoder.blocks(kept))[0])
+    everything = torch.arange(36).expand(4, -1)
+    torch.testing.assert_close(encoder(batch.images, everything), encoder(batch.images))
+
+
+def test_patches_outside_the_subset_have_no_influence():
+    encoder, batch = build_encoder(tiny_config()), make_batch(tiny_config())
+    images = batch.images.clone().requires_grad_()
+    encoder(images, batch.context_idx).square().sum().backward()
+    per_patch = images.grad.unfold(2, 8, 8).unfold(3, 8, 8).abs().sum((1, 4, 5)).flatten(1)
+    kept = torch.zeros_like(per_patch, dtype=torch.bool).scatter(1, batch.context_idx, True)
+    assert torch.equal(per_patch > 0, kept)
+
+
+def test_position_table():
+    table = position_table(32, (6, 6))
+    torch.testing.assert_close(table, sincos_table(32, 6), rtol=0, atol=1e-7)
+    torch.testing.assert_close(table.square().mean(1).sqrt(), torch.full((36,), math.sqrt(0.5)))
+    wide = position_table(16, (2, 3), scale=0.5)  # 2 rows, 3 columns
+    assert torch.equal(wide[0, :8], wide[3, :8])  # same column, next row
+    assert torch.equal(wide[0, 8:], wide[1, 8:])  # same row, next column
+    torch.testing.assert_close(2 * wide[2], torch.cat(
+        (sincos(torch.tensor(2.0), 8), sincos(torch.tensor(0.0), 8))))  # fmt: skip
+    for function in (lambda: position_table(30, (2, 2)), lambda: sincos(torch.zeros(1), 3)):
+        with pytest.raises(ValueError, match=r"got (30|3)"):
+            function()
+
+
+def test_positions_are_frozen_and_scaled():
+    encoder = build_encoder(tiny_config(model={"pos_scale": 0.5}))
+    assert not encoder.pos_embed.requires_grad
+    torch.testing.assert_close(encoder.pos_embed[0], 0.5 * sincos_table(32, 6))
+
+
+def test_published_init():
+    config = tiny_config(model={"width": 128, "depth": 2, "heads": 4})
+    encoder = build_encoder(config)
+    for name, parameter in encoder.named_parameters():
+        if name.endswith("bias"):
+            assert torch.count_nonzero(parameter) == 0, name
+        elif "norm" in name:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+        elif name != "pos_embed":
+            spread = 0.02 * 4 / math.sqrt(2 * parameter.numel())  # four standard errors
+            assert abs(parameter.std().item() - 0.02) < spread, name
+    rescaled = build_encoder(config.model_copy(update={
+        "model": config.model.model_copy(update={"depth_rescaled_init": True})}))  # fmt: skip
+    for depth in (1, 2):
+        for part in ("attn.proj", "mlp.fc2"):
+            name = f"blocks.{depth - 1}.{part}.weight"
+            expected = encoder.get_parameter(name) / math.sqrt(2 * depth)
+            torch.testing.assert_close(rescaled.get_parameter(name), expected)
+    assert torch.equal(rescaled.blocks[0].mlp.fc1.weight, encoder.blocks[0].mlp.fc1.weight)
+
+
+def test_xavier_init():
+    model = {"width": 128, "heads": 4, "init": "xavier", "init_gain": 1.4}
+    encoder = build_encoder(tiny_config(model=model))
+    for weight in (encoder.blocks[0].attn.qkv.weight, encoder.patch_embed.proj.weight):
+        fan_out, fan_in = weight.flatten(1).shape
+        bound = 1.4 * math.sqrt(6 / (fan_in + fan_out))
+        assert weight.abs().max() <= bound
+        assert abs(weight.std().item() / (bound / math.sqrt(3)) - 1) < 0.02
+    assert torch.count_nonzero(encoder.blocks[0].attn.qkv.bias) == 0
+
+
+def test_seed_decides_the_weights_and_the_global_generator_is_left_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = build_encoder(tiny_config())
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    again = build_encoder(tiny_config())
+    other = build_encoder(tiny_config(run={"seed": 1}))
+    name = "blocks.1.mlp.fc1.weight"
+    assert torch.equal(first.get_parameter(name), again.get_parameter(name))
+    assert not torch.equal(first.get_parameter(name), other.get_parameter(name))
+
+
+def test_autocast_keeps_the_residual_stream_in_fp32():
+    encoder, batch = build_encoder(tiny_config()), make_batch(tiny_config())
+    seen: list[torch.dtype] = []
+    encoder.blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        encoder(batch.images)
+        encoder(batch.images, batch.context_idx)
+    assert seen == [torch.float32, torch.float32]
+
+
+def test_pure_bf16_parameters():
+    encoder, batch = build_encoder(tiny_config()).bfloat16(), make_batch(tiny_config())
+    features = encoder(batch.images, batch.context_idx)
+    assert features.dtype == torch.bfloat16
+    assert features.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"encoder": "vit_bse"}, "did you mean 'vit_base'"),
+        ({"width": 30}, "multiple of 4.*got 30"),
+        ({"width": 64, "heads": 3}, r"model.width=64.*model.heads=3"),
+    ],
+)
+def test_bad_sizes(model: dict[str, object], message: str):
+    with pytest.raises(ConfigError, match=message):
+        encoder_size(tiny_config(model=model).model)
+
+
+def test_overrides():
+    config = tiny_config(model={"encoder": "vit_giant", "width": 1056, "depth": 3, "heads": 12})
+    assert encoder_size(config.model) == EncoderSize(1056, 3, 12, 48 / 11)
