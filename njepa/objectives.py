@@ -16,9 +16,7 @@ from torch.nn import functional as F
 from njepa.config import Config, NoiseConfig
 from njepa.data.batch import Batch
 from njepa.models.jepa import JepaOutput
-
-_SIGMA_DATA_SQUARED = 0.5  # the mean square of a sin-cos position vector
-_EDM_WEIGHT_CAP = 10.0
+from njepa.noise import MAX_WEIGHT, SIGMA_DATA
 
 
 class Losses(NamedTuple):
@@ -95,18 +93,17 @@ def prediction_loss(config: Config, output: JepaOutput, h: Tensor, batch: Batch)
 def level_weight(noise: NoiseConfig, levels: Tensor, sigma: Tensor) -> Tensor | None:
     """w_k of each block or token, shaped like ``sigma``; None for 1 everywhere. Our reading.
 
-    ``inv``: 1/(1 + sigma^2/sigma_d^2). ``edm``: (sigma^2 + sigma_d^2)/(sigma sigma_d)^2 (arXiv
-    2206.00364), at most 10, for it diverges at 0. A list: its entry of the level.
+    The weights of ``NoiseLevels.weights``, for each sigma as it was drawn (annealing, jitter).
+    ``inv``: 1/(1 + sigma^2/sigma_d^2). ``edm``: 1/sigma^2 + 1/sigma_d^2 (arXiv 2206.00364), at most
+    10, for it diverges at 0. A list: its entry of the level.
     """
     kind = noise.level_weights
     if kind == "uniform":
         return None
-    squared = sigma.square()
     if kind == "inv":
-        return 1.0 / (1.0 + squared / _SIGMA_DATA_SQUARED)
+        return 1.0 / (1.0 + (sigma / SIGMA_DATA).square())
     if kind == "edm":
-        raw = (squared + _SIGMA_DATA_SQUARED) / (squared * _SIGMA_DATA_SQUARED)
-        return raw.clamp(max=_EDM_WEIGHT_CAP)
+        return (sigma.square().reciprocal() + 1.0 / SIGMA_DATA**2).clamp(max=MAX_WEIGHT)
     weight = torch.zeros_like(sigma)
     for level, value in enumerate(kind):  # filled on the device: no copy from the host in the step
         weight = weight.masked_fill(levels == level, value)

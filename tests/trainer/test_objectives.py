@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from tiny import N_BLOCKS, SIGMAS, make_batch, tiny_config
@@ -13,6 +14,7 @@ from njepa.config import Config
 from njepa.data.batch import Batch
 from njepa.ema import make_target
 from njepa.models.jepa import Jepa, JepaOutput, build_jepa
+from njepa.noise import NoiseLevels
 from njepa.objectives import (
     level_weight,
     loss_per_level,
@@ -112,6 +114,17 @@ def test_level_weight_of_level_zero_and_of_no_noise():
     weight = level_weight(config.noise, levels, sigma)
     torch.testing.assert_close(weight, torch.tensor([[10.0, 4.5 / 2.0]]))
     assert level_weight(tiny_config("njepa").noise, levels, sigma) is None
+
+
+@pytest.mark.parametrize("weights", ["inv", "edm", (0.5, 1.0, 2.0, 0.0)])
+def test_level_weight_is_that_of_the_noise_levels(weights: object):
+    noise = {"level_weights": weights, "anneal_to": 0.1}
+    config = tiny_config("njepa", noise=noise)
+    table = NoiseLevels(config.noise, N_BLOCKS, pos_rms=0.7, seed=0, total_steps=10)
+    for step in (0, 4):
+        levels, sigma = map(torch.tensor, table.assign(step, np.arange(5), 3))
+        expected = torch.from_numpy(table.weights(step))[levels]
+        torch.testing.assert_close(level_weight(config.noise, levels, sigma), expected)
 
 
 def test_loss_per_level_of_an_absent_level_is_nan():
