@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import struct
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -41,10 +40,18 @@ def decode(data: bytes) -> Tensor:
             if upright.mode.startswith("I;16"):  # Pillow would clip at 255
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             pixels = np.array(upright.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        reason = "empty file" if not data else " ".join(str(error).split())
-        raise DecodeError(reason or type(error).__name__) from None
+    except Exception as error:  # damaged files make Pillow raise almost anything
+        raise DecodeError(fault(error, len(data))) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def fault(error: Exception, size: int) -> str:
+    """What is wrong with an encoded image of ``size`` bytes, in a few words."""
+    if size == 0:
+        return "empty file"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:

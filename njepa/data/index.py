@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
+from njepa.data.decode import fault
 from njepa.data.listing import EXPECTED, Entries, Source, SourceError, list_entries
 
 Int64Array = npt.NDArray[np.int64]
@@ -100,11 +101,10 @@ def build_index(source: Source, progress: bool) -> ImageIndex:
             size, file = int(entries.sizes[i]), source.root / shards[shard]
             try:
                 return *_upright_size(_read_at(file, offset, min(_HEAD, size))), ""
-            except (OSError, SyntaxError, ValueError):
+            except Exception:  # cut inside the header?
                 return *_upright_size(_read_at(file, offset, size)), ""
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            return 0, 0, "empty file" if entries.sizes[i] == 0 else reason
+        except Exception as error:  # damaged files make Pillow raise almost anything
+            return 0, 0, fault(error, int(entries.sizes[i]))
 
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
         results = pool.map(header, range(total), chunksize=64)

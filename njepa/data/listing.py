@@ -79,6 +79,13 @@ def find_source(path: Path) -> Source:
     Raises:
         SourceError: nothing at ``path``, or nothing in it that could be an image.
     """
+    try:
+        return _find(path)
+    except OSError as error:
+        raise SourceError(f"data: {path} cannot be listed: {error}") from error
+
+
+def _find(path: Path) -> Source:
     text = os.fspath(path)
     if re.search(r"[{*?\[]", text) and not path.exists():
         return _shards(path, _expand(text))
