@@ -17,7 +17,7 @@ _YES = "yes"
 
 
 def _status(op: str, impl: str, device: torch.device | None) -> str:
-    """ "yes", or why ``impl`` of ``op`` cannot run on ``device`` (None: on any device)."""
+    """The word yes, or why ``impl`` of ``op`` cannot run on ``device`` (None: on any device)."""
     if impl == "reference":
         return _YES
     return f"not implemented in njepa_kernels {__version__.rsplit('.', 1)[0]}"

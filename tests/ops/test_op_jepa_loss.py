@@ -81,7 +81,9 @@ def test_weight_one_changes_no_bit() -> None:
 
 def test_per_token_gives_the_loss_of_each_block() -> None:
     inputs = _inputs()
-    result = jepa_loss(**inputs, weight=torch.rand(B, M))
+    inputs["pred"].requires_grad_()
+    result = jepa_loss(**inputs, weight=torch.rand(B, M, requires_grad=True))
+    assert result.loss.requires_grad
     assert not result.per_token.requires_grad
     one = inputs["target_idx"][:, 1:]
     block = jepa_loss(inputs["pred"][B:], inputs["h"], one).loss

@@ -94,6 +94,14 @@ def test_sigma_zero_is_no_noise_bit_for_bit(mix: str, dtype: torch.dtype) -> Non
     assert clean.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_the_fp32_result_rounded_once(dtype: torch.dtype) -> None:
+    inputs = _inputs()
+    inputs |= {name: inputs[name].to(dtype) for name in ("context", "mask_token")}
+    wide = inputs | {name: inputs[name].float() for name in ("context", "mask_token")}
+    assert torch.equal(predictor_tokens(**inputs), predictor_tokens(**wide).to(dtype))
+
+
 def test_sigma_zero_still_has_a_gradient_for_sigma() -> None:
     inputs = _inputs()
     inputs["sigma"] = torch.zeros(B, M, requires_grad=True)

@@ -56,15 +56,16 @@ def vicreg(
     op = "vicreg"
     three = isinstance(u, torch.Tensor) and u.dim() == 3
     check_tensor(op, "u", u, "[M,n,D]" if three else "[n,D]")
+    n_ranks = 1 if group is None else dist.get_world_size(group)
+    # Before any check that one rank alone could fail: the others would wait for it.
+    if group is not None and n_ranks > 1 and can_read_values(u):
+        check_equal_shapes(u, group)
     if not eps > 0:
         raise ValueError(f"{op}: eps must be above 0, got {eps}")
     if u.shape[-1] == 0 or (three and u.shape[0] == 0):
         raise ValueError(
             f"{op}: u must have at least one view and one channel, got {list(u.shape)}"
         )
-    n_ranks = 1 if group is None else dist.get_world_size(group)
-    if group is not None and n_ranks > 1 and can_read_values(u):
-        check_equal_shapes(u, group)
     if u.shape[-2] * n_ranks < 2:
         raise ValueError(
             f"{op}: u must have at least 2 samples over all ranks (a variance needs two), "
