@@ -86,7 +86,7 @@ class MaskSampler:
         self._spare = 1 if config.compat == "fixed" else 0
         self._largest = (grid[0] - 1 + self._spare, grid[1] - 1 + self._spare)
         self._patches = grid[0] * grid[1]
-        self._warned = False
+        self.overlapped = False  # whether a context ever had to share patches with targets
         self._check()
 
     def block_sizes(self, micro_step: int) -> tuple[Size, Size]:
@@ -160,8 +160,8 @@ class MaskSampler:
         first = 0 if self.config.compat == "fixed" else n_targets  # block that is drawn anew
         failed = np.flatnonzero(kept.sum(axis=1) <= self.config.min_keep)
         for attempt in range(1, _FAILURES * n_targets + 1):
-            if attempt == _FAILURES and not self._warned:
-                self._warned = True
+            if attempt == _FAILURES and not self.overlapped:
+                self.overlapped = True
                 _log.warning(
                     "%d of %d images have %d context patches or fewer after %d draws on a grid of "
                     "%dx%d and may share patches with their targets; lower mask.min_keep or "
