@@ -51,6 +51,13 @@ def test_foreach_equals_the_loop_bit_for_bit(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(inputs["targets"], looped, strict=True))
 
 
+@pytest.mark.parametrize("momentum", [0.99999, torch.tensor(0.99999, dtype=torch.float64)], ids=str)
+def test_one_minus_momentum_is_not_taken_in_fp32(momentum: float | torch.Tensor) -> None:
+    target = torch.zeros(1)
+    ema_update_([target], [torch.ones(1)], momentum)
+    assert target.item() == pytest.approx(1e-5, rel=1e-6)
+
+
 def test_many_small_steps_do_not_stall() -> None:
     """In fp32 the mean follows; in bf16 steps of 0.4 % would be rounded away."""
     targets, shadow = [torch.zeros(8)], [torch.zeros(8, dtype=torch.bfloat16)]
