@@ -207,9 +207,21 @@ def autocast(engine: Any, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=low)
 
 
-def gradient_norm(engine: Any) -> float | None:
-    """Global L2 norm of the last step's gradient before clipping, where the engine keeps it."""
-    norm = engine.get_global_grad_norm()
+def unsharded_gradient_norm(engine: Any) -> Tensor | None:
+    """Global L2 norm of the gradients between ``backward`` and ``step``, on the device.
+
+    Only ZeRO stage 0 needs it (the engine then keeps no norm of its own, and every rank holds the
+    whole averaged gradient); None at other stages.
+    """
+    if engine.zero_optimization_stage() > 0:
+        return None
+    grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(grads)
+
+
+def gradient_norm(engine: Any, unsharded: Tensor | None) -> float | None:
+    """Global L2 norm of the last step's gradient before clipping (a host sync)."""
+    norm = unsharded if unsharded is not None else engine.get_global_grad_norm()
     return None if norm is None else float(norm)
 
 

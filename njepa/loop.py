@@ -18,9 +18,9 @@ from torch import Tensor
 from njepa import checkpointing, ds_engine
 from njepa.config import Config, ConfigError, dump_config
 from njepa.data.batch import Batch
-from njepa.data.index import open_source
-from njepa.data.loader import build_loader
+from njepa.data.loader import build_loader, choose_backend
 from njepa.data.order import SampleOrder
+from njepa.data.sources import open_source
 from njepa.ds_engine import BatchSizes
 from njepa.ema import ema_parameters, make_target, update_target
 from njepa.evaluation.evaluate import Evaluator, open_test_side, report
@@ -61,6 +61,7 @@ class Trainer:
         check_vicreg_batch(config, self.sizes)
         with _as_config_error():  # a pure check, before anything is read or written
             check_sizes(config)
+            choose_backend(config.data.backend, ranks.device)
             self.impl = choose_impls(config, ranks.device)
             masks = MaskSampler(config.mask, config.grid, config.run.seed)
         self.evaluator: Evaluator | None = None  # rank 0, where there are labelled test images
@@ -114,6 +115,7 @@ class Trainer:
             config.optim,
             ranks.device,
         )
+        self._norm: Tensor | None = None
         self.step = self._resume() if config.run.resume else 0
         self.loader = build_loader(
             config, self.index, order, masks, noise, ranks.device, self.step, self.total_steps
@@ -197,6 +199,8 @@ class Trainer:
             h = self.encode_target(batch.images)
             loss, metrics = self.engine(batch, h)
             self.engine.backward(loss)
+            if self.engine.is_gradient_accumulation_boundary():
+                self._norm = ds_engine.unsharded_gradient_norm(self.engine)
             self.engine.step()
             means.add(metrics)
             means.add_counts(
@@ -227,7 +231,7 @@ class Trainer:
         waited, self.loader.wait_s = self.loader.wait_s, 0.0
         if tracker is not None:
             lr, weight_decay, momentum = self.schedules.at(self.step - 1)
-            norm = ds_engine.gradient_norm(self.engine)
+            norm = ds_engine.gradient_norm(self.engine, self._norm)
             tracker.log(
                 self.step,
                 {

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from njepa.config import Config, ConfigError
-from njepa.data.index import ImageIndex, open_source
+from njepa.data.index import ImageIndex
+from njepa.data.sources import open_source
 from njepa.evaluation.features import (
     LabelledImages,
     align_classes,

@@ -59,7 +59,12 @@ def test_two_ranks_equal_one(records, method, stage):
             # fp32 rounding of sums in another order; a lost factor would be of the size of total.
             assert error <= 2e-5 * expected.norm() + 2e-6 * total, (name, error, expected.norm())
     for name, expected in one["target"].items():
-        torch.testing.assert_close(two["target"][name], expected, rtol=1e-4, atol=1e-5)
+        got = two["target"][name]
+        if name.endswith("qkv.bias"):
+            # Softmax does not see the keys' bias: its gradient is pure rounding, which Adam
+            # turns into full steps of either sign.
+            expected, got = (torch.cat((x.chunk(3)[0], x.chunk(3)[2])) for x in (expected, got))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.multirank
