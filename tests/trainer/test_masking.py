@@ -18,6 +18,7 @@ from scipy import stats
 
 from njepa.config import MaskConfig
 from njepa.masking import Masks, MaskSampler, block_size, choose_random, possible_sizes
+from njepa.randomness import words
 
 GRID = (14, 14)
 ONE = (1.0, 1.0)
@@ -504,6 +505,26 @@ def test_fixed_draws_failing_images_anew_before_it_overlaps() -> None:
         changed, images = changed + moved.sum(), images + len(ids)
     assert not masks.overlapped
     assert 0 < changed < 0.5 * images
+
+
+def test_constraints_are_dropped_after_exactly_twenty_failures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A 7x7 context block has one place on 8x8 (upstream), so only a dropped constraint mends."""
+    attempts: list[int] = []
+
+    def recorded(*args: Any) -> np.ndarray:
+        attempts.append(args[-1])
+        return words(*args)
+
+    monkeypatch.setattr("njepa.masking.words", recorded)
+    masks = sampler("upstream", (8, 8), n_targets=20, min_keep=8)
+    ended = set()
+    for i in range(60):
+        masks(0, np.array([i]))
+        ended.add(attempts[-1])
+    assert ended > {0, 20, 40}
+    assert all(last % 20 == 0 for last in ended)
 
 
 def test_no_samples() -> None:
