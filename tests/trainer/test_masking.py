@@ -519,11 +519,11 @@ def test_constraints_are_dropped_after_exactly_twenty_failures(
 
     monkeypatch.setattr("njepa.masking.words", recorded)
     masks = sampler("upstream", (8, 8), n_targets=20, min_keep=8)
-    ended = set()
+    ended: set[int] = set()
     for i in range(60):
         masks(0, np.array([i]))
         ended.add(attempts[-1])
-    assert ended > {0, 20, 40}
+    assert len(ended) > 3
     assert all(last % 20 == 0 for last in ended)
 
 
