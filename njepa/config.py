@@ -422,7 +422,8 @@ def parse_config(raw: dict[str, Any], origin: str = "configuration") -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that ``load_config`` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return text
 
 
 def _explain(error: Any) -> str:
@@ -439,7 +440,7 @@ def _explain(error: Any) -> str:
         return f"{where}: unknown key{did_you_mean(key, known) or moved}; known: {', '.join(known)}"
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
-        return message  # the validators above name their keys
+        return str(message)  # the validators above name their keys
     return f"{where}: {message[0].lower()}{message[1:]}, got {got!r}"
 
 

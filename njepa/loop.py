@@ -214,7 +214,8 @@ class Trainer:
     def encode_target(self, images: Tensor) -> Tensor:
         """Target features of all patches, [B, N, D], in the precision of the engine."""
         with ds_engine.autocast(self.engine, self.ranks.device):
-            return self.target(images)
+            features: Tensor = self.target(images)
+        return features
 
     # ---- what happens between steps ------------------------------------------------------------
 

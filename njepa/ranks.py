@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -85,7 +85,9 @@ def join_ranks(device: str = "auto") -> Ranks:
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", timeout=timedelta(minutes=60), rank=rank, world_size=world
         )
-    control = dist.new_group(backend="gloo") if world > 1 else None
+    control: dist.ProcessGroup | None = None
+    if world > 1:
+        control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
     place = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return Ranks(rank, world, local_rank, place, control)
 

@@ -38,7 +38,7 @@ def decode(data: bytes) -> Tensor:
         with Image.open(io.BytesIO(data)) as opened:
             upright = ImageOps.exif_transpose(opened)
             if upright.mode.startswith("I;16"):  # Pillow would clip at 255
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+                upright = Image.fromarray(np.uint8(np.rint(np.asarray(upright) / 257)))
             pixels = np.array(upright.convert("RGB"))
     except Exception as error:  # damaged files make Pillow raise almost anything
         raise DecodeError(fault(error, len(data))) from None

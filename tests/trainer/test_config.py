@@ -46,7 +46,7 @@ def test_every_recipe_reads_for_every_method_and_survives_a_round_trip(name, met
         ({"data": {"image_size": 65}}, "multiple of model.patch_size=16, got 65"),
         ({"data": {"crop_scale": [0.5, 0.2]}}, "data.crop_scale must be [low, high]"),
         ({"data": {"path": "???"}}, "data.path is not set"),
-        ({"noise": {"levels": 5}}, "at most mask.n_targets=4 levels on an image, got noise.levels=5"),
+        ({"noise": {"levels": 5}}, "at most mask.n_targets=4 levels"),
         ({"noise": {"schedule": "fixed"}}, "has one level, got noise.levels=4"),
         ({"noise": {"sigma_min": 3}}, "sigma_min must not exceed noise.sigma_max, got 3.0 > 2.0"),
         ({"noise": {"sigmas": [1.0]}}, "noise.schedule=list only"),
