@@ -290,6 +290,7 @@ class Trainer:
         losses = [line["loss"] for line in lines if "loss" in line]
         scores: dict[str, Any] = {}
         if self.evaluator is not None:
+            tracker.end_bar()
             tracker.say("evaluating: target encoder, untrained network, raw pixels")
             untrained = build_encoder(self.config).to(self.ranks.device).eval()
             scores = {
@@ -312,7 +313,8 @@ class Trainer:
             "seconds": round(seconds, 1),
         }
         self.folder.write_summary(summary)
-        tracker.say(json.dumps(summary, indent=2))
+        tracker.say(summary_table(summary))
+        tracker.say(f"all numbers are in {self.folder.path / 'summary.json'}")
         self.ranks.barrier()
         return summary
 
@@ -386,6 +388,26 @@ def check_vicreg_batch(config: Config, sizes: BatchSizes) -> None:
             f"least 2 over all ranks, got {sizes.micro} x {sizes.world} ranks; raise "
             f"train_micro_batch_size_per_gpu or set vicreg.weight=0"
         )
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+    """What a person wants to see first of summary.json."""
+    rows = {
+        "loss": f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f} "
+        f"in {summary['steps']} steps, {summary['images_per_s']:.0f} images/s"
+    }
+    names = {
+        "knn_top1": "kNN top-1, target encoder",
+        "knn_top1_init": "kNN top-1, untrained",
+        "knn_top1_pixels": "kNN top-1, raw pixels",
+        "linear_top1": "linear probe, target encoder",
+        "linear_top1_init": "linear probe, untrained",
+    }
+    for key, name in names.items():
+        if key in summary:
+            low, high = summary[f"{key}_ci95"]
+            rows[name] = f"{summary[key]:.2f} %   (95 % interval {low:.2f} to {high:.2f})"
+    return "\n".join(f"{name:>29}  {text}" for name, text in rows.items())
 
 
 def device_name(device: torch.device) -> str:

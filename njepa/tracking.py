@@ -58,6 +58,10 @@ class Tracker:
         """Print a line without tearing the bar."""
         tqdm.write(text)
 
+    def end_bar(self) -> None:
+        """The steps are done; what follows is printed below the bar."""
+        self._bar.close()
+
     def close(self) -> None:
         self._bar.close()
         self._file.close()
