@@ -2,7 +2,7 @@
 
 ``checkpoints/step-00001200/`` is written under a temporary name, read back, and renamed; the one
 before is removed only after that. DeepSpeed's files are pickles of this very run: they are read
-from the run folder only, and what leaves the folder is safetensors (docs/checkpoints.md).
+from the run folder only, and what leaves the folder is safetensors (docs/running.md).
 """
 
 from __future__ import annotations
