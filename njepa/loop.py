@@ -18,6 +18,7 @@ from torch import Tensor
 from njepa import checkpointing, ds_engine
 from njepa.config import Config, ConfigError, dump_config
 from njepa.data.batch import Batch
+from njepa.data.decode import DecodeError, UnreadableImage
 from njepa.data.loader import build_loader, choose_backend
 from njepa.data.order import SampleOrder
 from njepa.data.sources import open_source
@@ -34,9 +35,14 @@ from njepa.run_folder import RunFolder, run_dir
 from njepa.schedules import Schedules
 from njepa.step import TrainModule, param_groups
 from njepa.stopping import StopRequest
+from njepa.summary import device_name, summary_table
 from njepa.tracking import Tracker
 
 log = logging.getLogger(__name__)
+
+
+#: The loader met an image that nothing can replace.
+UNREADABLE = (UnreadableImage, DecodeError)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -116,6 +122,8 @@ class Trainer:
             ranks.device,
         )
         self._norm: Tensor | None = None
+        self._tracker: Tracker | None = None  # rank 0, while running
+        self._means, self._features, self._watch = MetricMeans(), FeatureMonitor(), Stopwatch()
         self.step = self._resume() if config.run.resume else 0
         self.loader = build_loader(
             config, self.index, order, masks, noise, ranks.device, self.step, self.total_steps
@@ -133,80 +141,81 @@ class Trainer:
 
         Raises:
             NonFiniteLoss: the loss is no longer a number.
+            UnreadableImage, DecodeError: the loader cannot go on; the steps done are saved.
         """
-        config, run = self.config, run_dir(self.config)
-        tracker = (
-            Tracker(
-                run,
-                self.step,
-                self.total_steps,
-                tensorboard=config.run.tensorboard,
-                progress=config.run.progress,
-            )
-            if self.ranks.main
-            else None
-        )
+        run = self.config.run
         if self.folder is not None:
             self.folder.begin()
-        if tracker is not None:
-            tracker.say(self.describe())
-        stop = StopRequest(self.ranks)
-        means, features, watch = MetricMeans(), FeatureMonitor(), Stopwatch()
-        began, first_images = time.perf_counter(), self.step
-        every = config.run.checkpoint_every or self.steps_per_epoch
-        batches, finished, interrupted = iter(self.loader), False, False
+            self._tracker = Tracker(
+                self.folder.path,
+                self.step,
+                self.total_steps,
+                tensorboard=run.tensorboard,
+                progress=run.progress,
+            )
+        self._say(self.describe())
+        stop, began, first_step = StopRequest(self.ranks), time.perf_counter(), self.step
+        self._watch.lap()
         try:
-            while self.step < self.total_steps:
-                self._train_step(batches, means, features)
-                self.step += 1
-                finished = self.step == self.total_steps
-                interrupted = stop.agreed() or self.step == config.run.stop_after
-                last = finished or interrupted
-                if tracker is not None:
-                    tracker.advance()
-                if self.step % config.run.log_every == 0 or last or self.step == 1:
-                    self._log(tracker, means, features, watch)
-                pause = time.perf_counter()
-                if self.step % every == 0 or last:
-                    self._save(means)
-                if config.eval.every and self.step % config.eval.every == 0 and not last:
-                    self._evaluate(tracker)
-                watch.pause(time.perf_counter() - pause)
-                if interrupted and not finished:
-                    break
-            seconds = time.perf_counter() - began
-            if not finished:
-                if tracker is not None:
-                    tracker.say(
-                        f"stopped after step {self.step} of {self.total_steps}; the checkpoint is "
-                        f"in {run}; go on with run.resume=true"
-                    )
+            self._train(stop)
+            if self.step < self.total_steps:
+                self._say(
+                    f"stopped after step {self.step} of {self.total_steps}; the checkpoint is in "
+                    f"{run_dir(self.config)}; go on with run.resume=true"
+                )
                 return None
-            return self._summarise(tracker, seconds, (self.step - first_images) * self.sizes.total)
+            images = (self.step - first_step) * self.sizes.total
+            return self._summarise(images, time.perf_counter() - began)
+        except UNREADABLE:
+            # Of several ranks one alone meets the image, and a checkpoint needs all of them.
+            if self.ranks.world == 1 and self.engine.micro_steps % self.sizes.accumulation == 0:
+                self._save()
+            raise
         finally:
             stop.close()
             self.loader.close()
-            if tracker is not None:
-                tracker.close()
+            if self._tracker is not None:
+                self._tracker.close()
             self.close()
 
-    def _train_step(self, batches: Any, means: MetricMeans, features: FeatureMonitor) -> None:
+    def _train(self, stop: StopRequest) -> None:
+        """Step until the end or a stop; log, save and evaluate in between."""
+        run, every_eval = self.config.run, self.config.eval.every
+        every_save = run.checkpoint_every or self.steps_per_epoch
+        batches, last = iter(self.loader), False
+        while self.step < self.total_steps and not last:
+            self._train_step(batches)
+            self.step += 1
+            stopped = stop.agreed() or self.step == run.stop_after
+            last = stopped or self.step == self.total_steps
+            if self._tracker is not None:
+                self._tracker.advance()
+            if self.step % run.log_every == 0 or self.step == 1 or last:
+                self._log()
+            pause = time.perf_counter()
+            if self.step % every_save == 0 or last:
+                self._save()
+            if every_eval and self.step % every_eval == 0 and not last:
+                self._evaluate()
+            self._watch.pause(time.perf_counter() - pause)
+
+    def _train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step: ``accumulation`` micro-batches, the update, the target's update."""
         lr, weight_decay, momentum = self.schedules.at(self.step)
         ds_engine.set_rates(self.engine, lr, weight_decay)
         for _ in range(self.sizes.accumulation):
-            batch: Batch = next(batches)
+            batch = next(batches)
             h = self.encode_target(batch.images)
             loss, metrics = self.engine(batch, h)
             self.engine.backward(loss)
             if self.engine.is_gradient_accumulation_boundary():
                 self._norm = ds_engine.unsharded_gradient_norm(self.engine)
             self.engine.step()
-            means.add(metrics)
-            means.add_counts(
+            self._means.add(metrics)
+            self._means.add_counts(
                 k_context=batch.context_idx.shape[-1], k_target=batch.target_idx.shape[-1]
             )
-            features.add(h)
+            self._features.add(h)
         with ds_engine.full_parameters(self.engine, self.online) as online:
             update_target(self.target, online, momentum, impl=self.config.impl.default)
 
@@ -219,21 +228,15 @@ class Trainer:
 
     # ---- what happens between steps ------------------------------------------------------------
 
-    def _log(
-        self,
-        tracker: Tracker | None,
-        means: MetricMeans,
-        features: FeatureMonitor,
-        watch: Stopwatch,
-    ) -> None:
-        steps = means.steps / self.sizes.accumulation
-        metrics = means.read(self.ranks.group)
-        seconds = watch.lap()
+    def _log(self) -> None:
+        steps = self._means.steps / self.sizes.accumulation
+        metrics = self._means.read(self.ranks.group)
+        seconds = self._watch.lap()
         waited, self.loader.wait_s = self.loader.wait_s, 0.0
-        if tracker is not None:
+        if self._tracker is not None:
             lr, weight_decay, momentum = self.schedules.at(self.step - 1)
             norm = ds_engine.gradient_norm(self.engine, self._norm)
-            tracker.log(
+            self._tracker.log(
                 self.step,
                 {
                     "epoch": round(self.step / self.steps_per_epoch, 4),
@@ -242,7 +245,7 @@ class Trainer:
                     "wd": weight_decay,
                     "ema": momentum,
                     **({} if norm is None else {"grad_norm": norm}),
-                    **features.read(),
+                    **self._features.read(),
                     "images_per_s": round(steps * self.sizes.total / seconds, 2),
                     "data_wait_frac": round(waited / seconds, 4),
                 },
@@ -255,8 +258,8 @@ class Trainer:
                 f"DeepSpeed file"
             )
 
-    def _save(self, means: MetricMeans) -> None:
-        if not means.finite(self.ranks.group):
+    def _save(self) -> None:
+        if not self._means.finite(self.ranks.group):
             raise NonFiniteLoss(f"the loss is not finite at step {self.step}; nothing was saved")
         checkpointing.save_checkpoint(
             run_dir(self.config),
@@ -275,23 +278,21 @@ class Trainer:
             self.config.run.keep_checkpoints,
         )
 
-    def _evaluate(self, tracker: Tracker | None) -> None:
-        if self.evaluator is not None and tracker is not None:
-            tracker.log(self.step, report("knn_top1", self.evaluator.knn(self.encode_target)))
+    def _evaluate(self) -> None:
+        if self.evaluator is not None and self._tracker is not None:
+            self._tracker.log(self.step, report("knn_top1", self.evaluator.knn(self.encode_target)))
         self.ranks.barrier()
 
-    def _summarise(
-        self, tracker: Tracker | None, seconds: float, images: int
-    ) -> dict[str, Any] | None:
-        if tracker is None or self.folder is None:
+    def _summarise(self, images: int, seconds: float) -> dict[str, Any] | None:
+        if self._tracker is None or self.folder is None:
             self.ranks.barrier()
             return None
         lines = [json.loads(x) for x in (self.folder.path / "metrics.jsonl").open()]
         losses = [line["loss"] for line in lines if "loss" in line]
         scores: dict[str, Any] = {}
         if self.evaluator is not None:
-            tracker.end_bar()
-            tracker.say("evaluating: target encoder, untrained network, raw pixels")
+            self._tracker.end_bar()
+            self._say("evaluating: target encoder, untrained network, raw pixels")
             untrained = build_encoder(self.config).to(self.ranks.device).eval()
             scores = {
                 **self.evaluator.final(self.encode_target),
@@ -313,10 +314,14 @@ class Trainer:
             "seconds": round(seconds, 1),
         }
         self.folder.write_summary(summary)
-        tracker.say(summary_table(summary))
-        tracker.say(f"all numbers are in {self.folder.path / 'summary.json'}")
+        self._say(summary_table(summary))
+        self._say(f"all numbers are in {self.folder.path / 'summary.json'}")
         self.ranks.barrier()
         return summary
+
+    def _say(self, text: str) -> None:
+        if self._tracker is not None:
+            self._tracker.say(text)
 
     # ---- set-up --------------------------------------------------------------------------------
 
@@ -331,7 +336,10 @@ class Trainer:
     def _resume(self) -> int:
         path = checkpointing.latest_checkpoint(run_dir(self.config))
         if path is None:
-            log.warning("run.resume=true, but %s has no checkpoint: starting at step 0", path)
+            log.warning(
+                "run.resume=true, but %s has no checkpoint: starting at step 0",
+                run_dir(self.config),
+            )
             return 0
         state = checkpointing.load_checkpoint(
             path, self.engine, self.target, self.ranks, self.index.digest
@@ -348,11 +356,12 @@ class Trainer:
             "run": f"{run_dir(config)} (recipe {config.recipe}, method {config.method})",
             "data": f"{self.index.n} images, {self.loader.backend} loader "
             f"({self.loader.backend_reason})",
-            "batch": f"{sizes.total} = {sizes.micro} x {sizes.accumulation} accumulated x "
+            "batch": f"effective {sizes.total} = {sizes.micro} x {sizes.accumulation} accumulated x "
             f"{sizes.world} ranks",
             "steps": f"{self.step} of {self.total_steps} done, {self.steps_per_epoch} an epoch",
             "model": f"{config.model.encoder}/{config.model.patch_size} at "
-            f"{config.data.image_size} px, {trainable / 1e6:.2f} M trainable parameters",
+            f"{config.data.image_size} px: {len(self.target.blocks)} blocks of width "
+            f"{self.target.embed_dim}, {trainable / 1e6:.2f} M trainable parameters with predictors",
             "device": device_name(self.ranks.device),
             "ops": ", ".join(f"{op}: {impl}" for op, impl in self.impl.items()),
         }
@@ -388,30 +397,3 @@ def check_vicreg_batch(config: Config, sizes: BatchSizes) -> None:
             f"least 2 over all ranks, got {sizes.micro} x {sizes.world} ranks; raise "
             f"train_micro_batch_size_per_gpu or set vicreg.weight=0"
         )
-
-
-def summary_table(summary: dict[str, Any]) -> str:
-    """What a person wants to see first of summary.json."""
-    rows = {
-        "loss": f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f} "
-        f"in {summary['steps']} steps, {summary['images_per_s']:.0f} images/s"
-    }
-    names = {
-        "knn_top1": "kNN top-1, target encoder",
-        "knn_top1_init": "kNN top-1, untrained",
-        "knn_top1_pixels": "kNN top-1, raw pixels",
-        "linear_top1": "linear probe, target encoder",
-        "linear_top1_init": "linear probe, untrained",
-    }
-    for key, name in names.items():
-        if key in summary:
-            low, high = summary[f"{key}_ci95"]
-            rows[name] = f"{summary[key]:.2f} %   (95 % interval {low:.2f} to {high:.2f})"
-    return "\n".join(f"{name:>29}  {text}" for name, text in rows.items())
-
-
-def device_name(device: torch.device) -> str:
-    """``NVIDIA H200``, or the CPU's architecture and its number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads"

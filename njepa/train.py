@@ -66,13 +66,13 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         from njepa.ds_engine import load_ds_config
 
         ds = load_ds_config(args.ds_config)
-        from njepa.loop import NonFiniteLoss, Trainer
+        from njepa.loop import UNREADABLE, NonFiniteLoss, Trainer
         from njepa.ranks import join_ranks, leave_ranks
 
         ranks = join_ranks(config.run.device)
         try:
             Trainer(config, ds, ranks).run()
-        except NonFiniteLoss as error:
+        except (NonFiniteLoss, *UNREADABLE) as error:
             if main_rank:
                 print(f"njepa: {error}", file=sys.stderr)
             return 1

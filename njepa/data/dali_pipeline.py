@@ -12,16 +12,12 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from njepa.config import DataConfig
-from njepa.data.decode import DecodeError, decode
+from njepa.data.decode import DecodeError, UnreadableImage, decode
 from njepa.data.index import ImageIndex
 from njepa.data.order import SampleOrder
 from njepa.data.pixels import Pixels, planned_views
 
 dali: Any = nvidia_dali  # its annotations leave out what is used here
-
-
-class UnreadableImage(RuntimeError):
-    """DALI met an image that it cannot decode, and has no way to go on without it."""
 
 
 class DaliPixels:

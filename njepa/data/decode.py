@@ -12,6 +12,10 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 
+class UnreadableImage(RuntimeError):
+    """DALI met an image that it cannot decode, and has no way to go on without it."""
+
+
 class DecodeError(ValueError):
     """These bytes are not a complete image."""
 

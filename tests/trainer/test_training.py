@@ -134,3 +134,29 @@ def test_a_signal_writes_a_checkpoint_and_ends_cleanly(tmp_path, number):
     done = read_metrics(run)[-1]["step"]
     assert (run / "checkpoints" / f"step-{done:08d}" / "state.json").is_file()
     assert not (run / "summary.json").exists()
+
+
+@pytest.mark.multirank
+def test_an_image_that_dali_cannot_read_is_named_and_the_steps_before_it_are_saved(tmp_path):
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    make_images(tmp_path / "images", 16)
+    bad = tmp_path / "images/class1/0003.jpg"
+    bad.write_bytes(bad.read_bytes()[:-150])
+    (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 2}')
+    done = subprocess.run(
+        [
+            sys.executable, str(ROOT / "njepa/train.py"), "--ds_config", str(tmp_path / "ds.json"),
+            *TINY, f"data.path={tmp_path}/images", f"data.cache_dir={tmp_path}/cache",
+            f"run.dir={tmp_path}/run", "run.max_steps=8", "run.device=cpu", "data.backend=dali",
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "0003.jpg" in done.stderr
+    assert "njepa scan" in done.stderr
+    assert "Traceback" not in done.stderr
+    steps = read_metrics(tmp_path / "run")
+    if steps:  # the bad image is not in the very first batch
+        saved = tmp_path / "run/checkpoints" / f"step-{steps[-1]['step']:08d}"
+        assert (saved / "target_encoder.safetensors").is_file()

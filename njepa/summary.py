@@ -1,0 +1,34 @@
+"""What a person reads of a run: its device, its result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+    """What a person wants to see first of summary.json."""
+    rows = {
+        "loss": f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f} "
+        f"in {summary['steps']} steps, {summary['images_per_s']:.0f} images/s"
+    }
+    names = {
+        "knn_top1": "kNN top-1, target encoder",
+        "knn_top1_init": "kNN top-1, untrained",
+        "knn_top1_pixels": "kNN top-1, raw pixels",
+        "linear_top1": "linear probe, target encoder",
+        "linear_top1_init": "linear probe, untrained",
+    }
+    for key, name in names.items():
+        if key in summary:
+            low, high = summary[f"{key}_ci95"]
+            rows[name] = f"{summary[key]:.2f} %   (95 % interval {low:.2f} to {high:.2f})"
+    return "\n".join(f"{name:>29}  {text}" for name, text in rows.items())
+
+
+def device_name(device: torch.device) -> str:
+    """``NVIDIA H200``, or the CPU's architecture and its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
