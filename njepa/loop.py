@@ -356,12 +356,12 @@ class Trainer:
             "run": f"{run_dir(config)} (recipe {config.recipe}, method {config.method})",
             "data": f"{self.index.n} images, {self.loader.backend} loader "
             f"({self.loader.backend_reason})",
-            "batch": f"effective {sizes.total} = {sizes.micro} x {sizes.accumulation} accumulated x "
-            f"{sizes.world} ranks",
+            "batch": f"effective {sizes.total} = {sizes.micro} x {sizes.accumulation} accumulated "
+            f"x {sizes.world} ranks",
             "steps": f"{self.step} of {self.total_steps} done, {self.steps_per_epoch} an epoch",
             "model": f"{config.model.encoder}/{config.model.patch_size} at "
             f"{config.data.image_size} px: {len(self.target.blocks)} blocks of width "
-            f"{self.target.embed_dim}, {trainable / 1e6:.2f} M trainable parameters with predictors",
+            f"{self.target.embed_dim}; {trainable / 1e6:.2f} M trainable parameters in all",
             "device": device_name(self.ranks.device),
             "ops": ", ".join(f"{op}: {impl}" for op, impl in self.impl.items()),
         }
