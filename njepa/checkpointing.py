@@ -38,7 +38,8 @@ def save_checkpoint(
     """Write the state after ``step`` optimizer steps; collective over all ranks.
 
     Args:
-        state: plain JSON values that describe the run (config, data digest, versions).
+        state: plain JSON values that describe the run: data_digest, global_batch, and what else
+            may be of use (config, versions).
         keep: complete checkpoints that stay, this one included.
     """
     root = run / "checkpoints"
@@ -49,12 +50,15 @@ def save_checkpoint(
     ranks.barrier()
     engine.save_checkpoint(str(root), tag=temporary.name, save_latest=False)
 
+    stage = engine.zero_optimization_stage()
+
     def finish() -> None:
         tensors = {k: v.detach().cpu().contiguous() for k, v in target.state_dict().items()}
         save_file(tensors, temporary / "target_encoder.safetensors", metadata={"step": str(step)})
         write_atomically(
             temporary / "state.json",
-            json.dumps({"step": step, "world": ranks.world, **state}, indent=2) + "\n",
+            json.dumps({"step": step, "world": ranks.world, "zero_stage": stage, **state}, indent=2)
+            + "\n",
         )
         _verify(temporary, tensors)
         shutil.rmtree(final, ignore_errors=True)
@@ -74,12 +78,12 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def load_checkpoint(
-    path: Path, engine: Any, target: nn.Module, ranks: Ranks, digest: str
+    path: Path, engine: Any, target: nn.Module, ranks: Ranks, digest: str, global_batch: int
 ) -> dict[str, Any]:
     """Restore engine and target encoder; returns the JSON state.
 
     Raises:
-        ConfigError: the data or the number of ranks differ from those of the checkpoint.
+        ConfigError: data, ranks, ZeRO stage or batch differ from those of the checkpoint.
     """
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
     if state["data_digest"] != digest:
@@ -87,12 +91,16 @@ def load_checkpoint(
             f"{path} was written on other data (index digest {state['data_digest'][:12]}, now "
             f"{digest[:12]}): sample ids would mean other images; restore the data or start anew"
         )
-    if state["world"] != ranks.world and engine.zero_optimization_stage() > 0:
+    stage = engine.zero_optimization_stage()
+    if state["zero_stage"] != stage or (stage > 0 and state["world"] != ranks.world):
         raise ConfigError(
-            f"{path} was written by {state['world']} ranks with ZeRO stage "
-            f"{engine.zero_optimization_stage()}, now there are {ranks.world}; start as many, or "
-            f"convert it with `python -m deepspeed.checkpoint.ds_to_universal "
-            f"--inject_missing_state` and set checkpoint.load_universal in the DeepSpeed file"
+            f"{path} was written by {state['world']} ranks with ZeRO stage {state['zero_stage']}, "
+            f"now there are {ranks.world} with stage {stage}; start the run as it was started"
+        )
+    if state["global_batch"] != global_batch:
+        raise ConfigError(
+            f"{path} was written with an effective batch of {state['global_batch']}, now it is "
+            f"{global_batch}: steps would mean other images; restore the DeepSpeed file"
         )
     engine.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=True)
     target.load_state_dict(load_file(path / "target_encoder.safetensors"))

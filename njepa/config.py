@@ -53,7 +53,8 @@ class DataConfig(Section):
     """Image folder, list file (.txt), tar shard (.tar) or folder of tar shards. None: the embedded
     set ``shapes``."""
     eval_path: Path | None = None
-    """Labelled test images in class folders; the classes of ``path`` are the training side."""
+    """Labelled test images (class folders, or a list or shards with labels), for kNN and linear
+    probe; ``path`` then needs labels too."""
     backend: Literal["auto", "dali", "torch"] = "auto"
     """``auto``: DALI on a GPU where it is installed, torchvision otherwise."""
     image_size: PositiveInt = 224

@@ -87,6 +87,11 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     autocast = raw.get("torch_autocast", {})
     if bf16 and autocast.get("enabled", False):
         raise ConfigError(f"{path}: bf16 and torch_autocast exclude each other; keep one")
+    if bf16 and stage == 0:
+        raise ConfigError(
+            f"{path}: bf16 needs zero_optimization.stage >= 1, got 0: only then is there an fp32 "
+            f"copy of the weights for the target encoder to follow; set stage 1, or torch_autocast"
+        )
     if autocast.get("dtype", "bfloat16") not in ("bfloat16", "torch.bfloat16"):
         raise ConfigError(
             f"{path}: torch_autocast.dtype must be bfloat16, got {autocast['dtype']!r}"

@@ -259,8 +259,12 @@ class Trainer:
             )
 
     def _save(self) -> None:
-        if not self._means.finite(self.ranks.group):
-            raise NonFiniteLoss(f"the loss is not finite at step {self.step}; nothing was saved")
+        norm = ds_engine.gradient_norm(self.engine, self._norm)
+        if not self._means.finite(self.ranks.group) or not math.isfinite(norm or 0.0):
+            raise NonFiniteLoss(
+                f"loss or gradient is not finite at step {self.step} (gradient norm {norm}); "
+                f"nothing was saved, the last good checkpoint stays"
+            )
         checkpointing.save_checkpoint(
             run_dir(self.config),
             self.step,
@@ -284,6 +288,7 @@ class Trainer:
         self.ranks.barrier()
 
     def _summarise(self, images: int, seconds: float) -> dict[str, Any] | None:
+        skipped = self.ranks.sum(self.loader.skipped)
         if self._tracker is None or self.folder is None:
             self.ranks.barrier()
             return None
@@ -310,7 +315,7 @@ class Trainer:
             "rankme": lines[-1].get("rankme"),
             "device": device_name(self.ranks.device),
             "impl": self.impl,
-            "skipped_images": self.loader.skipped,
+            "skipped_images": skipped,
             "seconds": round(seconds, 1),
         }
         self.folder.write_summary(summary)
@@ -342,7 +347,7 @@ class Trainer:
             )
             return 0
         state = checkpointing.load_checkpoint(
-            path, self.engine, self.target, self.ranks, self.index.digest
+            path, self.engine, self.target, self.ranks, self.index.digest, self.sizes.total
         )
         return int(state["step"])
 

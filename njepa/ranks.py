@@ -44,6 +44,14 @@ class Ranks:
         if self.control is not None:
             dist.barrier(group=self.control)
 
+    def sum(self, value: int) -> int:
+        """Sum of a host integer over all ranks."""
+        if self.control is None:
+            return value
+        total = torch.tensor([value])
+        dist.all_reduce(total, group=self.control)
+        return int(total)
+
     def on_main(self, action: Callable[[], T]) -> T:
         """Run ``action`` on rank 0 and give its result to all; its error is raised on all."""
         if self.control is None:
@@ -98,6 +106,8 @@ def _read_launcher() -> None:
     if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
         env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+        if env.get("SLURM_NTASKS_PER_NODE", "").isdecimal():
+            env["LOCAL_WORLD_SIZE"] = env["SLURM_NTASKS_PER_NODE"]
         if "MASTER_ADDR" not in env:
             if "SLURM_LAUNCH_NODE_IPADDR" not in env:
                 raise ConfigError(

@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         format="%(levelname)s %(message)s",
         stream=sys.stderr,
     )
+    # Every rank reads images of its own, and says which it could not read.
+    logging.getLogger("njepa.data.loader").setLevel(logging.WARNING)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
         config = load_config(args.recipe, args.overrides)

@@ -34,7 +34,7 @@ class Engine:
 
 
 def save(run, step, engine=None, keep=2, target=None):
-    state = {"data_digest": "d" * 64}
+    state = {"data_digest": "d" * 64, "global_batch": 8}
     target = target or nn.Linear(2, 2)
     return checkpointing.save_checkpoint(run, step, engine or Engine(), target, state, ALONE, keep)
 
@@ -70,7 +70,7 @@ def test_an_unfinished_folder_is_not_a_checkpoint(tmp_path):
 def test_target_and_state_come_back(tmp_path):
     written, read, engine = nn.Linear(2, 2), nn.Linear(2, 2), Engine()
     path = save(tmp_path, 7, target=written)
-    state = checkpointing.load_checkpoint(path, engine, read, ALONE, "d" * 64)
+    state = checkpointing.load_checkpoint(path, engine, read, ALONE, "d" * 64, 8)
     assert state["step"] == 7
     assert torch.equal(read.weight, written.weight)
     assert engine.loaded[1] == "step-00000007"
@@ -79,9 +79,12 @@ def test_target_and_state_come_back(tmp_path):
 def test_other_data_or_ranks_are_refused(tmp_path):
     path, engine = save(tmp_path, 1), Engine()
     with pytest.raises(ConfigError, match="written on other data"):
-        checkpointing.load_checkpoint(path, engine, nn.Linear(2, 2), ALONE, "e" * 64)
+        checkpointing.load_checkpoint(path, engine, nn.Linear(2, 2), ALONE, "e" * 64, 8)
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(state | {"world": 4}))
     engine.stage = 1
-    with pytest.raises(ConfigError, match=r"written by 4 ranks .* now there are 1"):
-        checkpointing.load_checkpoint(path, engine, nn.Linear(2, 2), ALONE, "d" * 64)
+    with pytest.raises(ConfigError, match=r"written by 4 ranks with ZeRO stage 0, now there are 1"):
+        checkpointing.load_checkpoint(path, engine, nn.Linear(2, 2), ALONE, "d" * 64, 8)
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match="effective batch of 8, now it is 16"):
+        checkpointing.load_checkpoint(path, Engine(), nn.Linear(2, 2), ALONE, "d" * 64, 16)

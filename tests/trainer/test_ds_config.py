@@ -33,6 +33,7 @@ def write(tmp_path, text):
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
          "offload_optimizer is not supported"),
         ({"bf16": {"enabled": True}, "torch_autocast": {"enabled": "auto"}}, "exclude each other"),
+        ({"bf16": {"enabled": True}}, "bf16 needs zero_optimization.stage >= 1, got 0"),
         ({"torch_autocast": {"dtype": "float16"}}, "must be bfloat16, got 'float16'"),
     ],
 )  # fmt: skip
