@@ -292,11 +292,11 @@ class Trainer:
         if self._tracker is None or self.folder is None:
             self.ranks.barrier()
             return None
+        self._tracker.end_bar()
         lines = [json.loads(x) for x in (self.folder.path / "metrics.jsonl").open()]
         losses = [line["loss"] for line in lines if "loss" in line]
         scores: dict[str, Any] = {}
         if self.evaluator is not None:
-            self._tracker.end_bar()
             self._say("evaluating: target encoder, untrained network, raw pixels")
             untrained = build_encoder(self.config).to(self.ranks.device).eval()
             scores = {

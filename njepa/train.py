@@ -11,6 +11,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 
 from njepa.config import ConfigError
 from njepa.recipes import load_config, recipe_names
@@ -61,6 +62,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     )
     # Every rank reads images of its own, and says which it could not read.
     logging.getLogger("njepa.data.loader").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch 2.14 renames; nothing a user could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
         config = load_config(args.recipe, args.overrides)
