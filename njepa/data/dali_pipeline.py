@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -52,6 +53,7 @@ class DaliPixels:
         try:
             (images,) = self._pipeline.run()  # returns when they are complete
         except (RuntimeError, IndexError) as error:
+            error.__traceback__ = None  # its frames would keep the pipeline alive
             raise self._explained(error) from error
         self._next += 1
         return Pixels(from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), [])
@@ -59,6 +61,7 @@ class DaliPixels:
     def close(self) -> None:
         """Drop the pipeline and its threads."""
         self._pipeline = None
+        gc.collect()  # a pipeline is a cycle, and lives with its threads until collected
         if self._readers is not None:
             self._readers.shutdown(cancel_futures=True)
 

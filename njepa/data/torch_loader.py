@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -134,3 +135,5 @@ def _init_worker(_: int) -> None:
     # when to end, and workers end with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Garbage of the parent must not be finalised here: it would wait for threads that are not here.
+    gc.freeze()
