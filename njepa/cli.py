@@ -40,7 +40,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _scan(argv: list[str], prog: str) -> int:
-    parser = argparse.ArgumentParser(prog=prog, description=_scan.__doc__)
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Decode every image once, write a list of the good ones (usable as data.path) "
+        "and name the bad ones.",
+    )
     parser.add_argument("path", type=Path, help="image folder or list file")
     parser.add_argument(
         "--out",

@@ -70,8 +70,9 @@ class DataConfig(Section):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Divides per channel."""
     workers: Annotated[int, Field(ge=0)] | None = None
-    """Loader processes (torchvision) or threads (DALI) per rank. None: the cores of this machine
-    shared among its ranks. 0: decode in the training process (torchvision only)."""
+    """Loader processes (torchvision) or threads (DALI) per rank. None: on a GPU the cores of this
+    machine shared among its ranks, at most 16; on a CPU one. 0: decode in the training process
+    (torchvision only)."""
     prefetch: PositiveInt = 2
     """Batches decoded ahead, per worker (torchvision) or in all (DALI)."""
     cache_dir: Path | None = None

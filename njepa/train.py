@@ -53,7 +53,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Run from the command line; returns the exit status (0 done or stopped, 2 bad input)."""
-    args = parser(prog).parse_args(argv)
+    args = parser(prog).parse_intermixed_args(argv)
     main_rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
     logging.basicConfig(
         level=logging.INFO if main_rank else logging.ERROR,

@@ -33,3 +33,25 @@ def test_a_typing_error_costs_no_import_of_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "did you mean 'lr'?" in done.stderr
+
+
+def test_options_and_overrides_may_stand_in_any_order():
+    from njepa.train import parser
+
+    line = ["--local_rank=0", "a=1", "--recipe", "R", "b=2", "--deepspeed_config", "x.json", "c=3"]
+    args = parser().parse_intermixed_args(line)
+    assert (args.recipe, args.ds_config) == ("R", "x.json")
+    assert args.overrides == ["a=1", "b=2", "c=3"]
+
+
+def test_info_names_recipes_ops_and_keys(capsys):
+    from njepa import cli
+
+    assert cli.main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert "shapes-tiny: njepa" in shown
+    assert "vicreg: native: not implemented" in shown
+    assert cli.main(["info", "--keys"]) == 0
+    assert "noise.sigma_max = 2.0" in capsys.readouterr().out
+    assert cli.main(["trian"]) == 2
+    assert "unknown command 'trian'" in capsys.readouterr().err
