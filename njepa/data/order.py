@@ -67,8 +67,7 @@ class SampleOrder:
                 f"lower train_micro_batch_size_per_gpu or gradient_accumulation_steps in the "
                 f"DeepSpeed file, or add images"
             )
-        self._epoch = -1
-        self._permutation = np.empty(0, dtype=np.int64)
+        self._permutations: dict[int, Int64Array] = {}
 
     def at(self, micro_step: int) -> Planned:
         """The micro-batch of this rank at ``micro_step`` >= 0."""
@@ -100,8 +99,10 @@ class SampleOrder:
         return step, epoch, start
 
     def _order(self, epoch: int) -> Int64Array:
-        if epoch != self._epoch:
-            self._permutation = permutation(self.seed, epoch, self.n)
-            self._permutation.setflags(write=False)
-            self._epoch = epoch
-        return self._permutation
+        if epoch not in self._permutations:
+            # Two are kept: a loader that reads ahead asks for both around the end of an epoch.
+            self._permutations = dict(list(self._permutations.items())[-1:])
+            order = permutation(self.seed, epoch, self.n)
+            order.setflags(write=False)
+            self._permutations[epoch] = order
+        return self._permutations[epoch]

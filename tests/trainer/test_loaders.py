@@ -29,11 +29,13 @@ from njepa.noise import NoiseLevels
 CPU = torch.device("cpu")
 SIZE = 48
 #: Mean absolute difference of an image between the backends, in grey levels of 255, without the
-#: outermost ring of pixels. Measured on 60 photographs at 24, 48 and 224 px: 0.1 to 0.2 on average,
-#: 0.6 at most (CMYK). At the border DALI repeats the last pixel where Pillow and torchvision weigh
-#: only what is there, which shows when an image shrinks a lot.
-TOLERANCE = 0.7
-BORDER_TOLERANCE = {224: 0.7, 48: 2.0, 24: 4.0}
+#: outermost ring of pixels. Measured on 10 crops of each of 60 photographs at 24, 48, 64 and
+#: 224 px: 0.07 to 0.15 on average, 0.47 at most (a CMYK photograph; 0.21 without CMYK).
+TOLERANCE = 0.6
+#: With that ring, by size: DALI repeats the last pixel at the border where Pillow and torchvision
+#: weigh only what is there, which shows when an image shrinks a lot. Measured: 0.15 (224 px) to
+#: 0.33 (24 px) on average, at most 0.47 (224), 0.68 (48), 2.17 (24).
+WHOLE_TOLERANCE = {224: 0.6, 48: 1.0, 24: 3.0}
 
 
 @pytest.fixture(params=["torch", "dali"])
@@ -151,7 +153,7 @@ def test_backends_agree_on_real_images(tmp_path, dali, size, patch):
     assert len(gaps) == 60
     assert max(inner_gaps) < TOLERANCE, sorted(inner_gaps)[-5:]
     assert np.mean(inner_gaps) < 0.25
-    assert max(gaps) < BORDER_TOLERANCE[size], sorted(gaps)[-5:]
+    assert max(gaps) < WHOLE_TOLERANCE[size], sorted(gaps)[-5:]
 
 
 def test_shards_give_what_the_folder_gives(tmp_path, backend):
