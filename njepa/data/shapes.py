@@ -1,9 +1,10 @@
-"""The embedded image set ``shapes``: patchwork quilts whose label is the kind of pattern sewn on.
+"""The embedded image set ``shapes``: a pattern drawn in light and shade on a coloured mosaic.
 
-Every image is a quilt of about 20 patches. All patches of one image carry the same kind of pattern
-(the class: stripes, rings, bricks, ...), but each patch has its own two colours, polarity, period,
-phase and skew. What the label says is therefore present everywhere in the image, while colours and
-single pixels say next to nothing about it.
+Every image is one repeated pattern (the class: stripes, rings, bricks, ...) of two shades, seen
+through a mosaic of small tiles whose colours are drawn independently of each other and add nothing
+to the brightness. The pattern runs through the whole image, so any part of it can be foretold from
+the rest; no tile's colour can. The colours carry nearly all of the contrast and nothing of the
+label; the position, size and skew of the pattern vary from image to image.
 
 Pixels are made of raw PCG64 words and integer arithmetic only, so they are the same on every
 machine; JPEG bytes may differ between versions of the JPEG library. Labels are folder names; the
@@ -28,7 +29,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 _Ints = NDArray[np.int32]
-_Mask = NDArray[np.bool_]
 
 IMAGE_SIZE = 64  # pixels
 SPLIT_SIZES = {"train": 8192, "test": 2048}
@@ -37,67 +37,69 @@ _SEED = 20261
 _SPLIT_IDS = {"train": 0, "test": 1}
 _MANIFEST = "manifest.json"
 
-_CELL = 16  # side of a patch of the quilt, pixels
-_CELLS = IMAGE_SIZE // _CELL + 2  # patches per side, with one to spare for the random offset
-_PERIOD = (6, 10)  # pixels
-_SKEW = 8  # up to 8/32: a quarter pixel sideways per pixel
-_CONTRAST = 88  # least difference of the two colours, in one channel at least, of 255
+_TILE = 6  # side of a tile of the mosaic, pixels
+_TILES = IMAGE_SIZE // _TILE + 2  # tiles per side, with one to spare for the random offset
+_COLOUR = 108  # a tile's colour channels differ from grey by up to this, before the mean is removed
+_SHADE = (21, 29)  # the pattern is this much lighter or darker than grey, of 255
+_PERIOD = (288, 368)  # of the pattern, in 1/32 pixel: 9 to 11.5 pixels
+_SKEW = 6  # up to 6/32 of a pixel sideways per pixel
 
-# A pattern maps pixel coordinates and the period p (int32 arrays of one shape) to a boolean mask.
-_Pattern = Callable[[_Ints, _Ints, _Ints], _Mask]
-
-
-def _centred(x: _Ints, y: _Ints, p: _Ints) -> tuple[_Ints, _Ints]:
-    """Coordinates in half pixels from the centre of each p × p tile: odd/even steps in (-p, p)."""
-    return 2 * (x % p) - p + 1, 2 * (y % p) - p + 1
+# A pattern maps coordinates x, y (int32 arrays) and its period p, all in 1/32 pixel, to a height
+# map (int32). The higher half of the pixels is drawn light, the lower half dark: every class
+# covers exactly half of the image, so that the share of light pixels says nothing about it.
+_Pattern = Callable[[_Ints, _Ints, int], _Ints]
 
 
-def _stripes(t: _Ints, p: _Ints) -> _Mask:
-    return t % p < p // 2
+def _wave(t: _Ints, p: int) -> _Ints:
+    """Triangle wave of period p between -p/4 and p/4."""
+    height: _Ints = abs(t % p - p // 2) - p // 4
+    return height
 
 
-def _plus(a: _Ints, b: _Ints, p: _Ints) -> _Mask:
-    return ((abs(a) <= p // 4) & (abs(b) < p - 1)) | ((abs(b) <= p // 4) & (abs(a) < p - 1))
+def _centred(x: _Ints, y: _Ints, p: int) -> tuple[_Ints, _Ints]:
+    """Distances |a|, |b| from the centre of each p × p square."""
+    return abs(x % p - p // 2), abs(y % p - p // 2)
 
 
-def _saltire(a: _Ints, b: _Ints, p: _Ints) -> _Mask:
-    near_diagonal: _Mask = np.minimum(abs(a + b), abs(a - b)) <= p // 3 + 1
-    return near_diagonal & (np.maximum(abs(a), abs(b)) < p - 1)
+def _bricks(x: _Ints, y: _Ints, p: int) -> _Ints:
+    a, b = _centred(x + y // p % 2 * p, 2 * y, 2 * p)
+    return np.maximum(a - p // 2, b // 2)
 
 
-def _rings(a: _Ints, b: _Ints, p: _Ints) -> _Mask:
-    d = a * a + b * b
-    return (d <= p * p) & (d > p * p * 5 // 16)
+def _basket(x: _Ints, y: _Ints, p: int) -> _Ints:
+    side = p * 3 // 2
+    return np.where((x // side + y // side) % 2 == 0, _wave(x, side // 2), _wave(y, side // 2))
 
 
-def _frames(a: _Ints, b: _Ints, p: _Ints) -> _Mask:
-    d = np.maximum(abs(a), abs(b))
-    return (d < p - 1) & (d >= p // 2)
+def _round(x: _Ints, y: _Ints, p: int, radius: int) -> _Ints:
+    """Highest where the squared distance from the centre of a p × p square is radius squared."""
+    a, b = _centred(x, y, p)
+    height: _Ints = np.negative(abs(a * a + b * b - radius * radius))
+    return height
 
 
-def _bricks(x: _Ints, y: _Ints, p: _Ints) -> _Mask:
-    row = y // (p // 2 + 1)
-    joint = y % (p // 2 + 1) < 1
-    return joint | ((x + (row % 2) * (p // 2 + 1)) % (p + 2) < 2)
+def _square(x: _Ints, y: _Ints, p: int, radius: int) -> _Ints:
+    height: _Ints = np.negative(abs(np.maximum(*_centred(x, y, p)) - radius))
+    return height
 
 
 _PATTERNS: dict[str, _Pattern] = {
-    "horizontal": lambda x, y, p: _stripes(y, p),
-    "vertical": lambda x, y, p: _stripes(x, p),
-    "rising": lambda x, y, p: _stripes(x + y, p + p // 2),
-    "falling": lambda x, y, p: _stripes(x - y, p + p // 2),
-    "zigzag": lambda x, y, p: _stripes(y + abs(x % (2 * p) - p), p),
-    "chevron": lambda x, y, p: _stripes(x + abs(y % (2 * p) - p), p),
-    "checker": lambda x, y, p: (x // (p // 2) + y // (p // 2)) % 2 == 0,
-    "grid": lambda x, y, p: np.minimum(x % p, y % p) < p // 4 + (p > 7),
+    "horizontal": lambda x, y, p: _wave(y, p),
+    "vertical": lambda x, y, p: _wave(x, p),
+    "rising": lambda x, y, p: _wave(x + y, p * 3 // 2),
+    "falling": lambda x, y, p: _wave(x - y, p * 3 // 2),
+    "zigzag": lambda x, y, p: _wave(y + _wave(x, 2 * p), p),
+    "chevrons": lambda x, y, p: _wave(x + _wave(y, 2 * p), p),
+    "checker": lambda x, y, p: _wave(x, p) * _wave(y, p),
+    "diamonds": lambda x, y, p: _wave(x, p) + _wave(y, p),
+    "grid": lambda x, y, p: np.maximum(_wave(x, p), _wave(y, p)),
     "bricks": _bricks,
-    "discs": lambda x, y, p: np.square(_centred(x, y, p)).sum(0) <= p * p * 9 // 16,
-    "rings": lambda x, y, p: _rings(*_centred(x, y, p), p),
-    "frames": lambda x, y, p: _frames(*_centred(x, y, p), p),
-    "triangles": lambda x, y, p: (abs(_centred(x, y, p)[0]) <= y % p) & (y % p < p - 1),
-    "plus": lambda x, y, p: _plus(*_centred(x, y, p), p),
-    "saltire": lambda x, y, p: _saltire(*_centred(x, y, p), p),
-    "dashes": lambda x, y, p: (y % (p // 2) < p // 4) & ((x + y // (p // 2) * 3) % p < p * 5 // 8),
+    "staggered": lambda x, y, p: _wave(x + y // p * (p // 2), p),
+    "basket": _basket,
+    "discs": lambda x, y, p: _round(x, y, p, 0),
+    "rings": lambda x, y, p: _round(x, y, p, p * 11 // 32),
+    "frames": lambda x, y, p: _square(x, y, p, p * 3 // 10),
+    "triangles": lambda x, y, p: y % p - 2 * abs(x % p - p // 2),
 }
 CLASSES = tuple(_PATTERNS)
 
@@ -112,6 +114,9 @@ class _Draws:
         """int32 in [low, high], both included, of the given shape."""
         words = self._bits.random_raw(int(np.prod(shape))).reshape(shape) >> np.uint64(32)
         return low + ((words * np.uint64(high - low + 1)) >> np.uint64(32)).astype(np.int32)
+
+    def one(self, low: int, high: int) -> int:
+        return int(self.ints(low, high, 1)[0])
 
 
 def class_of(index: int) -> str:
@@ -132,26 +137,20 @@ def render(split: str, index: int) -> NDArray[np.uint8]:
     draw = _Draws(split, index)
     yy, xx = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.int32)
 
-    # which patch of the quilt a pixel belongs to; rows of patches are shifted against each other
-    row = (yy + draw.ints(0, _CELL - 1, 1)) // _CELL
-    column = (xx + draw.ints(0, _CELL - 1, _CELLS)[row]) // _CELL
+    x = 32 * (xx + draw.one(0, 255)) + draw.one(-_SKEW, _SKEW) * yy
+    y = 32 * (yy + draw.one(0, 255)) + draw.one(-_SKEW, _SKEW) * xx
+    heights = _PATTERNS[class_of(index)](x, y, draw.one(*_PERIOD))
+    mask = np.zeros(heights.size, dtype=bool)
+    mask[np.argsort(heights, axis=None, kind="stable")[heights.size // 2 :]] = True
+    shade = draw.one(*_SHADE)
+    brightness = np.where(mask.reshape(heights.shape), 128 + shade, 128 - shade)
 
-    def per_patch(low: int, high: int, *extra: int) -> _Ints:
-        values: _Ints = draw.ints(low, high, _CELLS, _CELLS, *extra)[row, column]
-        return values
-
-    period = per_patch(*_PERIOD)
-    x = xx + per_patch(0, 63)
-    y = yy + per_patch(0, 63)
-    x, y = x + ((y * per_patch(-_SKEW, _SKEW)) >> 5), y + ((x * per_patch(-_SKEW, _SKEW)) >> 5)
-    mask = _PATTERNS[class_of(index)](x, y, period)
-
-    # second colour: some channels (1 to 7 as bits) moved around the circle of 256 values
-    first = per_patch(0, 255, 3)
-    moved = (per_patch(1, 7)[..., None] >> np.arange(3)) & 1
-    second = (first + moved * per_patch(_CONTRAST, 256 - _CONTRAST, 3)) % 256
-    swapped = per_patch(0, 1) == 1
-    return np.where((mask ^ swapped)[..., None], second, first).astype(np.uint8)
+    colours = draw.ints(-_COLOUR, _COLOUR, _TILES, _TILES, 3)
+    colours -= colours.sum(-1, keepdims=True, dtype=np.int32) // 3
+    row = (yy + draw.one(0, _TILE - 1)) // _TILE
+    column = (xx + draw.ints(0, _TILE - 1, _TILES)[row]) // _TILE  # every row has its own offset
+    pixels: NDArray[np.int32] = brightness[..., None] + colours[row, column]
+    return pixels.clip(0, 255).astype(np.uint8)
 
 
 def ensure_shapes(cache_dir: Path, progress: bool = True) -> tuple[Path, Path]:
@@ -205,26 +204,32 @@ def _render_all(folder: Path, progress: bool) -> None:
             digest.update(pixels.tobytes())
             path = root / split / class_of(index) / f"{index:05d}.jpg"
             Image.fromarray(pixels).save(path, quality=90, subsampling=0)  # 4:4:4
-    manifest = {"set": SET_NAME, "files": _expected_counts(), "pixels_sha256": digest.hexdigest()}
+    manifest = _expected_manifest() | {"pixels_sha256": digest.hexdigest()}
     (root / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     if progress:
         print(f"shapes: done in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
 
 
-def _expected_counts() -> dict[str, int]:
-    """``{"train/rings": 512, ...}``."""
+def _expected_manifest() -> dict[str, object]:
+    """Name, number of files per class folder, and a hash of one image per class and split.
+
+    The hash is what tells a cache written by another version of this file.
+    """
     counts: dict[str, int] = {}
+    digest = hashlib.sha256()
     for split, size in SPLIT_SIZES.items():
         for index, name in enumerate(CLASSES):
             counts[f"{split}/{name}"] = len(range(index, size, len(CLASSES)))
-    return counts
+            digest.update(render(split, index).tobytes())
+    return {"set": SET_NAME, "files": counts, "fingerprint": digest.hexdigest()}
 
 
 def _is_complete(root: Path) -> bool:
     """Whether the manifest is ours and every class folder holds its number of non-empty files."""
+    expected = _expected_manifest()
     try:
         manifest = json.loads((root / _MANIFEST).read_text())
-        if manifest.get("set") != SET_NAME or manifest.get("files") != _expected_counts():
+        if any(manifest.get(key) != value for key, value in expected.items()):
             return False
         for folder, count in manifest["files"].items():
             with os.scandir(root / folder) as entries:
