@@ -56,7 +56,7 @@ def test_shipped_files_are_accepted(world):
         if world > 1 and "one-gpu" in file.name:
             continue
         sizes = resolve_batch(ds, world)
-        assert sizes.total == ds.get("train_batch_size", 128 * world)
+        assert sizes.total == ds.get("train_batch_size", 64 * world)
 
 
 @pytest.mark.parametrize(
