@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import logging
 import os
@@ -28,6 +29,7 @@ from njepa.noise import NoiseLevels
 logger = logging.getLogger(__name__)
 
 _POLL = 0.1  # seconds between two looks at whether the loader was closed
+_PATIENCE = 10.0  # seconds for the batch in work before its workers are ended
 
 
 class Loader:
@@ -53,6 +55,7 @@ class Loader:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="njepa-loader", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # threads and workers left running would hang or abort the exit
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -80,7 +83,8 @@ class Loader:
         """Stop reading and end the workers; may be called twice."""
         if not self._closed.is_set():
             self._closed.set()
-            self._thread.join()
+            atexit.unregister(self.close)
+            self._thread.join(_PATIENCE)
             self._pixels.close()
 
     def _produce(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -131,9 +133,16 @@ def _as_it_is(pixels: Any) -> Any:
 
 
 def _init_worker(_: int) -> None:
-    # Ctrl-C and a launcher's SIGTERM reach the whole process group; the training process decides
-    # when to end, and workers end with it.
+    # Ctrl-C and a launcher's SIGTERM reach the workers too; the training process decides when to
+    # end (it may finish a step and write a checkpoint) and ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_for_parent, daemon=True).start()
     # Garbage of the parent must not be finalised here: it would wait for threads that are not here.
     gc.freeze()
+
+
+def _end_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

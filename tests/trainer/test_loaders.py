@@ -4,10 +4,12 @@ import io
 import logging
 import os
 import shutil
-import signal
+import subprocess
+import sys
 import threading
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -454,16 +456,36 @@ def test_workers_outlive_the_signals_that_stop_a_run(tmp_path):
     next(loader)
     children = [int(p) for p in _children()]
     assert children
-    for child in children:
-        os.kill(child, signal.SIGTERM)
-        os.kill(child, signal.SIGINT)
+    for number in ("-INT", "-TERM"):
+        subprocess.run(["kill", number, *map(str, children)], check=True)
     assert len(list(loader)) == 39
     loader.close()
+    assert _children() == []
 
 
 def _children():
     with open(f"/proc/self/task/{threading.get_native_id()}/children") as file:
         return file.read().split()
+
+
+def test_a_program_that_forgets_to_close_ends_all_the_same(tmp_path):
+    class_folders(tmp_path / "in", 12)
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_loaders import Case
+case = Case(Path({str(tmp_path / "in")!r}), Path({str(tmp_path)!r}))
+loaders = [case.loader("torch", stop=1000, workers=workers) for workers in (0, 2)]
+for loader in loaders:
+    next(loader)
+print("one batch each", flush=True)
+raise SystemExit(7)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (7, "one batch each\n"), done.stderr
 
 
 def test_errors_of_the_loader_thread_reach_the_consumer(tmp_path, monkeypatch):
