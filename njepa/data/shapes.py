@@ -40,9 +40,9 @@ _MANIFEST = "manifest.json"
 _TILE = 6  # side of a tile of the mosaic, pixels
 _TILES = IMAGE_SIZE // _TILE + 2  # tiles per side, with one to spare for the random offset
 _COLOUR = 108  # a tile's colour channels differ from grey by up to this, before the mean is removed
-_SHADE = (21, 29)  # the pattern is this much lighter or darker than grey, of 255
-_PERIOD = (288, 368)  # of the pattern, in 1/32 pixel: 9 to 11.5 pixels
-_SKEW = 6  # up to 6/32 of a pixel sideways per pixel
+_SHADE = (40, 50)  # the pattern is this much lighter or darker than grey, of 255
+_PERIOD = (256, 512)  # of the pattern, in 1/32 pixel: 8 to 16 pixels
+_SKEW = 12  # up to 12/32 of a pixel sideways per pixel
 
 # A pattern maps coordinates x, y (int32 arrays) and its period p, all in 1/32 pixel, to a height
 # map (int32). The higher half of the pixels is drawn light, the lower half dark: every class
