@@ -114,7 +114,7 @@ def test_nothing_to_do() -> None:
         ({"momentum": float("nan")}, ValueError, "momentum must be in [0, 1], got nan"),
         ({"momentum": torch.tensor(-0.5)}, ValueError, "momentum must be in [0, 1], got -0.5"),
         ({"momentum": torch.ones(1)}, TypeError, "momentum must be a float or a 0-dim floating"),
-        ({"impl": "native"}, RuntimeError, "ema_update_: impl='native' cannot run"),
+        ({"impl": "triton"}, RuntimeError, "ema_update_: impl='triton' cannot run"),
     ],
 )
 def test_bad_arguments_change_nothing(
