@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import re
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from njepa_kernels.resources import (
     ARCHITECTURES,
     SHARED_LIMIT,
     SIZES,
+    compile_launch,
     launches,
     main,
     measure,
@@ -43,6 +46,16 @@ def test_other_types_compile_without_spills(op: str, dtype: torch.dtype) -> None
     rows = list(measure(op, "vitl16", dtype, 90))
     assert rows
     assert all(row.local == 0 for row in rows), table(rows)
+
+
+@pytest.mark.parametrize("op", list(available_impls()))
+def test_large_reads_and_writes_are_16_bytes_wide(op: str) -> None:
+    for launch in launches(op, "vitl16", torch.bfloat16, 90):
+        name = launch.kernel.__name__
+        ptx = compile_launch(launch, 90).asm["ptx"]
+        assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.shared\.global", ptx), name
+        if not name.startswith(("_vicreg_stats", "_vicreg_spread", "_vicreg_product")):
+            assert re.search(r"st\.global\S*\.v4\.b32", ptx), name
 
 
 def test_every_kernel_of_every_op_is_launched() -> None:

@@ -13,7 +13,28 @@ from .._triton import cdiv, launch
 
 _ELEMENTS = 4096  # per program
 _ALIGNMENT = 16  # bytes, of the widest access
-_TABLES = 8  # lists of tensors whose tables are kept on the device
+_TABLES = 64  # lists of tensors whose tables are kept on the device
+
+
+@triton.jit
+def _update_block(
+    target,
+    source,
+    shadow,
+    keep,
+    take,
+    size,
+    MASKED: tl.constexpr,
+    HAS_SHADOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.arange(0, BLOCK)
+    mask = at < size if MASKED else None
+    value = tl.load(target + at, mask=mask) * keep
+    value += tl.load(source + at, mask=mask).to(tl.float32) * take
+    tl.store(target + at, value, mask=mask)
+    if HAS_SHADOW:
+        tl.store(shadow + at, value.to(tl.bfloat16), mask=mask)
 
 
 @triton.jit(do_not_specialize=["momentum", "rest", "n_tensors"])
@@ -37,16 +58,14 @@ def _ema_update_kernel(
     source = tl.load(entry + n_tensors).to(tl.pointer_type(like_source.dtype.element_ty))
     shadow = tl.load(entry + 2 * n_tensors).to(tl.pointer_type(tl.bfloat16))
     size = tl.load(entry + 3 * n_tensors)
-    if ALIGNED:
-        target = tl.multiple_of(target, 16)
-        source = tl.multiple_of(source, 16)
-        shadow = tl.multiple_of(shadow, 16)
     start = (pid - tl.load(entry + 4 * n_tensors)) * BLOCK
     target += start
     source += start
     shadow += start
-    at = tl.arange(0, BLOCK)
-    mask = at < size - start
+    if ALIGNED:
+        target = tl.multiple_of(target, 16)
+        source = tl.multiple_of(source, 16)
+        shadow = tl.multiple_of(shadow, 16)
     if momentum_ptr is not None:
         m = tl.load(momentum_ptr)
         keep = m.to(tl.float32)
@@ -54,11 +73,11 @@ def _ema_update_kernel(
     else:
         keep = momentum
         take = rest
-    value = tl.load(target + at, mask=mask, other=0.0) * keep
-    value += tl.load(source + at, mask=mask, other=0.0).to(tl.float32) * take
-    tl.store(target + at, value, mask=mask)
-    if HAS_SHADOW:
-        tl.store(shadow + at, value.to(tl.bfloat16), mask=mask)
+    # A mask whose end the compiler does not know would make every access a scalar one.
+    if size - start >= BLOCK:
+        _update_block(target, source, shadow, keep, take, BLOCK, False, HAS_SHADOW, BLOCK)
+    else:
+        _update_block(target, source, shadow, keep, take, size - start, True, HAS_SHADOW, BLOCK)
 
 
 @lru_cache(maxsize=_TABLES)

@@ -110,7 +110,7 @@ def jepa_loss(
         s(e) = e^2 / (2 beta) where |e| < beta, else |e| - beta/2         (beta = 0: |e|)
         loss = mean over b, m, t, D of weight * s(e);   per_token = mean over D of s(e)
 
-    Without ``weight`` this is, bit for bit in fp32, what the published code computes
+    Without ``weight`` the reference is, bit for bit in fp32, what the published code computes
     (facebookresearch/ijepa, src/train.py: layer_norm of all tokens, gather, smooth_l1_loss).
 
     Args:

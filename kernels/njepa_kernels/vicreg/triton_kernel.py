@@ -56,7 +56,7 @@ def _vicreg_stats_kernel(
     tl.store(std_ptr + at, tl.sqrt_rn(variance + eps), mask=in_width)
 
 
-@triton.jit(do_not_specialize=["views", "size"])
+@triton.jit(do_not_specialize=["views"])
 def _vicreg_spread_kernel(partial_ptr, u_ptr, views, size, BLOCK: tl.constexpr):
     """sum over views of |u_m - mean over views|^2, one partial sum per program."""
     pid = tl.program_id(0).to(tl.int64)
