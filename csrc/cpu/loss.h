@@ -68,7 +68,9 @@ inline void ema(const Ema& e) {
     const float* source = read(e.source, e.type, first, n, scratch);
     float* target = e.target + first;
     each_vector(n, [&](int64_t i, int lanes) {
-      const vf mean = e.momentum * load(target + i, lanes) + e.rest * load(source + i, lanes);
+      // Rounded as target.mul_(m).add_(source, alpha=1-m) is where there is an FMA.
+      const vf kept = rounded(e.momentum * load(target + i, lanes));
+      const vf mean = kept + e.rest * load(source + i, lanes);
       store(target + i, mean, lanes);
       if (e.shadow) {
         const vh bits = to_bf16(mean);

@@ -50,6 +50,18 @@ NJEPA_INLINE vf select(vi condition, vf yes, vf no) {
 
 NJEPA_INLINE vf vabs(vf v) { return (vf)((vi)v & 0x7fffffff); }
 
+// Keeps a product from becoming part of a fused multiply-add: it is rounded on its own.
+NJEPA_INLINE vf rounded(vf v) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(v));
+#elif defined(__SSE2__)
+  __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#endif
+  return v;
+}
+
 NJEPA_INLINE vf vsqrt(vf v) {
 #if defined(__AVX512F__)
   return (vf)_mm512_sqrt_ps((__m512)v);

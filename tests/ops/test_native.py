@@ -12,6 +12,7 @@ import pytest
 import torch
 from native_adapters import NATIVE
 from njepa_kernels import _native, philox_normal
+from njepa_kernels.ema_update_.reference import ema_update_reference_
 from njepa_kernels.gather_tokens.cases import _case as gather_case
 from njepa_kernels.jepa_loss.cases import _case as loss_case
 from njepa_kernels.predictor_tokens.cases import _case as predictor_case
@@ -208,6 +209,21 @@ def test_shadow_is_the_rounded_target() -> None:
     shadow = torch.zeros_like(target, dtype=torch.bfloat16)
     NATIVE["ema_update_"]([target], [target.clone()], torch.tensor(0.25), [shadow])
     assert torch.equal(shadow.nan_to_num(7.0), target.bfloat16().nan_to_num(7.0))
+
+
+@each_dtype
+def test_ema_has_the_bits_of_the_reference(dtype: torch.dtype) -> None:
+    if _native.ops().instruction_sets() == "baseline" or "AVX" not in (
+        torch.backends.cpu.get_cpu_capability()
+    ):
+        pytest.skip("torch rounds twice where there is no fused multiply-add")
+    targets = [torch.randn(size) for size in (1, 100, 5000, 70_001)]
+    sources = [torch.randn_like(target).to(dtype) for target in targets]
+    expected = [target.clone() for target in targets]
+    for momentum in (0.996, torch.tensor(0.9, dtype=torch.float64)):
+        ema_update_reference_(expected, [source.float() for source in sources], float(momentum))
+        NATIVE["ema_update_"](targets, sources, momentum)
+    assert all(torch.equal(a, b) for a, b in zip(targets, expected, strict=True))
 
 
 @each_dtype
