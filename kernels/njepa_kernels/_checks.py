@@ -24,8 +24,13 @@ def debug_checks(enabled: bool = True) -> None:
 
 
 def can_read_values(tensor: torch.Tensor) -> bool:
-    """Whether a check may look at the values of ``tensor`` (never while compiling)."""
+    """Whether a check may look at the values of ``tensor``.
+
+    Never while compiling, nor of a subclass (FakeTensor), which may have none.
+    """
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return False
     return _debug or tensor.device.type == "cpu"
 

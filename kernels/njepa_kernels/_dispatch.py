@@ -2,50 +2,115 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
+from types import ModuleType
 from typing import Literal
 
 import torch
 
-from ._version import __version__
-
 Impl = Literal["auto", "reference", "triton", "native"]
 
 OPS = ("gather_tokens", "predictor_tokens", "jepa_loss", "vicreg", "ema_update_")
-#: In the order in which "auto" prefers them.
 IMPLEMENTATIONS = ("native", "triton", "reference")
+#: What "auto" tries, in this order, per device type; elsewhere the reference.
+PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 _YES = "yes"
 
+_found: dict[tuple[str, str, str, bool], str] = {}
 
-def _status(op: str, impl: str, device: torch.device | None) -> str:
-    """The word yes, or why ``impl`` of ``op`` cannot run on ``device`` (None: on any device)."""
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, which also takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_status(device_type: str) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if interpreting() and device_type in ("", "cpu"):
+        return _YES
+    if device_type == "cuda" or (device_type == "" and torch.cuda.is_available()):
+        return _YES
+    return "Triton kernels need a CUDA device (or TRITON_INTERPRET=1, to debug)"
+
+
+def _native_status(op: str, device_type: str) -> str:
+    try:
+        native = importlib.import_module("._native", __package__)
+    except ModuleNotFoundError:
+        return "the native library is not built"
+    status: str = native.available(op, device_type)
+    return status
+
+
+def _status(op: str, impl: str, device_type: str, wide: bool) -> str:
+    """The word yes, or why ``impl`` of ``op`` cannot run there ("": on any device).
+
+    ``wide``: an input is fp64.
+    """
     if impl == "reference":
         return _YES
-    return f"not implemented in njepa_kernels {__version__.rsplit('.', 1)[0]}"
+    if wide:
+        return "float64 inputs are computed by the reference only"
+    key = (op, impl, device_type, interpreting())
+    if key not in _found:
+        find = _triton_status(device_type) if impl == "triton" else _native_status(op, device_type)
+        _found[key] = find
+    return _found[key]
+
+
+# Dynamo must not trace the search for a backend. This is torch.compiler.assume_constant_result,
+# which is not called because it imports all of torch._dynamo.
+_status._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def available_impls() -> dict[str, dict[str, str]]:
     """For each op and each implementation: "yes", or the reason why it cannot run here."""
-    return {op: {impl: _status(op, impl, None) for impl in IMPLEMENTATIONS} for op in OPS}
+    return {op: {impl: _status(op, impl, "", False) for impl in IMPLEMENTATIONS} for op in OPS}
 
 
-def choose(op: str, impl: str, device: torch.device) -> str:
-    """The name of the implementation that runs.
+def choose(op: str, impl: str, device: torch.device, *tensors: torch.Tensor | None) -> str:
+    """The name of the implementation that runs on ``device`` for the types of ``tensors``.
 
-    "auto" takes the first that can run; a name is taken or refused, never replaced.
+    "auto" takes the first of ``PREFERENCE`` that can run; a name is taken or refused, never
+    replaced.
 
     Raises:
         ValueError: ``impl`` is no known name.
         RuntimeError: the implementation asked for cannot run; the message says why.
     """
+    wide = False
+    for tensor in tensors:
+        wide = wide or (tensor is not None and tensor.dtype == torch.float64)
     if impl == "auto":
-        return next(name for name in IMPLEMENTATIONS if _status(op, name, device) == _YES)
+        for name in PREFERENCE.get(device.type, ("reference",)):
+            if _status(op, name, device.type, wide) == _YES:
+                return name
     if impl not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise ValueError(f"{op}: impl must be one of {known}, got {impl!r}")
-    status = _status(op, impl, device)
+    status = _status(op, impl, device.type, wide)
     if status != _YES:
         raise RuntimeError(
             f"{op}: impl={impl!r} cannot run on {device.type}: {status}. "
             "Use impl='auto' or 'reference'."
         )
     return impl
+
+
+def backend(op: str, impl: str, tensor: torch.Tensor) -> ModuleType:
+    """The module with the fused kernels that a registered op calls.
+
+    Raises RuntimeError where only the reference can run: that one is no operator of the dispatcher
+    but a composition of PyTorch's, which ``njepa_kernels.<op>`` calls.
+    """
+    name = choose(op, impl, tensor.device, tensor)
+    if name == "reference":
+        raise RuntimeError(
+            f"{op}: no fused implementation runs on {tensor.device.type} for {tensor.dtype}. "
+            f"Call njepa_kernels.{op}, which falls back to the reference."
+        )
+    file = "triton_kernel" if name == "triton" else "native"
+    return importlib.import_module(f".{op}.{file}", __package__)

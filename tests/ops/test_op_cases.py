@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from njepa_kernels import available_impls
+from njepa_kernels._dispatch import IMPLEMENTATIONS, choose
 from njepa_kernels.testing import (
     OpCase,
     all_cases,
@@ -24,6 +27,20 @@ SEEDS = range(4)
 
 NOT_EMPTY = [case for case in CASES if not case.size.startswith(("b0", "none"))]
 
+
+def _runs(op: str, impl: str) -> bool:
+    try:
+        return choose(op, impl, CPU) == impl
+    except RuntimeError:
+        return False
+
+
+#: Every case with every implementation that runs on this machine's CPU.
+PAIRS = [(case, impl) for case in CASES for impl in IMPLEMENTATIONS if _runs(case.op, impl)]
+
+each_pair = pytest.mark.parametrize(
+    ("case", "impl"), PAIRS, ids=[f"{case.name}-{impl}" for case, impl in PAIRS]
+)
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -57,20 +74,31 @@ def test_every_op_has_cases_with_and_without_samples() -> None:
     assert len({case.name for case in all_cases()}) == len(all_cases())
 
 
+@pytest.fixture
+def _poisoned() -> Iterator[None]:
+    """torch.empty gives nan: what a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_poisoned")
 @each_dtype
-@each_case
-def test_values_and_gradients_are_within_the_baseline(case: OpCase, dtype: torch.dtype) -> None:
+@each_pair
+def test_values_and_gradients_are_within_the_baseline(
+    case: OpCase, impl: str, dtype: torch.dtype
+) -> None:
     candidate, eager, exact = [], [], []
     for seed in SEEDS:
         inputs = case.make_inputs(CPU, dtype, seed)
-        candidate.append(evaluate(case, case.function, inputs, seed))
+        candidate.append(evaluate(case, partial(case.function, impl=impl), inputs, seed))
         eager.append(evaluate(case, case.eager, inputs, seed))
         exact.append(evaluate(case, case.reference, cast_inputs(inputs, torch.float64), seed))
     got, base, truth = (stack_values(values) for values in (candidate, eager, exact))
     assert got.keys() == base.keys() == truth.keys()
     for name in truth:
         # Rounded to the type of the result: fp32 for a loss, whatever type the inputs have.
-        what = f"{case.name} {name}"
+        what = f"{case.name} {impl} {name}"
         assert_within_baseline(got[name], base[name], truth[name], got[name].dtype, what)
 
 
@@ -98,8 +126,8 @@ def test_gradcheck(case: OpCase) -> None:
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 
-@each_case
-def test_non_contiguous_inputs(case: OpCase) -> None:
+@each_pair
+def test_non_contiguous_inputs(case: OpCase, impl: str) -> None:
     inputs = case.make_inputs(CPU, torch.float32, 2)
     strided = {name: _strided(value) for name, value in inputs.items()}
     assert all(t.numel() < 2 or not t.is_contiguous() for t in _tensors(strided).values())
@@ -108,7 +136,7 @@ def test_non_contiguous_inputs(case: OpCase) -> None:
         for name in case.differentiable:
             if given[name] is not None:
                 given[name] = given[name].detach().requires_grad_()
-        outputs = case.outputs(case.function(**given), given)
+        outputs = case.outputs(case.function(**given, impl=impl), given)
         roots = [out.sum() for out in outputs.values() if out.requires_grad]
         if roots:
             torch.autograd.backward(roots)
@@ -120,31 +148,35 @@ def test_non_contiguous_inputs(case: OpCase) -> None:
         torch.testing.assert_close(value, plain[name], equal_nan=True, msg=f"{case.name} {name}")
 
 
-@each_case
-def test_two_runs_give_the_same_bits(case: OpCase) -> None:
+@each_pair
+def test_two_runs_give_the_same_bits(case: OpCase, impl: str) -> None:
     inputs = case.make_inputs(CPU, torch.bfloat16, 3)
-    first, second = (evaluate(case, case.function, inputs) for _ in range(2))
+    first, second = (evaluate(case, partial(case.function, impl=impl), inputs) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value.nan_to_num(7.0), second[name].nan_to_num(7.0)), name
 
 
-@each_case
-def test_inputs_that_are_not_outputs_are_left_alone(case: OpCase) -> None:
+@each_pair
+def test_inputs_that_are_not_outputs_are_left_alone(case: OpCase, impl: str) -> None:
     inputs = case.make_inputs(CPU, torch.float32, 4)
     before = _tensors(copy_inputs(inputs))
-    written = {id(t) for t in case.outputs(case.function(**inputs), inputs).values()}
+    written = {id(t) for t in case.outputs(case.function(**inputs, impl=impl), inputs).values()}
     for name, value in _tensors(inputs).items():
         if id(value) not in written:
             assert torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize("op", list(available_impls()))
-def test_compiles_as_one_graph(op: str) -> None:
+OPS_AND_IMPLS = sorted({(case.op, impl) for case, impl in PAIRS})
+
+
+@pytest.mark.parametrize(("op", "impl"), OPS_AND_IMPLS, ids="-".join)
+def test_compiles_as_one_graph(op: str, impl: str) -> None:
     torch.compiler.reset()
     for case in [case for case in CASES if case.op == op][:2]:
-        compiled = torch.compile(case.function, fullgraph=True, backend="eager")
+        function = partial(case.function, impl=impl)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         inputs = case.make_inputs(CPU, torch.float32, 5)
-        expected = evaluate(case, case.function, inputs)
+        expected = evaluate(case, function, inputs)
         for name, value in evaluate(case, compiled, inputs).items():
             torch.testing.assert_close(value, expected[name])
 

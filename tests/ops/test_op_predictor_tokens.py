@@ -207,7 +207,7 @@ def test_context_gradient_is_the_sum_over_blocks() -> None:
             "sample_ids must be [B] = [3], got [2]",
         ),
         ({"mix": "vpp"}, ValueError, "mix must be one of ve, vp, edm, got 'vpp'"),
-        ({"impl": "native"}, RuntimeError, "predictor_tokens: impl='native' cannot run on cpu"),
+        ({"impl": "triton"}, RuntimeError, "predictor_tokens: impl='triton' cannot run on cpu"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -7,8 +7,55 @@ from collections.abc import Sequence
 import torch
 
 from .._checks import FLOATS, can_read_values, check_like
-from .._dispatch import Impl, choose
+from .._dispatch import Impl, backend, choose
+from .._library import refuse_vmap, register
 from .reference import ema_update_reference_
+
+_OP = "ema_update_"
+
+
+def _update(
+    targets: list[torch.Tensor],
+    sources: list[torch.Tensor],
+    momentum: float,
+    momentum_tensor: torch.Tensor | None,
+    shadow: list[torch.Tensor] | None,
+    impl: str,
+) -> None:
+    if not targets:
+        return
+    written = [*targets, *(shadow or [])]
+    # The kernels take dense memory; a tensor with gaps goes through a copy and back.
+    dense = [tensor.contiguous() for tensor in written]
+    count = len(targets)
+    backend(_OP, impl, targets[0]).update(
+        dense[:count],
+        [source.contiguous() for source in sources],
+        momentum if momentum_tensor is None else momentum_tensor,
+        None if shadow is None else dense[count:],
+    )
+    for tensor, copy in zip(written, dense, strict=True):
+        if copy is not tensor:
+            tensor.copy_(copy)
+
+
+def _update_fake(
+    targets: list[torch.Tensor],
+    sources: list[torch.Tensor],
+    momentum: float,
+    momentum_tensor: torch.Tensor | None,
+    shadow: list[torch.Tensor] | None,
+    impl: str,
+) -> None:
+    return None
+
+
+_update_op = register(
+    "ema_update_(Tensor(a!)[] targets, Tensor[] sources, float momentum, Tensor? momentum_tensor,"
+    " Tensor(b!)[]? shadow, str impl) -> ()",
+    _update,
+    _update_fake,
+)
 
 
 def _check_momentum(op: str, momentum: float | torch.Tensor) -> None:
@@ -49,7 +96,8 @@ def ema_update_(
     Raises:
         TypeError, ValueError: wrong type, shape, device, number of tensors, or momentum.
     """
-    op = "ema_update_"
+    op = _OP
+    refuse_vmap(op, *targets, *sources)
     for name, tensors in (("sources", sources), ("shadow", shadow)):
         if tensors is not None and len(tensors) != len(targets):
             raise ValueError(
@@ -61,5 +109,20 @@ def ema_update_(
         if shadow is not None:
             check_like(op, f"shadow[{i}]", shadow[i], (torch.bfloat16,), target)
     _check_momentum(op, momentum)
-    choose(op, impl, targets[0].device if targets else torch.device("cpu"))
-    ema_update_reference_(targets, sources, momentum, shadow)
+    name = choose(op, impl, targets[0].device if targets else torch.device("cpu"), *sources)
+    if name == "reference" or not targets:
+        ema_update_reference_(targets, sources, momentum, shadow)
+        return
+    tensor = momentum if isinstance(momentum, torch.Tensor) else None
+    value = 0.0 if isinstance(momentum, torch.Tensor) else float(momentum)
+    with torch.no_grad():
+        _update_op(
+            list(targets),
+            list(sources),
+            value,
+            tensor,
+            None if shadow is None else list(shadow),
+            name,
+        )
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version([*targets, *(shadow or [])])

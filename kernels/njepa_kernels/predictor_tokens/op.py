@@ -2,15 +2,171 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from .._checks import INDEX, check_index_range, check_per_block, check_tensor
-from .._dispatch import Impl, choose
+from .._dispatch import Impl, backend, choose
+from .._library import refuse_vmap, register
 from .reference import predictor_tokens_reference
 
 Mix = Literal["ve", "vp", "edm"]
+
+_OP = "predictor_tokens"
+_Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _forward(
+    context: torch.Tensor,
+    pos: torch.Tensor,
+    mask_token: torch.Tensor,
+    context_idx: torch.Tensor,
+    target_idx: torch.Tensor,
+    sigma: torch.Tensor | None,
+    seed: int,
+    step: int,
+    sample_ids: torch.Tensor | None,
+    mix: str,
+    impl: str,
+) -> torch.Tensor:
+    out: torch.Tensor = backend(_OP, impl, context).forward(
+        context.contiguous(),
+        pos.contiguous(),
+        mask_token.contiguous(),
+        context_idx.contiguous(),
+        target_idx.contiguous(),
+        None if sigma is None else sigma.contiguous(),
+        seed,
+        step,
+        None if sample_ids is None else sample_ids.contiguous(),
+        mix,
+    )
+    return out
+
+
+def _forward_fake(
+    context: torch.Tensor,
+    pos: torch.Tensor,
+    mask_token: torch.Tensor,
+    context_idx: torch.Tensor,
+    target_idx: torch.Tensor,
+    *rest: Any,
+) -> torch.Tensor:
+    batch, n_blocks, n_targets = target_idx.shape
+    return context.new_empty(n_blocks * batch, context_idx.shape[1] + n_targets, context.shape[2])
+
+
+def _backward(
+    grad: torch.Tensor,
+    pos: torch.Tensor,
+    context_idx: torch.Tensor,
+    target_idx: torch.Tensor,
+    sigma: torch.Tensor | None,
+    seed: int,
+    step: int,
+    sample_ids: torch.Tensor | None,
+    mix: str,
+    need_pos: bool,
+    need_sigma: bool,
+    impl: str,
+) -> _Tensors:
+    dcontext, dmask_token, dpos, dsigma = backend(_OP, impl, grad).backward(
+        grad.contiguous(),
+        pos.contiguous(),
+        context_idx.contiguous(),
+        target_idx.contiguous(),
+        None if sigma is None else sigma.contiguous(),
+        seed,
+        step,
+        None if sample_ids is None else sample_ids.contiguous(),
+        mix,
+        need_pos,
+        need_sigma,
+    )
+    none = grad.new_empty(0, dtype=torch.float32)
+    return (
+        dcontext,
+        dmask_token,
+        none if dpos is None else dpos,
+        torch.empty_like(none) if dsigma is None else dsigma,
+    )
+
+
+def _backward_fake(
+    grad: torch.Tensor,
+    pos: torch.Tensor,
+    context_idx: torch.Tensor,
+    target_idx: torch.Tensor,
+    sigma: torch.Tensor | None,
+    seed: int,
+    step: int,
+    sample_ids: torch.Tensor | None,
+    mix: str,
+    need_pos: bool,
+    need_sigma: bool,
+    impl: str,
+) -> _Tensors:
+    n, width = pos.shape
+    return (
+        grad.new_empty(*context_idx.shape, width),
+        grad.new_empty(width, dtype=torch.float32),
+        grad.new_empty((n, width) if need_pos else (0,), dtype=torch.float32),
+        grad.new_empty(target_idx.shape if need_sigma else (0,), dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, pos, mask_token, context_idx, target_idx, sigma = inputs[:6]
+    ctx.seed, ctx.step, sample_ids, ctx.mix, ctx.impl = inputs[6:]
+    ctx.save_for_backward(pos, context_idx, target_idx, sigma, sample_ids)
+    ctx.mask_token_dtype = mask_token.dtype
+
+
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    pos, context_idx, target_idx, sigma, sample_ids = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    dcontext, dmask_token, dpos, dsigma = _backward_op(
+        grad,
+        pos,
+        context_idx,
+        target_idx,
+        sigma,
+        ctx.seed,
+        ctx.step,
+        sample_ids,
+        ctx.mix,
+        need[1],
+        need[5],
+        ctx.impl,
+    )
+    return (
+        dcontext,
+        dpos.to(pos.dtype) if need[1] else None,
+        dmask_token.to(ctx.mask_token_dtype),
+        None,
+        None,
+        dsigma if need[5] else None,
+        *[None] * 5,
+    )
+
+
+_backward_op = register(
+    "predictor_tokens_backward(Tensor grad, Tensor pos, Tensor context_idx, Tensor target_idx,"
+    " Tensor? sigma, SymInt seed, SymInt step, Tensor? sample_ids, str mix, bool need_pos,"
+    " bool need_sigma, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+_forward_op = register(
+    "predictor_tokens(Tensor context, Tensor pos, Tensor mask_token, Tensor context_idx,"
+    " Tensor target_idx, Tensor? sigma, SymInt seed, SymInt step, Tensor? sample_ids, str mix,"
+    " str impl) -> Tensor",
+    _forward,
+    _forward_fake,
+    setup_context=_setup_context,
+    backward=_gradients,
+)
 
 
 def predictor_tokens(
@@ -59,15 +215,20 @@ def predictor_tokens(
         [M*B, Kc+Kt, d], row m*B + b, in the type of ``context``. Noise and sums are fp32 (sums fp64
         if an input is fp64), rounded once at the end.
 
-    Gradients: ``context`` (summed over M), ``mask_token``, ``pos``, ``sigma``. Deterministic on
-    CPU.
+    Gradients: ``context`` (summed over M), ``mask_token``, ``pos``, ``sigma``, summed in fp32; the
+    noise is drawn again, not stored. Deterministic, except the reference on an accelerator.
+
+    The fused implementations take their inputs contiguous (others are copied) and pay no heed to
+    autocast, as the reference: the types are those of the arguments. No fp64, no second derivative.
+    A captured CUDA graph keeps the ``seed`` and ``step`` of its capture.
 
     Raises:
         TypeError, ValueError: wrong type, shape or device, an unknown ``mix``, ``sigma`` without
             ``sample_ids``, or an index outside [0, N) (on an accelerator only under
             ``njepa_kernels.debug_checks()``, to spare a host sync).
     """
-    op = "predictor_tokens"
+    op = _OP
+    refuse_vmap(op, context, pos, mask_token, context_idx, target_idx, sigma)
     check_tensor(op, "context", context, "[B,Kc,d]")
     batch, n_context, width = context.shape
     device = context.device
@@ -88,7 +249,24 @@ def predictor_tokens(
         check_tensor(op, "sample_ids", sample_ids, "[B]", (batch,), dtypes=INDEX, device=device)
     check_index_range(op, "context_idx", context_idx, pos.shape[0])
     check_index_range(op, "target_idx", target_idx, pos.shape[0])
-    choose(op, impl, device)
-    return predictor_tokens_reference(
-        context, pos, mask_token, context_idx, target_idx, sigma, seed, step, sample_ids, mix
+    name = choose(op, impl, device, context, pos, mask_token, sigma)
+    if name == "reference":
+        return predictor_tokens_reference(
+            context, pos, mask_token, context_idx, target_idx, sigma, seed, step, sample_ids, mix
+        )
+    if sigma is not None and sigma.dim() == 2:
+        sigma = sigma.unsqueeze(-1).expand(target_idx.shape)
+    out: torch.Tensor = _forward_op(
+        context,
+        pos,
+        mask_token,
+        context_idx,
+        target_idx,
+        sigma,
+        seed,
+        step,
+        sample_ids,
+        mix,
+        name,
     )
+    return out

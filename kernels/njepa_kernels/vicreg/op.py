@@ -2,13 +2,84 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
 from .._checks import can_read_values, check_tensor
-from .._dispatch import Impl, choose
-from ._gather import check_equal_shapes
+from .._dispatch import Impl, backend, choose
+from .._library import refuse_vmap, register
+from ._gather import check_equal_shapes, gather_batch
 from .reference import VicregTerms, vicreg_reference
+
+_OP = "vicreg"
+_Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _forward(u: torch.Tensor, gamma: float, eps: float, impl: str) -> _Tensors:
+    outputs: _Tensors = backend(_OP, impl, u).forward(u.contiguous(), gamma, eps)
+    return outputs
+
+
+def _forward_fake(u: torch.Tensor, gamma: float, eps: float, impl: str) -> _Tensors:
+    def empty(*shape: int) -> torch.Tensor:
+        return u.new_empty(shape, dtype=torch.float32)
+
+    views, _, width = u.shape
+    return empty(), empty(), empty(), empty(views, width), empty(views, width)
+
+
+def _backward(
+    u: torch.Tensor,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    g_inv: torch.Tensor,
+    g_std: torch.Tensor,
+    g_cov: torch.Tensor,
+    gamma: float,
+    eps: float,
+    impl: str,
+) -> torch.Tensor:
+    fused = backend(_OP, impl, u)
+    # Under autocast matrix products inside would run in bf16.
+    with torch.autocast(u.device.type, enabled=False):
+        du: torch.Tensor = fused.backward(
+            u.contiguous(), mean, std, g_inv, g_std, g_cov, gamma, eps
+        )
+    return du
+
+
+def _backward_fake(u: torch.Tensor, *_: Any) -> torch.Tensor:
+    return u.new_empty(u.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Tensors) -> None:
+    u, ctx.gamma, ctx.eps, ctx.impl = inputs
+    mean, std = output[3:]
+    ctx.mark_non_differentiable(mean, std)
+    ctx.save_for_backward(u, mean, std)
+
+
+def _gradients(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    u, mean, std = ctx.saved_tensors
+    return _backward_op(u, mean, std, *grads[:3], ctx.gamma, ctx.eps, ctx.impl), None, None, None
+
+
+_backward_op = register(
+    "vicreg_backward(Tensor u, Tensor mean, Tensor std, Tensor g_inv, Tensor g_std, Tensor g_cov,"
+    " float gamma, float eps, str impl) -> Tensor",
+    _backward,
+    _backward_fake,
+)
+_forward_op = register(
+    "vicreg(Tensor u, float gamma, float eps, str impl)"
+    " -> (Tensor inv, Tensor std, Tensor cov, Tensor mean, Tensor root)",
+    _forward,
+    _forward_fake,
+    setup_context=_setup_context,
+    backward=_gradients,
+)
 
 
 def vicreg(
@@ -42,18 +113,21 @@ def vicreg(
     Returns:
         VicregTerms(inv, std, cov): unweighted scalars, computed and returned in fp32 (fp64 for fp64
         input), also under autocast; the same on every rank. Where the user allows TF32 matrix
-        products, ``cov`` uses them.
+        products (``torch.backends.cuda.matmul.allow_tf32``), ``cov`` uses them.
 
     Gradients: with a group the backward sums over the ranks, so that the *mean* over ranks of the
     parameter gradients (DDP, ZeRO) is the gradient of the one global loss. c is computed on the
-    cheaper side: D x D, or n x n where n < D.
+    cheaper side: D x D, or n x n where n < D; the fused implementations hold that matrix in the
+    backward only. ``u`` and two numbers per channel are saved. Deterministic. No second derivative,
+    no fp64 but by the reference.
 
     Raises:
         TypeError, ValueError: wrong type, shape or number; fewer than two samples over all ranks;
             other shapes on other ranks (checked on CPU; on an accelerator only under
             ``njepa_kernels.debug_checks()``, to spare a collective and a host sync).
     """
-    op = "vicreg"
+    op = _OP
+    refuse_vmap(op, u)
     three = isinstance(u, torch.Tensor) and u.dim() == 3
     check_tensor(op, "u", u, "[M,n,D]" if three else "[n,D]")
     n_ranks = 1 if group is None else dist.get_world_size(group)
@@ -71,5 +145,9 @@ def vicreg(
             f"{op}: u must have at least 2 samples over all ranks (a variance needs two), "
             f"got {u.shape[-2]} on {n_ranks} rank(s)"
         )
-    choose(op, impl, u.device)
-    return vicreg_reference(u, gamma, eps, group)
+    name = choose(op, impl, u.device, u)
+    if name == "reference":
+        return vicreg_reference(u, gamma, eps, group)
+    views = gather_batch(u if three else u.unsqueeze(0), group)
+    inv, std, cov, _, _ = _forward_op(views, float(gamma), float(eps), name)
+    return VicregTerms(inv, std, cov)

@@ -1,0 +1,35 @@
+// All kernels for one instruction set; compiled once for each, see setup.py.
+#include "kernels.h"
+#include "loss.h"
+#include "tokens.h"
+#include "vicreg.h"
+
+#define NJEPA_TEXT(name) NJEPA_TEXT_(name)
+#define NJEPA_TEXT_(name) #name
+
+namespace njepa::NJEPA_ISA {
+
+const Kernels& kernels() {
+  static constexpr Kernels table = {
+      .name = NJEPA_TEXT(NJEPA_ISA),
+      .panel = kPanel,
+      .gather_forward = gather_forward,
+      .gather_backward = gather_backward,
+      .gather_backward_pos = gather_backward_pos,
+      .predictor_forward = predictor_forward,
+      .predictor_backward_context = predictor_backward_context,
+      .predictor_backward_targets = predictor_backward_targets,
+      .predictor_backward_pos = predictor_backward_pos,
+      .jepa_loss = jepa_loss,
+      .scale = scale,
+      .vicreg_moments = vicreg_moments,
+      .vicreg_pack = vicreg_pack,
+      .gram = gram,
+      .vicreg_backward = vicreg_backward,
+      .ema = ema,
+      .normals = normals,
+  };
+  return table;
+}
+
+}  // namespace njepa::NJEPA_ISA

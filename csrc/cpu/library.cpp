@@ -1,0 +1,81 @@
+// Which instruction set runs, and what the Python side asks of the library as a whole.
+#include "ops.h"
+
+namespace njepa {
+namespace {
+
+std::vector<const Kernels*> tables() {
+  std::vector<const Kernels*> found;
+#ifdef NJEPA_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2 && avx512) found.push_back(&avx512::kernels());
+  if (avx2) found.push_back(&avx2::kernels());
+#endif
+  found.push_back(&baseline::kernels());
+  return found;
+}
+
+const Kernels*& chosen() {
+  static const Kernels* table = tables().front();
+  return table;
+}
+
+std::string version() { return NJEPA_VERSION; }
+
+// The instruction sets that can run here, the best first, separated by spaces.
+std::string instruction_sets() {
+  std::string names;
+  for (const Kernels* table : tables()) {
+    if (!names.empty()) names += ' ';
+    names += table->name;
+  }
+  return names;
+}
+
+// For tests and for tracking down a wrong result; returns the one used before.
+std::string use_instruction_set(const std::string& name) {
+  for (const Kernels* table : tables()) {
+    if (name != table->name) continue;
+    const std::string before = chosen()->name;
+    chosen() = table;
+    return before;
+  }
+  STD_TORCH_CHECK(false, "no instruction set ", name, " here, got: ", instruction_sets());
+  return "";
+}
+
+// Normals [dim] of one token, for tests of the noise stream.
+Tensor token_normals(const Tensor& counter, int64_t seed, int64_t step, int64_t dim) {
+  const int64_t* word = input<int64_t>("counter", counter, {3});
+  std::vector<float> out(round_up(dim, kBlock));
+  kernels().normals(static_cast<uint32_t>(seed), static_cast<uint32_t>(step),
+                    static_cast<uint32_t>(word[0]), static_cast<uint32_t>(word[1]),
+                    static_cast<uint32_t>(word[2]), dim, out.data());
+  Tensor result = floats({dim});
+  std::copy_n(out.data(), dim, data(result));
+  return result;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *chosen(); }
+
+}  // namespace njepa
+
+STABLE_TORCH_LIBRARY(njepa_native, m) {
+  m.def("version() -> str");
+  m.def("instruction_sets() -> str");
+  m.def("use_instruction_set(str name) -> str");
+  m.def("token_normals(Tensor counter, int seed, int step, int dim) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(njepa_native, CompositeExplicitAutograd, m) {
+  m.impl("version", TORCH_BOX(&njepa::version));
+  m.impl("instruction_sets", TORCH_BOX(&njepa::instruction_sets));
+  m.impl("use_instruction_set", TORCH_BOX(&njepa::use_instruction_set));
+  m.impl("token_normals", TORCH_BOX(&njepa::token_normals));
+}

@@ -1,0 +1,83 @@
+// jepa_loss (its slope in the same pass) and ema_update_.
+#pragma once
+
+#include "simd.h"
+
+namespace njepa::NJEPA_ISA {
+
+inline void jepa_loss(const JepaLoss& j, int64_t begin, int64_t end, float* scratch) {
+  const int64_t D = j.D;
+  const float width = static_cast<float>(D);
+  const float inverse_beta = j.beta > 0.0f ? 1.0f / j.beta : 0.0f;
+  float* wide = scratch + round_up(D, kBlock);
+  float* slopes = wide + round_up(D, kBlock);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t t = row % j.Kt, b = row / j.Kt % j.B, m = row / j.Kt / j.B;
+    const int64_t target = (b * j.M + m) * j.Kt + t;
+    const float* h = read(j.h, j.h_type, (b * j.N + j.target_idx[target]) * D, D, scratch);
+    const float* pred = read(j.pred, j.pred_type, row * D, D, wide);
+
+    const float mean =
+        sum_over(D, [&](int64_t i, int lanes) { return load(h + i, lanes); }) / width;
+    const float variance = sum_over(D, [&](int64_t i, int lanes) {
+      const vf centred = keep(load(h + i, lanes) - mean, lanes);
+      return centred * centred;
+    }) / width;
+    const float inverse = 1.0f / __builtin_sqrtf(variance + j.eps);
+
+    const float weight = j.weight ? j.weight[target] : 1.0f;
+    float* slope_row = j.slope ? writable(j.slope, j.pred_type, row * D, slopes) : nullptr;
+    const float loss = sum_over(D, [&](int64_t i, int lanes) {
+      const vf e = load(pred + i, lanes) - (load(h + i, lanes) - mean) * inverse;
+      const vf a = vabs(e);
+      const vf line = a - 0.5f * j.beta, parabola = 0.5f * e * e * inverse_beta;
+      if (slope_row) {
+        vf g = e * inverse_beta;  // beta = 0: zero where e is, the sign elsewhere; NaN stays NaN
+        g = select((vi)(e > j.beta), splat(1.0f), g);
+        g = select((vi)(e < -j.beta), splat(-1.0f), g);
+        store(slope_row + i, g * weight, lanes);
+      }
+      return keep(select((vi)(a < j.beta), parabola, line), lanes);
+    });
+    j.per_token[target] = loss / width;
+    if (slope_row) finish(j.slope, j.pred_type, row * D, D, slopes);
+  }
+}
+
+// Elements [begin, end): out = factor * in.
+inline void scale(const Scale& s, int64_t begin, int64_t end) {
+  constexpr int64_t step = 1024;
+  float scratch[step];
+  for (int64_t first = begin; first < end; first += step) {
+    const int64_t n = end - first < step ? end - first : step;
+    const float* in = read(s.in, s.type, first, n, scratch);
+    float* out = writable(s.out, s.type, first, scratch);
+    each_vector(n, [&](int64_t i, int lanes) {
+      store(out + i, s.factor * load(in + i, lanes), lanes);
+    });
+    finish(s.out, s.type, first, n, scratch);
+  }
+}
+
+// A block of `count` elements: t <- m t + (1-m) s.
+inline void ema(const Ema& e) {
+  constexpr int64_t step = 1024;
+  float scratch[step];
+  for (int64_t first = 0; first < e.count; first += step) {
+    const int64_t n = e.count - first < step ? e.count - first : step;
+    const float* source = read(e.source, e.type, first, n, scratch);
+    float* target = e.target + first;
+    each_vector(n, [&](int64_t i, int lanes) {
+      // Rounded as target.mul_(m).add_(source, alpha=1-m) is where there is an FMA.
+      const vf kept = rounded(e.momentum * load(target + i, lanes));
+      const vf mean = kept + e.rest * load(source + i, lanes);
+      store(target + i, mean, lanes);
+      if (e.shadow) {
+        const vh bits = to_bf16(mean);
+        __builtin_memcpy(e.shadow + first + i, &bits, lanes == W ? sizeof bits : 2 * lanes);
+      }
+    });
+  }
+}
+
+}  // namespace njepa::NJEPA_ISA

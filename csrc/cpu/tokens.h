@@ -1,0 +1,190 @@
+// gather_tokens and predictor_tokens: rows by index, sums in fp32.
+#pragma once
+
+#include "philox.h"
+
+namespace njepa::NJEPA_ISA {
+
+inline void gather_forward(const GatherForward& g, int64_t begin, int64_t end, float* scratch) {
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t n = g.idx[row], source = (row / g.K * g.N + n) * g.D;
+    if (!g.pos) {
+      __builtin_memcpy(at(g.out, g.type, row * g.D), at(g.x, g.type, source),
+                       g.D * size_of(g.type));
+      continue;
+    }
+    const float* x = read(g.x, g.type, source, g.D, scratch);
+    const float* pos = g.pos + n * g.D;
+    float* out = writable(g.out, g.type, row * g.D, scratch);
+    each_vector(g.D, [&](int64_t i, int lanes) {
+      store(out + i, load(x + i, lanes) + load(pos + i, lanes), lanes);
+    });
+    finish(g.out, g.type, row * g.D, g.D, scratch);
+  }
+}
+
+// out += row, or out = row where it is the first.
+NJEPA_INLINE void add_row(float* out, const float* row, int64_t n, bool first) {
+  if (first) {
+    __builtin_memcpy(out, row, n * sizeof(float));
+  } else {
+    each_vector(n, [&](int64_t i, int lanes) {
+      store(out + i, load(out + i, lanes) + load(row + i, lanes), lanes);
+    });
+  }
+}
+
+inline void gather_backward(const GatherBackward& g, int64_t begin, int64_t end, float* scratch) {
+  const int64_t bytes = g.D * size_of(g.type);
+  float* wide = scratch + round_up(g.D, kBlock);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t first = g.inverse.start[row], last = g.inverse.start[row + 1];
+    void* dx = at(g.dx, g.type, row * g.D);
+    if (first == last) {
+      __builtin_memset(dx, 0, bytes);
+    } else if (first + 1 == last) {
+      __builtin_memcpy(dx, at(g.grad, g.type, g.inverse.order[first] * g.D), bytes);
+    } else {
+      float* out = writable(g.dx, g.type, row * g.D, scratch);
+      for (int64_t e = first; e < last; ++e)
+        add_row(out, read(g.grad, g.type, g.inverse.order[e] * g.D, g.D, wide), g.D, e == first);
+      finish(g.dx, g.type, row * g.D, g.D, scratch);
+    }
+  }
+}
+
+inline void gather_backward_pos(
+    const GatherBackward& g, int64_t begin, int64_t end, float* scratch) {
+  for (int64_t n = begin; n < end; ++n) {
+    float* out = g.dpos + n * g.D;
+    __builtin_memset(out, 0, g.D * sizeof(float));
+    for (int64_t b = 0; b < g.B; ++b)
+      for (int64_t e = g.inverse.start[b * g.N + n]; e < g.inverse.start[b * g.N + n + 1]; ++e)
+        add_row(out, read(g.grad, g.type, g.inverse.order[e] * g.D, g.D, scratch), g.D, false);
+  }
+}
+
+// mix(psi, s, n) = (psi + s n) / sqrt(1 + c s^2)
+NJEPA_INLINE float mix_factor(Mix mix) {
+  return mix == Mix::ve ? 0.0f : mix == Mix::vp ? 1.0f : 2.0f;
+}
+
+NJEPA_INLINE float mix_scale(Mix mix, float s) {
+  return 1.0f / __builtin_sqrtf(1.0f + mix_factor(mix) * s * s);
+}
+
+NJEPA_INLINE void token_normals(
+    const Noise& noise, int64_t b, int64_t m, int64_t patch, int64_t d, float* out) {
+  normals(noise.seed, noise.step, static_cast<uint32_t>(noise.sample_ids[b]),
+          static_cast<uint32_t>(m), static_cast<uint32_t>(patch), d, out);
+}
+
+inline void predictor_forward(
+    const PredictorForward& p, int64_t begin, int64_t end, float* scratch) {
+  const int64_t tokens = p.Kc + p.Kt, D = p.D;
+  float* draw = scratch + round_up(D, kBlock);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t token = row % tokens, b = row / tokens % p.B, m = row / tokens / p.B;
+    float* out = writable(p.out, p.type, row * D, scratch);
+    if (token < p.Kc) {
+      const int64_t k = b * p.Kc + token;
+      const float* context = read(p.context, p.type, k * D, D, scratch);
+      const float* pos = p.pos + p.context_idx[k] * D;
+      each_vector(D, [&](int64_t i, int lanes) {
+        store(out + i, load(context + i, lanes) + load(pos + i, lanes), lanes);
+      });
+    } else {
+      const int64_t target = (b * p.M + m) * p.Kt + token - p.Kc, patch = p.target_idx[target];
+      const float* pos = p.pos + patch * D;
+      const float s = p.noise.sigma ? p.noise.sigma[target] : 0.0f;
+      if (s == 0.0f) {
+        each_vector(D, [&](int64_t i, int lanes) {
+          store(out + i, load(p.mask_token + i, lanes) + load(pos + i, lanes), lanes);
+        });
+      } else {
+        token_normals(p.noise, b, m, patch, D, draw);
+        const float scale = mix_scale(p.noise.mix, s);
+        each_vector(D, [&](int64_t i, int lanes) {
+          const vf noised = load(pos + i, lanes) + s * load(draw + i);
+          store(out + i, load(p.mask_token + i, lanes) + noised * scale, lanes);
+        });
+      }
+    }
+    finish(p.out, p.type, row * D, D, scratch);
+  }
+}
+
+// Rows b*Kc + k of dcontext: the sum over the blocks.
+inline void predictor_backward_context(
+    const PredictorBackward& p, int64_t begin, int64_t end, float* scratch) {
+  const int64_t tokens = p.Kc + p.Kt, D = p.D;
+  float* wide = scratch + round_up(D, kBlock);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t b = row / p.Kc, k = row % p.Kc;
+    float* out = writable(p.dcontext, p.type, row * D, scratch);
+    for (int64_t m = 0; m < p.M; ++m)
+      add_row(out, read(p.grad, p.type, ((m * p.B + b) * tokens + k) * D, D, wide), D, m == 0);
+    if (p.M == 0) __builtin_memset(out, 0, D * sizeof(float));
+    finish(p.dcontext, p.type, row * D, D, scratch);
+  }
+}
+
+// Blocks of mask_rows targets (b*M+m)*Kt + t: their sum for the mask token, and dsigma.
+inline void predictor_backward_targets(
+    const PredictorBackward& p, int64_t begin, int64_t end, float* scratch) {
+  const int64_t tokens = p.Kc + p.Kt, D = p.D, targets = p.B * p.M * p.Kt;
+  float* draw = scratch + round_up(D, kBlock);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * p.mask_rows;
+    const int64_t last = first + p.mask_rows < targets ? first + p.mask_rows : targets;
+    float* sums = p.dmask_blocks + block * D;
+    for (int64_t target = first; target < last; ++target) {
+      const int64_t t = target % p.Kt, m = target / p.Kt % p.M, b = target / p.Kt / p.M;
+      const int64_t row = (m * p.B + b) * tokens + p.Kc + t;
+      const float* grad = read(p.grad, p.type, row * D, D, scratch);
+      add_row(sums, grad, D, target == first);
+      if (!p.dsigma) continue;
+      const int64_t patch = p.target_idx[target];
+      const float* pos = p.pos + patch * D;
+      token_normals(p.noise, b, m, patch, D, draw);
+      const float by_noise = sum_over(
+          D, [&](int64_t i, int lanes) { return load(grad + i, lanes) * load(draw + i); });
+      const float by_pos = sum_over(
+          D, [&](int64_t i, int lanes) { return load(grad + i, lanes) * load(pos + i, lanes); });
+      // d/ds (psi + s n)(1 + c s^2)^(-1/2) = n q - c s (psi + s n) q^3
+      const float s = p.noise.sigma[target], q = mix_scale(p.noise.mix, s);
+      p.dsigma[target] = by_noise * q -
+          mix_factor(p.noise.mix) * s * q * q * q * (by_pos + s * by_noise);
+    }
+  }
+}
+
+inline void predictor_backward_pos(
+    const PredictorBackward& p, int64_t begin, int64_t end, float* scratch) {
+  const int64_t tokens = p.Kc + p.Kt, D = p.D, kept = p.B * p.Kc;
+  for (int64_t patch = begin; patch < end; ++patch) {
+    float* out = p.dpos + patch * D;
+    __builtin_memset(out, 0, D * sizeof(float));
+    for (int64_t e = p.inverse.start[patch]; e < p.inverse.start[patch + 1]; ++e) {
+      const int64_t entry = p.inverse.order[e];
+      if (entry < kept) {
+        const int64_t b = entry / p.Kc, k = entry % p.Kc;
+        for (int64_t m = 0; m < p.M; ++m) {
+          const int64_t row = (m * p.B + b) * tokens + k;
+          add_row(out, read(p.grad, p.type, row * D, D, scratch), D, false);
+        }
+      } else {
+        const int64_t target = entry - kept;
+        const int64_t t = target % p.Kt, m = target / p.Kt % p.M, b = target / p.Kt / p.M;
+        const int64_t row = (m * p.B + b) * tokens + p.Kc + t;
+        const float* grad = read(p.grad, p.type, row * D, D, scratch);
+        const float q = p.noise.sigma ? mix_scale(p.noise.mix, p.noise.sigma[target]) : 1.0f;
+        each_vector(D, [&](int64_t i, int lanes) {
+          store(out + i, load(out + i, lanes) + q * load(grad + i, lanes), lanes);
+        });
+      }
+    }
+  }
+}
+
+}  // namespace njepa::NJEPA_ISA

@@ -1,0 +1,75 @@
+"""Block sizes of the Triton kernels: pure functions of (width, type, architecture)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+#: For the kernels that sum rows by index: left to itself ptxas aims at 48 and spills 8 bytes.
+SCATTER_REGISTERS = 128
+#: A row that is normalised or summed is held in registers as a whole.
+MAX_WIDTH = 2048
+
+
+@dataclass(frozen=True)
+class Tile:
+    """ROWS x BLOCK_D elements per program, and the warps that share them."""
+
+    rows: int
+    block_d: int
+    num_warps: int
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def copy_tile(width: int, dtype: torch.dtype, program_bytes: int = 8192) -> Tile:
+    """Rows that are moved, not reduced: columns are cut so that no lane is idle at ViT widths.
+
+    With 8 KB per program and 4 warps every thread has four 16-byte accesses in flight.
+    """
+    divisor = width & -width
+    block_d = divisor if divisor >= 64 else next_power_of_2(width)
+    block_d = max(16, min(block_d, 512))
+    return Tile(max(1, program_bytes // dtype.itemsize // block_d), block_d, 4)
+
+
+def row_tile(width: int) -> Tile:
+    """Whole rows in registers: about 16 fp32 values per thread and array."""
+    if width > MAX_WIDTH:
+        raise ValueError(f"the fused kernels take widths up to {MAX_WIDTH}, got {width}")
+    block_d = max(16, next_power_of_2(width))
+    rows = max(1, 1024 // block_d)
+    return Tile(rows, block_d, 8 if block_d == 2048 else 4)
+
+
+def scatter_tile(width: int) -> Tile:
+    """Rows of a table that collect the gradients of the tokens pointing to them."""
+    block_d = max(16, min(next_power_of_2(width), 128))
+    return Tile(8, block_d, 4)
+
+
+def index_block(k: int) -> int:
+    """How many indices are compared at once; times 8 rows they stay in registers."""
+    return max(16, min(next_power_of_2(k), 64))
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """A block x block tile of a Gram matrix, reduced over ``block_k`` at a time."""
+
+    block: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def product_tile(side: int, arch: int) -> ProductTile:
+    """``side``: of the square result, ``arch``: 80, 90, 100.
+
+    Small results get small tiles, or most multiprocessors would have nothing to do.
+    """
+    block = 32 if side <= 512 else 64
+    return ProductTile(block, 32, 4, 2 if arch < 90 else 3)

@@ -1,0 +1,257 @@
+"""Registers, shared memory and spills of every Triton kernel, compiled ahead of time.
+
+    python -m njepa_kernels.resources [--arch 80 90 100] [--size vits16 vitl16] [--dtype bfloat16]
+
+No GPU is needed: the launchers run on tensors without data, what they would launch is compiled by
+Triton for the architecture asked for, and its ``cuobjdump`` reads the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from ._triton import Launch
+
+ARCHITECTURES = (80, 90, 100)
+#: Encoder width, depth, patches and batch of the sizes that are trained; predictor width 384.
+SIZES = {
+    "vits16": (384, 196, 256),
+    "vitb16": (768, 196, 256),
+    "vitl16": (1024, 196, 128),
+    "vith14": (1280, 256, 128),
+}
+#: Bytes of shared memory one program may use (CUDA C++ programming guide, compute capabilities).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+_PREDICTOR_WIDTH = 384
+_BLOCKS, _CONTEXT, _TARGETS = 4, 60, 40
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel uses. ``local``: bytes per thread in local memory, 0: no spills."""
+
+    kernel: str
+    size: str
+    dtype: str
+    arch: int
+    constants: str
+    registers: int
+    shared: int
+    local: int
+    warps: int
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _gather_tokens(width: int, n: int, batch: int, dtype: torch.dtype) -> None:
+    from .gather_tokens import triton_kernel as op
+
+    idx = _meta(batch, _CONTEXT, dtype=torch.int64)
+    for pos in (None, _meta(n, width)):
+        op.forward(_meta(batch, n, width, dtype=dtype), idx, pos)
+        op.backward(_meta(batch, _CONTEXT, width, dtype=dtype), idx, n, pos is not None)
+
+
+def _predictor_tokens(width: int, n: int, batch: int, dtype: torch.dtype) -> None:
+    from .predictor_tokens import triton_kernel as op
+
+    width = _PREDICTOR_WIDTH
+    context_idx = _meta(batch, _CONTEXT, dtype=torch.int64)
+    target_idx = _meta(batch, _BLOCKS, _TARGETS, dtype=torch.int64)
+    ids = _meta(batch, dtype=torch.int64)
+    pos = _meta(n, width)
+    grad = _meta(_BLOCKS * batch, _CONTEXT + _TARGETS, width, dtype=dtype)
+    for mix in (None, "ve", "edm"):
+        sigma = None if mix is None else _meta(*target_idx.shape)
+        rest = (sigma, 7, 1, ids, mix or "ve")
+        context = _meta(batch, _CONTEXT, width, dtype=dtype)
+        op.forward(context, pos, _meta(width), context_idx, target_idx, *rest)
+        op.backward(grad, pos, context_idx, target_idx, *rest, True, mix is not None)
+
+
+def _jepa_loss(width: int, n: int, batch: int, dtype: torch.dtype) -> None:
+    from .jepa_loss import triton_kernel as op
+
+    pred = _meta(_BLOCKS * batch, _TARGETS, width, dtype=dtype)
+    target_idx = _meta(batch, _BLOCKS, _TARGETS, dtype=torch.int64)
+    for weight in (None, _meta(*target_idx.shape)):
+        op.forward(pred, _meta(batch, n, width, dtype=dtype), target_idx, weight, 1.0, 1e-5, True)
+    op.backward(_meta(), pred)
+
+
+def _vicreg(width: int, n: int, batch: int, dtype: torch.dtype) -> None:
+    from .vicreg import triton_kernel as op
+
+    # Both sides, and the widest projector of the published recipes.
+    for samples, channels in ((batch, width), (2048, width), (2048, 8192)):
+        u = _meta(_BLOCKS, samples, channels, dtype=dtype)
+        stats = _meta(_BLOCKS, channels)
+        op.forward(u, 1.0, 1e-4)
+        op.backward(u, stats, stats, _meta(), _meta(), _meta(), 1.0, 1e-4)
+
+
+def _ema_update(width: int, n: int, batch: int, dtype: torch.dtype) -> None:
+    from .ema_update_ import triton_kernel as op
+
+    targets = [_meta(width, width), _meta(width)]
+    sources = [_meta(*t.shape, dtype=dtype) for t in targets]
+    shadow = [_meta(*t.shape, dtype=torch.bfloat16) for t in targets]
+    op.update(targets, sources, 0.996, shadow)
+    op.update(targets, sources, _meta(dtype=torch.float64), None)
+
+
+_OPS: dict[str, Callable[[int, int, int, torch.dtype], None]] = {
+    "gather_tokens": _gather_tokens,
+    "predictor_tokens": _predictor_tokens,
+    "jepa_loss": _jepa_loss,
+    "vicreg": _vicreg,
+    "ema_update_": _ema_update,
+}
+
+
+def launches(op: str, size: str, dtype: torch.dtype, arch: int) -> list[Launch]:
+    """What ``op``, forward and backward, launches at the size of an encoder."""
+    from ._triton import record_launches
+
+    with record_launches(arch) as recorded:
+        _OPS[op](*SIZES[size], dtype)
+    return recorded
+
+
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+def compile_launch(launch: Launch, arch: int) -> Any:
+    """The compiled kernel of a recorded launch: the same types, constants and alignment."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = launch.kernel
+    options = {name: launch.meta[name] for name in _OPTIONS if name in launch.meta}
+    values = dict(zip(kernel.arg_names, launch.args, strict=False))
+    values |= {name: value for name, value in launch.meta.items() if name not in options}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        free = parameter.do_not_specialize
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (type(value) is int and value == 1 and not free)
+        ):
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = (
+                "*"
+                + triton.runtime.jit.type_canonicalisation_dict[
+                    str(value.dtype).removeprefix("torch.")
+                ]
+            )
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not free:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _constants(launch: Launch) -> str:
+    return " ".join(
+        f"{name}={int(value) if isinstance(value, bool) else value}"
+        for name, value in launch.meta.items()
+        if name not in _OPTIONS
+    )
+
+
+def _usage(compiled: Any) -> dict[str, int]:
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        done = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", done.stdout)}
+
+
+def measure(op: str, size: str, dtype: torch.dtype, arch: int) -> Iterator[Resources]:
+    """The resources of each distinct kernel that ``op`` launches at this size."""
+    seen: set[str] = set()
+    for launch in launches(op, size, dtype, arch):
+        compiled = compile_launch(launch, arch)
+        if compiled.hash in seen:
+            continue
+        seen.add(compiled.hash)
+        usage = _usage(compiled)
+        yield Resources(
+            kernel=launch.kernel.__name__.strip("_").removesuffix("_kernel"),
+            size=size,
+            dtype=str(dtype).removeprefix("torch."),
+            arch=arch,
+            constants=_constants(launch),
+            registers=usage["REG"],
+            shared=int(compiled.metadata.shared),
+            local=usage["STACK"] + usage["LOCAL"],
+            warps=compiled.metadata.num_warps,
+        )
+
+
+def table(rows: list[Resources]) -> str:
+    """One line per kernel; the numbers that matter first."""
+    lines = [
+        f"{'kernel':32} {'size':7} {'dtype':9} {'sm':>4} {'reg':>4} {'shared':>7} {'local':>5}"
+    ]
+    for row in rows:
+        lines.append(
+            f"{row.kernel:32} {row.size:7} {row.dtype:9} {row.arch:4} {row.registers:4} "
+            f"{row.shared:7} {row.local:5}  warps={row.warps} {row.constants}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; 1 if a kernel spills or needs more shared memory than there is."""
+    parser = argparse.ArgumentParser(prog="python -m njepa_kernels.resources", description=__doc__)
+    parser.add_argument("--op", nargs="*", choices=list(_OPS), default=list(_OPS))
+    parser.add_argument("--arch", nargs="*", type=int, default=list(ARCHITECTURES))
+    parser.add_argument("--size", nargs="*", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--dtype", nargs="*", default=["bfloat16"])
+    given = parser.parse_args(arguments)
+    rows = [
+        row
+        for op in given.op
+        for size in given.size
+        for dtype in given.dtype
+        for arch in given.arch
+        for row in measure(op, size, getattr(torch, dtype), arch)
+    ]
+    sys.stdout.write(table(rows) + "\n")
+    bad = [row for row in rows if row.local or row.shared > SHARED_LIMIT[row.arch]]
+    sys.stdout.write(f"{len(rows)} kernels, {len(bad)} with spills or too much shared memory\n")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

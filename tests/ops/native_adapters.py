@@ -1,0 +1,153 @@
+"""The native kernels as differentiable functions with the signatures of the public ops.
+
+The tests of the kernels use these, so that they need neither dispatch nor registration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from njepa_kernels import JepaLoss, VicregTerms
+from njepa_kernels.ema_update_ import native as ema_native
+from njepa_kernels.gather_tokens import native as gather_native
+from njepa_kernels.jepa_loss import native as loss_native
+from njepa_kernels.predictor_tokens import native as predictor_native
+from njepa_kernels.vicreg import native as vicreg_native
+
+Tensor = torch.Tensor
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, idx: Tensor, pos: Tensor | None) -> Tensor:
+        ctx.save_for_backward(idx)
+        ctx.n, ctx.pos_dtype = x.shape[1], None if pos is None else pos.dtype
+        return gather_native.forward(x, idx, pos)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need = ctx.needs_input_grad[2]
+        dx, dpos = gather_native.backward(grad.contiguous(), *ctx.saved_tensors, ctx.n, need)
+        return dx, None, dpos.to(ctx.pos_dtype) if dpos is not None else None
+
+
+def gather_tokens(x: Tensor, idx: Tensor, pos: Tensor | None = None) -> Tensor:
+    out: Tensor = _Gather.apply(x, idx.flatten(1), pos)
+    return out if idx.dim() == 2 else out.unflatten(1, idx.shape[1:])
+
+
+class _Predictor(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, context: Tensor, pos: Tensor, mask: Tensor, sigma: Tensor | None, *rest: Any
+    ) -> Tensor:
+        context_idx, target_idx, seed, step, sample_ids, mix = rest
+        ctx.save_for_backward(pos, context_idx, target_idx, sigma, sample_ids)
+        ctx.rest = seed, step, mix, mask.dtype
+        return predictor_native.forward(
+            context, pos, mask, context_idx, target_idx, sigma, seed, step, sample_ids, mix
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        pos, context_idx, target_idx, sigma, sample_ids = ctx.saved_tensors
+        seed, step, mix, mask_dtype = ctx.rest
+        need = ctx.needs_input_grad
+        dcontext, dmask, dpos, dsigma = predictor_native.backward(
+            grad.contiguous(),
+            pos,
+            context_idx,
+            target_idx,
+            sigma,
+            seed,
+            step,
+            sample_ids,
+            mix,
+            need[1],
+            need[3],
+        )
+        dpos = None if dpos is None else dpos.to(pos.dtype)
+        return dcontext, dpos, dmask.to(mask_dtype), dsigma, *[None] * 6
+
+
+def predictor_tokens(
+    context: Tensor,
+    pos: Tensor,
+    mask_token: Tensor,
+    context_idx: Tensor,
+    target_idx: Tensor,
+    sigma: Tensor | None = None,
+    seed: int = 0,
+    step: int = 0,
+    sample_ids: Tensor | None = None,
+    mix: str = "ve",
+) -> Tensor:
+    if sigma is not None and sigma.dim() == 2:
+        sigma = sigma.unsqueeze(-1).expand(target_idx.shape)
+    sigma = None if sigma is None else sigma.contiguous()
+    rest = context_idx, target_idx, seed, step, sample_ids, mix
+    out: Tensor = _Predictor.apply(context, pos, mask_token, sigma, *rest)
+    return out
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, pred: Tensor, weight: Tensor | None, h: Tensor, idx: Tensor, beta: float
+    ) -> tuple[Tensor, Tensor]:
+        loss, per_token, slope = loss_native.forward(pred, h, idx, weight, beta, 1e-5, True)
+        ctx.save_for_backward(slope, per_token)
+        ctx.mark_non_differentiable(per_token)
+        return loss, per_token
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        slope, per_token = ctx.saved_tensors
+        dweight = per_token * (grad / per_token.numel()) if ctx.needs_input_grad[1] else None
+        return loss_native.backward(grad, slope), dweight, None, None, None
+
+
+def jepa_loss(
+    pred: Tensor, h: Tensor, target_idx: Tensor, weight: Tensor | None = None, beta: float = 1.0
+) -> JepaLoss:
+    if weight is not None:
+        weight = weight if weight.dim() == 3 else weight.unsqueeze(-1).expand(target_idx.shape)
+        weight = weight.float().contiguous()
+    return JepaLoss(*_Loss.apply(pred, weight, h, target_idx, beta))
+
+
+class _Vicreg(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, gamma: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        inv, std, cov, mean, deviation = vicreg_native.forward(u, gamma, eps)
+        ctx.save_for_backward(u, mean, deviation)
+        ctx.rest = gamma, eps
+        return inv, std, cov
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return vicreg_native.backward(*ctx.saved_tensors, *grads, *ctx.rest), None, None
+
+
+def vicreg(u: Tensor, gamma: float = 1.0, eps: float = 1e-4) -> VicregTerms:
+    return VicregTerms(*_Vicreg.apply(u if u.dim() == 3 else u.unsqueeze(0), gamma, eps))
+
+
+def ema_update_(
+    targets: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    momentum: float | Tensor,
+    shadow: Sequence[Tensor] | None = None,
+) -> None:
+    ema_native.update(targets, sources, momentum, shadow)
+
+
+NATIVE: dict[str, Callable[..., Any]] = {
+    "gather_tokens": gather_tokens,
+    "predictor_tokens": predictor_tokens,
+    "jepa_loss": jepa_loss,
+    "vicreg": vicreg,
+    "ema_update_": ema_update_,
+}

@@ -1,0 +1,123 @@
+"""The optional native library: built with a compiler, refused or left out without one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import native_build
+import pytest
+from native_build import LIBRARY, run_setup
+
+needs_compiler = pytest.mark.skipif(
+    native_build.no_compiler() is not None, reason="there is no C++ compiler"
+)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return native_build.copy_of_the_project(tmp_path_factory.mktemp("build") / "project")
+
+
+@needs_compiler
+def test_a_wheel_for_any_python_that_loads_and_needs_only_torch(
+    project: Path, tmp_path: Path
+) -> None:
+    done = run_setup(project, "bdist_wheel", "--dist-dir", str(tmp_path), choice="1")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-py3-none-linux_" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    library = tmp_path / "site" / LIBRARY
+    content = library.read_bytes()
+    for name, wanted in ((b"libtorch_cpu.so", True), (b"libc10.so", False), (b"libpython", False)):
+        assert (name in content) == wanted, name
+    code = """
+        import njepa_kernels, torch
+        from njepa_kernels import _native
+        print(njepa_kernels.__file__)
+        print(_native.available(), torch.ops.njepa_native.version() == njepa_kernels.__version__)
+    """
+    out = subprocess.run(
+        [sys.executable, "-c", "\n".join(line.strip() for line in code.splitlines())],
+        cwd=tmp_path / "site",
+        env={"PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert str(tmp_path) in out.stdout
+    assert out.stdout.split()[1:] == ["yes", "True"]
+
+
+def _build(
+    project: Path, out: Path, choice: str | None, **environment: str
+) -> tuple[int, str, bool]:
+    done = run_setup(project, "build_ext", "--build-lib", str(out), choice=choice, **environment)
+    return done.returncode, done.stdout + done.stderr, (out / LIBRARY).exists()
+
+
+def test_zero_builds_nothing_and_says_nothing(project: Path, tmp_path: Path) -> None:
+    code, output, built = _build(project, tmp_path, "0")
+    assert (code, built) == (0, False)
+    assert "NJEPA_BUILD_NATIVE" not in output
+
+
+@pytest.mark.parametrize("choice", [None, "auto"])
+def test_without_a_compiler_auto_says_in_one_line_how_to(
+    project: Path, tmp_path: Path, choice: str | None
+) -> None:
+    code, output, built = _build(project, tmp_path, choice, PATH=str(tmp_path), CXX="")
+    assert (code, built) == (0, False)
+    (line,) = [line for line in output.splitlines() if "without the native library" in line]
+    assert "no C++ compiler" in line
+    assert "NJEPA_BUILD_NATIVE=1 pip install --no-build-isolation ." in line
+
+
+def test_without_a_compiler_one_fails_loudly(project: Path, tmp_path: Path) -> None:
+    code, output, built = _build(project, tmp_path, "1", PATH=str(tmp_path), CXX="")
+    assert code != 0
+    assert not built
+    assert "NJEPA_BUILD_NATIVE=1, but no C++ compiler was found" in output
+
+
+def test_without_torch_auto_builds_nothing(project: Path, tmp_path: Path) -> None:
+    # -S hides site-packages, and with them torch; setuptools comes in by the path.
+    import setuptools
+
+    shown = tmp_path / "only_setuptools"
+    shown.mkdir()
+    packages = Path(setuptools.__file__).parents[1]
+    for name in ("setuptools", "_distutils_hack"):
+        if (packages / name).exists():
+            (shown / name).symlink_to(packages / name)
+    done = subprocess.run(
+        [sys.executable, "-S", "setup.py", "build_ext", "--build-lib", str(tmp_path / "lib")],
+        cwd=project,
+        env={"PYTHONPATH": str(shown), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "because torch is not installed where the build runs" in done.stdout
+    assert not (tmp_path / "lib" / LIBRARY).exists()
+
+
+@pytest.mark.parametrize(("choice", "passes"), [("auto", True), ("1", False)])
+def test_a_compiler_that_fails(project: Path, tmp_path: Path, choice: str, passes: bool) -> None:
+    code, output, built = _build(project, tmp_path, choice, CXX="false")
+    assert (code == 0) == passes
+    assert not built
+    assert "failed with 1" in output
+
+
+def test_another_value_is_refused(project: Path, tmp_path: Path) -> None:
+    code, output, _ = _build(project, tmp_path, "yes")
+    assert code != 0
+    assert "NJEPA_BUILD_NATIVE must be auto, 0 or 1, got 'yes'" in output
