@@ -6,11 +6,12 @@ STAMP := $(VENV)/.installed
 # Extra arguments: make train ARGS="method=ijepa run.dir=runs/ijepa", make test ARGS="-k masks"
 ARGS ?=
 
-.PHONY: help setup train test bench lint types clean
+.PHONY: help setup native train test bench lint types clean
 help:
 	@echo "make setup   create $(VENV) and install njepa with everything it uses"
 	@echo "make train   train the tiny recipe on the embedded images (a few minutes on a CPU)"
 	@echo "make test    run the tests;  make bench: the benchmarks"
+	@echo "make native  build the C++ ops again (setup does it where there is a compiler)"
 	@echo "make lint    ruff;  make types: mypy"
 
 setup: $(STAMP)
@@ -19,7 +20,11 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
 		{ echo "make: could not create $(VENV); on Debian: apt-get install python3-venv"; exit 1; }
 	$(BIN)/pip install --quiet -e ".[train,test]"
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
+
+native: $(STAMP)
+	NJEPA_BUILD_NATIVE=1 $(BIN)/python setup.py --quiet build_ext --inplace
 
 train: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed njepa/train.py --ds_config ds.json $(ARGS)
