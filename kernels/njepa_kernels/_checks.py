@@ -57,12 +57,15 @@ def check_tensor(
         raise TypeError(f"{op}: {name} must be {expected}, got {got}")
     if shape is None:
         shape = [None] * (layout.count(",") + 1)
-    got_shape = list(value.shape)
-    if len(got_shape) != len(shape) or any(
-        size is not None and size != got for size, got in zip(shape, got_shape, strict=True)
-    ):
+    # A plain loop: these checks are a good part of the time of a small call.
+    fits = value.dim() == len(shape)
+    if fits:
+        for size, got_size in zip(shape, value.shape, strict=True):
+            if size is not None and size != got_size:
+                fits = False
+    if not fits:
         sizes = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{op}: {name} must be {layout} = [{sizes}], got {got_shape}")
+        raise ValueError(f"{op}: {name} must be {layout} = [{sizes}], got {list(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{op}: {name} must be on {device}, got {value.device}")
 

@@ -252,6 +252,7 @@ def _sum_of_squares(u: torch.Tensor, mean: torch.Tensor, samples: bool) -> torch
         BLOCK_K=tile.block_k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        maxnreg=tile.max_registers,
     )
     return partial.sum()
 
