@@ -19,7 +19,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
 		{ echo "make: could not create $(VENV); on Debian: apt-get install python3-venv"; exit 1; }
-	$(BIN)/pip install --quiet -e ".[train,test]"
+	$(BIN)/pip install --quiet "setuptools>=77" -e ".[train,test]"
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 

@@ -15,6 +15,10 @@
 
 #include "kernels.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has it under its older name
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace njepa {
 
 using torch::headeronly::ScalarType;
