@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ from njepa.evaluation.features import (
 )
 from njepa.evaluation.knn import Accuracy, knn_accuracy
 from njepa.evaluation.linear import linear_accuracy
-
-log = logging.getLogger(__name__)
 
 
 def open_test_side(config: Config, train: ImageIndex) -> ImageIndex | None:
