@@ -28,11 +28,9 @@ def can_read_values(tensor: torch.Tensor) -> bool:
 
     Never while compiling, nor of a subclass (FakeTensor), which may have none.
     """
-    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+    if torch.compiler.is_compiling() or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return False
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        return False
-    return _debug or tensor.device.type == "cpu"
+    return tensor.is_cpu or (_debug and not tensor.is_meta)
 
 
 def check_tensor(
@@ -72,9 +70,10 @@ def check_tensor(
 
 def check_index_range(op: str, name: str, idx: torch.Tensor, size: int) -> None:
     """Raise unless all of ``idx`` lies in [0, size); see ``debug_checks`` for accelerators."""
-    if idx.numel() == 0 or not can_read_values(idx):
+    if not can_read_values(idx) or idx.numel() == 0:
         return
-    low, high = (int(bound) for bound in torch.aminmax(idx))
+    lowest, highest = torch.aminmax(idx)
+    low, high = lowest.item(), highest.item()
     if low < 0 or high >= size:
         bad = low if low < 0 else high
         raise ValueError(f"{op}: {name} must be int64 in [0, {size}), got {bad}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -18,11 +19,16 @@ IMPLEMENTATIONS = ("native", "triton", "reference")
 PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 _YES = "yes"
 
-_found: dict[tuple[str, str, str, bool], str] = {}
+_found: dict[tuple[str, str, str], str] = {}
+_modules: dict[tuple[str, str], ModuleType] = {}
 
 
+@functools.cache
 def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, which also takes CPU tensors."""
+    """Whether Triton kernels run in Triton's interpreter, which also takes CPU tensors.
+
+    Triton, too, reads this once.
+    """
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -54,11 +60,12 @@ def _status(op: str, impl: str, device_type: str, wide: bool) -> str:
         return _YES
     if wide:
         return "float64 inputs are computed by the reference only"
-    key = (op, impl, device_type, interpreting())
-    if key not in _found:
+    key = (op, impl, device_type)
+    status = _found.get(key)
+    if status is None:
         find = _triton_status(device_type) if impl == "triton" else _native_status(op, device_type)
-        _found[key] = find
-    return _found[key]
+        status = _found[key] = find
+    return status
 
 
 # Dynamo must not trace the search for a backend. This is torch.compiler.assume_constant_result,
@@ -112,5 +119,9 @@ def backend(op: str, impl: str, tensor: torch.Tensor) -> ModuleType:
             f"{op}: no fused implementation runs on {tensor.device.type} for {tensor.dtype}. "
             f"Call njepa_kernels.{op}, which falls back to the reference."
         )
-    file = "triton_kernel" if name == "triton" else "native"
-    return importlib.import_module(f".{op}.{file}", __package__)
+    module = _modules.get((op, name))
+    if module is None:
+        file = "triton_kernel" if name == "triton" else "native"
+        module = importlib.import_module(f".{op}.{file}", __package__)
+        _modules[op, name] = module
+    return module

@@ -12,6 +12,7 @@ import torch
 from njepa_kernels import _library, available_impls, gather_tokens
 from njepa_kernels._dispatch import choose
 from njepa_kernels.testing import all_cases, evaluate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 OPS = list(available_impls())
@@ -57,7 +58,7 @@ def _calls(
                 else a
                 for a in args
             )
-            calls.append((_operator, keep))
+            calls.append((getattr(_operator, "operator", _operator), keep))
             return _operator(*args)
 
         monkeypatch.setattr(module, attribute, spy)
@@ -86,6 +87,46 @@ def test_opcheck(op: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
         else:
             args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
         torch.library.opcheck(operator, args, test_utils=tests)
+
+
+class _Seen(TorchDispatchMode):
+    """Counts the operators of this package that a dispatch mode gets to see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == _library.NAMESPACE:
+            self.names.append(func.name().partition("::")[2])
+        return func(*args, **(kwargs or {}))
+
+
+@each_fused
+def test_with_and_without_the_dispatcher_alike(op: str, impl: str) -> None:
+    """A mode sees the operators (without one a shortcut skips them); values do not depend on it."""
+    case, inputs = _leaves(op)
+    plain = evaluate(case, partial(case.function, impl=impl), inputs)
+    with _Seen() as seen:
+        watched = evaluate(case, partial(case.function, impl=impl), inputs)
+    assert seen.names == ([op] if op == "ema_update_" else [op, f"{op}_backward"])
+    assert plain.keys() == watched.keys()
+    for name, value in plain.items():
+        assert torch.equal(value, watched[name]), name
+
+
+def test_no_graph_without_grad() -> None:
+    """The shortcut records nothing where nothing asks for a gradient."""
+    for op, impl in FUSED:
+        case, inputs = _leaves(op)
+        if not case.differentiable:
+            continue
+        with torch.no_grad():
+            result = case.function(**inputs, impl=impl)
+        assert not any(t.requires_grad for t in case.outputs(result, inputs).values()), op
+        constants = {n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+        result = case.function(**constants, impl=impl)
+        assert not any(t.requires_grad for t in case.outputs(result, constants).values()), op
 
 
 @each_fused
