@@ -115,7 +115,7 @@ def _shortcut(
                 return operator(*args)
         if not needs_grad or not torch.is_grad_enabled():
             return kernel(*args)
-        return operator(*args) if function is None else function.apply(*args)
+        return operator(*args) if function is None else function.apply(*args)  # type: ignore[attr-defined]
 
     call.operator = operator  # type: ignore[attr-defined]
     return call
