@@ -85,6 +85,11 @@ class DataConfig(Section):
                 "data.path is not set, and this recipe has no images of its own; add "
                 "data.path=FOLDER"
             )
+        if self.path is None and self.eval_path is not None:
+            raise ValueError(
+                f"data.eval_path={self.eval_path} needs data.path, got none; the embedded set "
+                f"brings its own test images: unset data.eval_path, or add data.path=FOLDER"
+            )
         _increasing("data.crop_scale", self.crop_scale, low=0.0, high=1.0)
         _increasing("data.crop_ratio", self.crop_ratio, low=0.0)
         if min(self.std) <= 0:

@@ -35,6 +35,7 @@ def test_every_recipe_reads_for_every_method_and_survives_a_round_trip(name, met
     ("raw", "message"),
     [
         ({"data": {"pth": 1}}, "data.pth: unknown key; did you mean 'path'?"),
+        ({"data": {"eval_path": "test"}}, "data.eval_path=test needs data.path, got none"),
         ({"datas": {}}, "datas: unknown key; did you mean 'data'?"),
         ({"model": {"lr": 1}}, "lr lives in section 'optim'"),
         ({"optim": {"batch_size": 8}}, "optim.batch_size: belongs to the DeepSpeed file"),
