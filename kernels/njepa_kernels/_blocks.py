@@ -1,8 +1,12 @@
-"""Block sizes of the Triton kernels: pure functions of (width, type, architecture)."""
+"""Block sizes of the Triton kernels: pure functions of (width, type, architecture).
+
+What ``njepa_kernels.tune`` found on a device replaces them, once its file is loaded.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -75,3 +79,31 @@ def product_tile(side: int, arch: int) -> ProductTile:
     block = 32 if side <= 512 else 64
     # For sm_100 ptxas aims at 128 registers and spills 8 bytes; elsewhere it finds its way alone.
     return ProductTile(block, 32, 4, 2 if arch < 90 else 3, 208 if arch >= 100 else None)
+
+
+_TileType = TypeVar("_TileType", Tile, ProductTile)
+
+#: Tiles by the name of the place that asks, from ``tune.load_tiles``.
+tuned_tiles: dict[str, Tile | ProductTile] = {}
+#: Where ``tune`` collects which places ask, and what the functions above answer.
+asked_tiles: dict[str, Tile | ProductTile] | None = None
+
+
+def tuned(place: str, default: _TileType, width: int, *more: object) -> _TileType:
+    """The tile found by tuning for ``place`` at this width (and so on), else ``default``."""
+    if not tuned_tiles and asked_tiles is None:
+        return default
+    name = " ".join((place, str(width), *(str(size).removeprefix("torch.") for size in more)))
+    if asked_tiles is not None:
+        asked_tiles.setdefault(name, default)
+    tile = tuned_tiles.get(name, default)
+    if not isinstance(tile, type(default)) or _cuts_rows(tile, default, width):
+        raise ValueError(f"tuned tile of {name!r}: expected one like {default}, got {tile}")
+    return tile
+
+
+def _cuts_rows(tile: Tile | ProductTile, default: Tile | ProductTile, width: int) -> bool:
+    """Whether ``tile`` would leave columns out where ``default`` holds a whole row."""
+    if not isinstance(tile, Tile) or not isinstance(default, Tile):
+        return False
+    return tile.block_d < width <= default.block_d

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._blocks import SCATTER_REGISTERS, copy_tile, index_block, scatter_tile
+from .._blocks import SCATTER_REGISTERS, copy_tile, index_block, scatter_tile, tuned
 from .._triton import add_matching_rows, cdiv, launch
 
 
@@ -82,7 +82,7 @@ def forward(x: torch.Tensor, idx: torch.Tensor, pos: torch.Tensor | None) -> tor
     """x [B,N,D], idx [B,K], pos [N,D] or None, contiguous -> [B,K,D]."""
     (_, n, width), (batch, k) = x.shape, idx.shape
     out = x.new_empty(batch, k, width)
-    tile = copy_tile(width, x.dtype)
+    tile = tuned("gather_tokens_fwd", copy_tile(width, x.dtype), width, x.dtype)
     grid = (cdiv(batch * k, tile.rows), cdiv(width, tile.block_d))
     launch(
         _gather_tokens_fwd_kernel,
@@ -109,7 +109,7 @@ def backward(
     """grad [B,K,D] -> (dx [B,N,D] in its type, dpos [N,D] fp32 or None); deterministic."""
     batch, k, width = grad.shape
     dx = grad.new_empty(batch, n, width)
-    tile = scatter_tile(width)
+    tile = tuned("gather_tokens_bwd", scatter_tile(width), width, grad.dtype)
     # Enough chunks to fill the device; the number depends on sizes only, so sums keep their order.
     chunks = min(batch, max(1, cdiv(1024, cdiv(n, tile.rows)))) if need_pos else batch
     per_chunk = cdiv(batch, chunks) if chunks else 1

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._blocks import row_tile
+from .._blocks import row_tile, tuned
 from .._triton import cdiv, launch
 
 _ELEMENTS = 4096  # per program of the backward, which only scales
@@ -95,7 +95,7 @@ def forward(
     _, n, width = h.shape
     per_token = torch.empty(target_idx.shape, dtype=torch.float32, device=pred.device)
     slope = torch.empty_like(pred) if need_grad else None
-    tile = row_tile(width)
+    tile = tuned("jepa_loss_fwd", row_tile(width), width, pred.dtype, h.dtype)
     n_rows = target_idx.numel()
     launch(
         _jepa_loss_fwd_kernel,

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._blocks import SCATTER_REGISTERS, copy_tile, index_block, row_tile, scatter_tile
+from .._blocks import SCATTER_REGISTERS, copy_tile, index_block, row_tile, scatter_tile, tuned
 from .._triton import add_matching_rows, as_int32, cdiv, launch, normals
 
 _FACTOR = {"ve": 0, "vp": 1, "edm": 2}
@@ -247,6 +247,8 @@ def forward(
     out = context.new_empty(n_blocks * batch, n_context + n_targets, width)
     # The noise needs registers: a smaller tile keeps more programs resident.
     tile = copy_tile(width, context.dtype, 8192 if sigma is None else 4096)
+    noisy = "clean" if sigma is None else mix
+    tile = tuned("predictor_tokens_fwd", tile, width, context.dtype, noisy)
     context_tiles = cdiv(batch * n_context, tile.rows)
     target_tiles = cdiv(batch * n_blocks * n_targets, tile.rows)
     launch(
@@ -298,7 +300,7 @@ def backward(
     n_context, (n, width) = context_idx.shape[1], pos.shape
     sizes = (batch, n_blocks, n_context, n_targets)
     dcontext = grad.new_empty(batch, n_context, width)
-    tile = copy_tile(width, grad.dtype)
+    tile = tuned("predictor_tokens_bwd_context", copy_tile(width, grad.dtype), width, grad.dtype)
     launch(
         _predictor_tokens_bwd_context_kernel,
         (cdiv(batch * n_context, tile.rows), cdiv(width, tile.block_d)),
@@ -310,7 +312,9 @@ def backward(
         BLOCK_D=tile.block_d,
         num_warps=tile.num_warps,
     )
-    tile = row_tile(width)
+    tile = tuned(
+        "predictor_tokens_bwd_target", row_tile(width), width, grad.dtype, mix if need_sigma else ""
+    )
     tiles = cdiv(batch * n_blocks * n_targets, tile.rows)
     per_program = max(1, cdiv(tiles, 1024))
     programs = cdiv(tiles, per_program)
@@ -351,7 +355,7 @@ def _backward_pos(
 ) -> torch.Tensor:
     batch, n_blocks, n_targets = target_idx.shape
     n_context, width = context_idx.shape[1], grad.shape[2]
-    tile = scatter_tile(width)
+    tile = tuned("predictor_tokens_bwd_pos", scatter_tile(width), width, grad.dtype)
     chunks = min(batch, max(1, cdiv(1024, cdiv(n, tile.rows))))
     per_chunk = cdiv(batch, chunks) if chunks else 1
     chunks = cdiv(batch, per_chunk)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._blocks import copy_tile, product_tile
+from .._blocks import copy_tile, product_tile, tuned
 from .._triton import architecture, cdiv, launch
 
 _SAMPLES, _COLUMNS = 64, 32  # tile of the statistics
@@ -235,7 +235,7 @@ def forward(
 def _sum_of_squares(u: torch.Tensor, mean: torch.Tensor, samples: bool) -> torch.Tensor:
     views, n, width = u.shape
     side = n if samples else width
-    tile = product_tile(side, architecture(u.device))
+    tile = tuned("vicreg_product", product_tile(side, architecture(u.device)), n, width, u.dtype)
     tiles = cdiv(side, tile.block)
     partial = mean.new_empty(views, tiles, tiles)
     launch(
@@ -277,7 +277,7 @@ def backward(
         gram.diagonal(dim1=1, dim2=2).zero_()
         product = x @ gram
     du = torch.empty_like(u)
-    tile = copy_tile(width, torch.float32, 4096)
+    tile = tuned("vicreg_bwd", copy_tile(width, torch.float32, 4096), width, u.dtype)
     launch(
         _vicreg_bwd_kernel,
         (cdiv(n, tile.rows), cdiv(width, tile.block_d)),
