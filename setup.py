@@ -28,7 +28,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 SOURCES = Path(__file__).resolve().parent / "csrc" / "cpu"
-OPS = ("library", "loss", "tokens", "vicreg")  # see torch's headers
+OPS = ("library", "loss", "patchify", "tokens", "vicreg")  # see torch's headers
 OLDEST_TORCH = (2, 11)  # the library runs with this and any later version, whatever built it
 HOW_TO = (
     "NJEPA_BUILD_NATIVE=1 pip install --no-build-isolation . "

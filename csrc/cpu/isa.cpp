@@ -1,6 +1,7 @@
 // All kernels for one instruction set; compiled once for each, see setup.py.
 #include "kernels.h"
 #include "loss.h"
+#include "patchify.h"
 #include "tokens.h"
 #include "vicreg.h"
 
@@ -13,6 +14,7 @@ const Kernels& kernels() {
   static constexpr Kernels table = {
       .name = NJEPA_TEXT(NJEPA_ISA),
       .panel = kPanel,
+      .patchify = patchify,
       .gather_forward = gather_forward,
       .gather_backward = gather_backward,
       .gather_backward_pos = gather_backward_pos,

@@ -21,6 +21,16 @@ struct Inverse {
   const int64_t* order;
 };
 
+struct Patchify {  // rows of out: b*K + k, each [3][side][side]
+  const uint8_t* images;
+  int64_t image, line, pixel, channel;  // strides; pixel is 1 (planes), or 3 and channel 1
+  const int64_t* idx;                   // [B,K], or null for all patches in order
+  void* out;
+  Type type;
+  float scale[3], shift[3];
+  int64_t K, side, columns;  // side: of a patch in pixels, columns: patches beside each other
+};
+
 struct GatherForward {  // rows of out: b*K + k
   const void* x;
   Type type;
@@ -161,6 +171,7 @@ static constexpr int64_t round_up(int64_t value, int64_t unit) {
 struct Kernels {
   const char* name;
   int64_t panel;  // width of the panels of VicregPack and Gram
+  void (*patchify)(const Patchify&, int64_t, int64_t, float*);
   void (*gather_forward)(const GatherForward&, int64_t, int64_t, float*);
   void (*gather_backward)(const GatherBackward&, int64_t, int64_t, float*);
   void (*gather_backward_pos)(const GatherBackward&, int64_t, int64_t, float*);

@@ -11,6 +11,7 @@ from .ema_update_.op import ema_update_
 from .gather_tokens.op import gather_tokens
 from .jepa_loss.op import jepa_loss
 from .jepa_loss.reference import JepaLoss
+from .patchify.op import patchify
 from .predictor_tokens.op import predictor_tokens
 from .vicreg.op import vicreg
 from .vicreg.reference import VicregTerms
@@ -24,6 +25,7 @@ __all__ = [
     "ema_update_",
     "gather_tokens",
     "jepa_loss",
+    "patchify",
     "philox_normal",
     "predictor_tokens",
     "vicreg",

@@ -13,7 +13,7 @@ import torch
 
 Impl = Literal["auto", "reference", "triton", "native"]
 
-OPS = ("gather_tokens", "predictor_tokens", "jepa_loss", "vicreg", "ema_update_")
+OPS = ("patchify", "gather_tokens", "predictor_tokens", "jepa_loss", "vicreg", "ema_update_")
 IMPLEMENTATIONS = ("native", "triton", "reference")
 #: What "auto" tries, in this order, per device type; elsewhere the reference.
 PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
@@ -78,8 +78,16 @@ def available_impls() -> dict[str, dict[str, str]]:
     return {op: {impl: _status(op, impl, "", False) for impl in IMPLEMENTATIONS} for op in OPS}
 
 
-def choose(op: str, impl: str, device: torch.device, *tensors: torch.Tensor | None) -> str:
+def choose(
+    op: str,
+    impl: str,
+    device: torch.device,
+    *tensors: torch.Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> str:
     """The name of the implementation that runs on ``device`` for the types of ``tensors``.
+
+    ``dtype``: a type asked for that no input has.
 
     "auto" takes the first of ``PREFERENCE`` that can run; a name is taken or refused, never
     replaced.
@@ -88,7 +96,7 @@ def choose(op: str, impl: str, device: torch.device, *tensors: torch.Tensor | No
         ValueError: ``impl`` is no known name.
         RuntimeError: the implementation asked for cannot run; the message says why.
     """
-    wide = False
+    wide = dtype == torch.float64
     for tensor in tensors:
         wide = wide or (tensor is not None and tensor.dtype == torch.float64)
     if impl == "auto":

@@ -9,6 +9,7 @@ Triton for the architecture asked for, and its ``cuobjdump`` reads the result.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import subprocess
 import sys
@@ -54,6 +55,18 @@ class Resources:
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _patchify(width: int, n: int, batch: int, dtype: torch.dtype) -> None:
+    from .patchify import triton_kernel as op
+
+    columns = math.isqrt(n)
+    side = 224 // columns
+    images = _meta(batch, columns * side, columns * side, 3, dtype=torch.uint8)
+    planes = images.new_empty(batch, 3, *images.shape[1:3]).permute(0, 2, 3, 1)
+    for idx in (None, _meta(batch, _CONTEXT, dtype=torch.int64)):
+        for pixels in (images, planes):
+            op.forward(pixels, side, (1.0,) * 3, (0.0,) * 3, idx, dtype)
 
 
 def _gather_tokens(width: int, n: int, batch: int, dtype: torch.dtype) -> None:
@@ -114,6 +127,7 @@ def _ema_update(width: int, n: int, batch: int, dtype: torch.dtype) -> None:
 
 
 _OPS: dict[str, Callable[[int, int, int, torch.dtype], None]] = {
+    "patchify": _patchify,
     "gather_tokens": _gather_tokens,
     "predictor_tokens": _predictor_tokens,
     "jepa_loss": _jepa_loss,

@@ -68,11 +68,16 @@ def draw_indices(batch: int, n: int, k: int, generator: torch.Generator) -> torc
 
 
 def cast_inputs(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """Every floating tensor (also inside lists) in ``dtype``; a copy, the rest as it is."""
+    """Every floating tensor (also inside lists) in ``dtype``; a copy, the rest as it is.
+
+    A type among the inputs, which the op shall return, becomes ``dtype`` too.
+    """
 
     def cast(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             return value.detach().to(dtype, copy=True)
+        if isinstance(value, torch.dtype):
+            return dtype
         return [cast(item) for item in value] if isinstance(value, list) else value
 
     return {name: cast(value) for name, value in inputs.items()}

@@ -13,10 +13,25 @@ from njepa_kernels import JepaLoss, VicregTerms
 from njepa_kernels.ema_update_ import native as ema_native
 from njepa_kernels.gather_tokens import native as gather_native
 from njepa_kernels.jepa_loss import native as loss_native
+from njepa_kernels.patchify import native as patchify_native
 from njepa_kernels.predictor_tokens import native as predictor_native
 from njepa_kernels.vicreg import native as vicreg_native
 
 Tensor = torch.Tensor
+
+
+def patchify(
+    images: Tensor,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    idx: Tensor | None,
+    *,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    scale = [1 / (255 * s) for s in std]
+    shift = [-m / s for m, s in zip(mean, std, strict=True)]
+    return patchify_native.forward(images, patch_size, scale, shift, idx, out_dtype)
 
 
 class _Gather(torch.autograd.Function):
@@ -145,6 +160,7 @@ def ema_update_(
 
 
 NATIVE: dict[str, Callable[..., Any]] = {
+    "patchify": patchify,
     "gather_tokens": gather_tokens,
     "predictor_tokens": predictor_tokens,
     "jepa_loss": jepa_loss,

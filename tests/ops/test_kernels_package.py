@@ -52,7 +52,7 @@ def test_every_op_runs_where_torch_is_all_there_is() -> None:
         assert ops == set(njepa_kernels.available_impls()), ops
         print(len(ops))
     """)
-    assert out.strip() == "5"
+    assert out.strip() == "6"
 
 
 def test_import_brings_nothing_but_the_package_and_the_standard_library() -> None:
@@ -83,6 +83,7 @@ def test_import_changes_no_state() -> None:
 def test_available_impls_gives_yes_or_a_reason() -> None:
     table = njepa_kernels.available_impls()
     assert list(table) == [
+        "patchify",
         "gather_tokens",
         "predictor_tokens",
         "jepa_loss",

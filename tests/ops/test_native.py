@@ -15,6 +15,7 @@ from njepa_kernels import _native, philox_normal
 from njepa_kernels.ema_update_.reference import ema_update_reference_
 from njepa_kernels.gather_tokens.cases import _case as gather_case
 from njepa_kernels.jepa_loss.cases import _case as loss_case
+from njepa_kernels.patchify.cases import _case as patchify_case
 from njepa_kernels.predictor_tokens.cases import _case as predictor_case
 from njepa_kernels.testing import (
     OpCase,
@@ -33,6 +34,7 @@ SEEDS = range(3)
 CASES = [
     *all_cases(small=True),
     # Widths around those of the vectors, tokens and blocks of one.
+    *(patchify_case(f"b2-2x3-p{p}-k5", 2, (2, 3), p, 5) for p in (2, 3, 4, 6, 9, 11, 32)),
     *(gather_case(f"b2-n5-k3-d{d}", 2, 5, 3, d) for d in (1, 7, 31, 130)),
     *(predictor_case(f"b2-m2-kc3-kt2-n9-d{d}", 2, 2, 3, 2, 9, d) for d in (1, 5, 66, 2048)),
     predictor_case("b2-m2-kc0-kt3", 2, 2, 0, 3, 9, 20),
@@ -253,6 +255,10 @@ def test_all_tokens_from_one_patch(dtype: torch.dtype) -> None:
         ("gather_tokens", {"idx": torch.full((3, 12), 49)}, "idx must be int64 in [0, 49), got 49"),
         ("gather_tokens", {"idx": torch.full((3, 12), -1)}, "idx must be int64 in [0, 49), got -1"),
         ("gather_tokens", {"idx": torch.zeros(3, 12).int()}, "idx must be int64"),
+        ("patchify", {"idx": torch.full((2, 7), 36)}, "idx must be int64 in [0, 36), got 36"),
+        ("patchify", {"images": torch.zeros(2, 48, 48, 3)}, "images must be a uint8 CPU tensor"),
+        ("patchify", {"patch_size": 5}, "H and W must be multiples of 5, got 48 x 48"),
+        ("patchify", {"out_dtype": torch.float64}, "out must be float32, bfloat16 or float16"),
         ("gather_tokens", {"x": torch.zeros(3, 49, 64).double()}, "x must be float32, bfloat16"),
         ("gather_tokens", {"x": torch.zeros(3, 64, 49).mT}, "x must be a contiguous CPU tensor"),
         ("gather_tokens", {"pos": torch.zeros(48, 64)}, "pos has a wrong shape"),

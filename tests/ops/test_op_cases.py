@@ -60,7 +60,7 @@ def _strided(value: Any) -> Any:
         return [_strided(item) for item in value]
     if not isinstance(value, torch.Tensor):
         return value
-    poison = float("nan") if value.is_floating_point() else 10**9
+    poison = float("nan") if value.is_floating_point() else torch.iinfo(value.dtype).max
     wide = torch.full((*value.shape, 2), poison, dtype=value.dtype)
     wide[..., 1] = value
     return wide[..., 1]

@@ -17,7 +17,7 @@ import pytest
 
 HERE = Path(__file__).parent
 SUITES = [
-    ["test_op_cases.py", "test_registration.py", "-k", "triton"],
+    ["test_op_cases.py", "test_registration.py", "test_op_patchify.py", "-k", "triton"],
     ["interpreter"],
 ]
 

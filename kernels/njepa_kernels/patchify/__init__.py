@@ -1,0 +1,1 @@
+"""patchify: bytes of images to normalised patches, those that are wanted."""
