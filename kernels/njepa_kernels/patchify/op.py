@@ -114,16 +114,12 @@ def patchify(
         expected = " or ".join(str(dtype) for dtype in FLOATS)
         raise TypeError(f"{op}: out_dtype must be {expected}, got {out_dtype}")
     if idx is not None:
-        check_tensor(
-            op, "idx", idx, "[B,K]", (batch, None), dtypes=INDEX, device=images.device
-        )
+        check_tensor(op, "idx", idx, "[B,K]", (batch, None), dtypes=INDEX, device=images.device)
         check_index_range(op, "idx", idx, (height // patch_size) * (width // patch_size))
     name = choose(op, impl, images.device, dtype=out_dtype)
     if name == "reference":
         return patchify_reference(images, patch_size, mean, std, idx, out_dtype=out_dtype)
-    out: torch.Tensor = _forward_op(
-        images, patch_size, list(mean), list(std), idx, out_dtype, name
-    )
+    out: torch.Tensor = _forward_op(images, patch_size, list(mean), list(std), idx, out_dtype, name)
     return out
 
 

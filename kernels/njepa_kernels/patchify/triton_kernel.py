@@ -41,9 +41,8 @@ def _patchify_kernel(
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     live = row < n_rows
     mask = live[:, None] & (col < 3 * AREA)[None, :]
-    if idx_ptr is None:
-        patch = row % k
-    else:
+    patch = row % k
+    if idx_ptr is not None:
         patch = tl.load(idx_ptr + row, mask=live, other=0).to(tl.int32)
     corner = (
         (row // k).to(tl.int64) * image_stride
