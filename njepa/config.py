@@ -75,6 +75,9 @@ class DataConfig(Section):
     (torchvision only)."""
     prefetch: PositiveInt = 2
     """Batches decoded ahead, per worker (torchvision) or in all (DALI)."""
+    hw_decoder_load: Fraction = 0.65
+    """Share of the JPEGs that DALI gives to the GPU's hardware decoder, where there is one (A100,
+    H100, H200); the rest is decoded by its CUDA kernels. DALI's default."""
     cache_dir: Path | None = None
     """Where the index of a source and the embedded set are kept. None: ``~/.cache/njepa``."""
 

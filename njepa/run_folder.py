@@ -20,7 +20,7 @@ from njepa.config import Config, ConfigError, dump_config
 #: Settings that may change when a run is resumed; all others decide its result.
 FREE_ON_RESUME = (
     "recipe", "run", "eval", "impl", "data.path", "data.eval_path", "data.backend", "data.workers",
-    "data.prefetch", "data.cache_dir",
+    "data.prefetch", "data.hw_decoder_load", "data.cache_dir",
 )  # fmt: skip
 FIXED_IN_RUN = ("run.seed", "run.max_steps")
 

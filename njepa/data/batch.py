@@ -15,7 +15,7 @@ class Batch(NamedTuple):
     """
 
     images: Tensor
-    """float32 [B, 3, S, S], normalised."""
+    """uint8 [B, S, S, 3], contiguous; the patch embedding normalises."""
     sample_ids: Tensor
     """int64 [B]: the planned ids. They key crop, mask, level and noise, also where an unreadable
     image was replaced by another one."""

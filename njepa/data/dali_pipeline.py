@@ -39,6 +39,7 @@ class DaliPixels:
         self._config, self._seed, self._index, self._order = config, seed, index, order
         self._start, self._stop, self._next = start, stop, start
         self._readers = ThreadPoolExecutor(threads) if index.shards else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pipeline = self._build(threads, device)
 
     def __next__(self) -> Pixels:
@@ -56,7 +57,7 @@ class DaliPixels:
             error.__traceback__ = None  # its frames would keep the pipeline alive
             raise self._explained(error) from error
         self._next += 1
-        return Pixels(from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), [])
+        return Pixels(self._owned(from_dlpack(images.as_tensor())), [])
 
     def close(self) -> None:
         """Drop the pipeline and its threads."""
@@ -65,6 +66,19 @@ class DaliPixels:
         if self._readers is not None:
             self._readers.shutdown(cancel_futures=True)
 
+    def _owned(self, images: torch.Tensor) -> torch.Tensor:
+        """Memory that may be dropped while a kernel still reads it.
+
+        DALI writes into its buffers again as soon as nobody holds them and knows nothing of the
+        kernels that torch has queued, so a GPU's images move into memory of torch.
+        """
+        if self._stream is None:
+            return images
+        with torch.cuda.stream(self._stream):
+            images = images.clone()
+        self._stream.synchronize()
+        return images
+
     def _build(self, threads: int, device: torch.device) -> Any:
         gpu = device.type == "cuda"
         device_id = None
@@ -72,6 +86,14 @@ class DaliPixels:
             device_id = torch.cuda.current_device() if device.index is None else device.index
         size = self._config.image_size
         fn, types = dali.fn, dali.types
+        hardware: dict[str, Any] = {}
+        if gpu:
+            hardware = {
+                "hw_decoder_load": self._config.hw_decoder_load,
+                # Memory for all but the largest images from the start, or it grows during training.
+                "preallocate_width_hint": int(np.quantile(self._index.widths, 0.99)),
+                "preallocate_height_hint": int(np.quantile(self._index.heights, 0.99)),
+            }
         pipeline = dali.Pipeline(
             batch_size=self._order.micro_batch,
             num_threads=threads,
@@ -95,6 +117,7 @@ class DaliPixels:
                 axis_names="WH",
                 device="mixed" if gpu else "cpu",
                 jpeg_fancy_upsampling=True,  # as libjpeg does, on the GPU too
+                **hardware,
             )
             images = fn.resize(
                 images, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True

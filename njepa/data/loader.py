@@ -19,7 +19,6 @@ from torch import Tensor
 from njepa.config import Config
 from njepa.data.batch import Batch
 from njepa.data.index import ImageIndex
-from njepa.data.normalise import normalise
 from njepa.data.order import SampleOrder
 from njepa.data.pixels import PixelSource
 from njepa.data.torch_loader import TorchPixels
@@ -76,8 +75,9 @@ class Loader:
             self.close()
             raise item or StopIteration
         batch = item.to(self._device)
-        data = self._config.data
-        return batch._replace(images=normalise(batch.images, data.mean, data.std))
+        if batch.images.is_cuda:  # they come from the stream of the loader
+            batch.images.record_stream(torch.cuda.current_stream(self._device))
+        return batch
 
     def close(self) -> None:
         """Stop reading and end the workers; may be called twice."""

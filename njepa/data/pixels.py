@@ -18,7 +18,7 @@ class Pixels(NamedTuple):
     """One micro-batch of images."""
 
     images: Tensor
-    """uint8 [B, 3, S, S], channels-last in memory."""
+    """uint8 [B, S, S, 3], contiguous."""
     unreadable: list[tuple[int, str]]
     """Sample ids that were replaced by others, with the reason."""
 

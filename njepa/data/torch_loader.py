@@ -48,7 +48,7 @@ class PlannedImages(Dataset["Pixels | DecodeError"]):
         plan = self._order.at(micro_step)
         config, index, size = self._config, self._index, self._config.image_size
         windows, mirrored = planned_views(config, self._seed, index, plan)
-        images = torch.empty(len(plan.ids), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        images = torch.empty(len(plan.ids), size, size, 3, dtype=torch.uint8)
         unreadable: list[tuple[int, str]] = []
         for slot, sample in enumerate(plan.ids.tolist()):
             try:
@@ -56,7 +56,7 @@ class PlannedImages(Dataset["Pixels | DecodeError"]):
             except (OSError, DecodeError) as error:
                 unreadable.append((sample, str(error)))
                 view = self._replacement(plan, slot, unreadable)
-            images[slot] = view.flip(2) if mirrored[slot] else view
+            images[slot] = (view.flip(2) if mirrored[slot] else view).permute(1, 2, 0)
         return Pixels(images, unreadable)
 
     def _view(self, sample: int, window: np.ndarray) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from njepa.config import Config, ConfigError
 from njepa.data.eval_views import eval_images
 from njepa.data.index import ImageIndex
-from njepa.data.normalise import normalise
 from njepa.randomness import permutation
 
 
@@ -76,4 +75,4 @@ def raw_pixels(data: LabelledImages, side: int = 16) -> Tensor:
 
 def _batches(data: LabelledImages, config: Config, device: torch.device) -> Iterator[Tensor]:
     for chunk in data.images.split(config.eval.batch_size):
-        yield normalise(chunk.to(device), config.data.mean, config.data.std)
+        yield chunk.to(device).permute(0, 2, 3, 1)

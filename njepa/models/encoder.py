@@ -12,9 +12,11 @@ from njepa_kernels import gather_tokens
 from njepa_kernels._dispatch import Impl
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from njepa.config import Config, ConfigError, ModelConfig, did_you_mean
 from njepa.models.init import init_generator, init_weights, rescale_by_depth
+from njepa.models.patch_projection import PatchProjection
 from njepa.models.positions import position_table
 
 
@@ -96,7 +98,10 @@ class Encoder(VisionTransformer):
         patch_size: int,
         pos_scale: float = 1.0,
         impl: Impl = "auto",
+        mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
+        std: tuple[float, float, float] = (0.229, 0.224, 0.225),
     ) -> None:
+        """``mean``, ``std``: normalise bytes; see ``njepa.config.DataConfig``."""
         # The layers draw their own defaults first; init_weights replaces them all.
         with torch.random.fork_rng(devices=[]):
             super().__init__(
@@ -113,6 +118,7 @@ class Encoder(VisionTransformer):
                 norm_layer=BlockNorm,
                 weight_init="skip",
             )
+            self.patch_embed.proj = PatchProjection(size.width, patch_size, mean, std, impl)
         self.impl = impl
         table = position_table(size.width, (image_size // patch_size,) * 2, pos_scale)
         self.pos_embed: nn.Parameter = nn.Parameter(table.unsqueeze(0), requires_grad=False)
@@ -123,17 +129,23 @@ class Encoder(VisionTransformer):
         """Features after the final norm.
 
         Args:
-            images: [B, 3, S, S], normalised; cast to the type of the parameters.
+            images: uint8 [B, S, S, 3], or floating [B, 3, S, S], normalised and cast here to the
+                type of the parameters.
             idx: int64 [B, K], the patches that enter the blocks, or None for all.
 
         Returns:
             [B, K, D] or [B, N, D]. Masking comes after the positions and before the blocks, as in
-            facebookresearch/ijepa, src/models/vision_transformer.py.
+            facebookresearch/ijepa, src/models/vision_transformer.py. Of bytes only the kept patches
+            are embedded: patches do not see one another before the blocks, so the order is free.
         """
         pos = self.pos_embed
         # Under autocast the residual stream stays in the type of the parameters, as published.
-        x = self.patch_embed(images.to(pos.dtype)).to(pos.dtype)
-        x = x + pos if idx is None else gather_tokens(x, idx, pos[0], impl=self.impl)
+        if images.dtype == torch.uint8:
+            x = self.patch_embed.proj(images, idx).to(pos.dtype)
+            x = x + (pos if idx is None else F.embedding(idx, pos[0]))
+        else:
+            x = self.patch_embed(images.to(pos.dtype)).to(pos.dtype)
+            x = x + pos if idx is None else gather_tokens(x, idx, pos[0], impl=self.impl)
         features: Tensor = self.norm(self.blocks(x))
         return features
 
@@ -147,6 +159,8 @@ def build_encoder(config: Config) -> Encoder:
         model.patch_size,
         model.pos_scale,
         config.impl.default,
+        config.data.mean,
+        config.data.std,
     )
     init_weights(encoder, model, init_generator(config.run.seed, "encoder"))
     if model.depth_rescaled_init:

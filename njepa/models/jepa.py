@@ -62,7 +62,7 @@ class Jepa(nn.Module):
         """Predict the target blocks from the context.
 
         Args:
-            images: [B, 3, S, S], normalised. context_idx: int64 [B, Kc].
+            images: uint8 [B, S, S, 3], or normalised [B, 3, S, S]. context_idx: int64 [B, Kc].
             target_idx: int64 [B, M, Kt].
             sigma: fp32 [B, M], [B, M, Kt], or [B, K*M] with block k*M + m at level k where every
                 block is predicted at every level; None exactly if no predictor is noisy.

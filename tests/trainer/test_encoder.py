@@ -9,7 +9,7 @@ import timm
 import torch
 from published_ijepa import sincos_table
 from timm.models.vision_transformer import VisionTransformer
-from tiny import make_batch, tiny_config
+from tiny import make_batch, normalised, tiny_config
 
 from njepa.config import ConfigError
 from njepa.models.encoder import SIZES, Encoder, EncoderSize, build_encoder, encoder_size
@@ -25,7 +25,7 @@ def timm_twin() -> VisionTransformer:
 
 def test_state_dict_is_timms_both_ways():
     encoder, twin = build_encoder(tiny_config()), timm_twin()
-    images = make_batch(tiny_config()).images
+    images = normalised(make_batch(tiny_config()).images, tiny_config())
     twin.load_state_dict(encoder.state_dict(), strict=True)
     torch.testing.assert_close(encoder(images), twin.forward_features(images), rtol=0, atol=0)
     other = timm_twin()  # with weights and a position table of its own
@@ -53,24 +53,83 @@ def test_named_sizes_have_timms_shapes(ours: str, theirs: str):
     assert encoder.blocks[0].attn.num_heads == twin.blocks[0].attn.num_heads
 
 
-def test_subset_is_taken_after_positions_and_before_blocks():
+@pytest.mark.parametrize("as_bytes", [True, False])
+def test_subset_is_taken_after_positions_and_before_blocks(as_bytes: bool):
     encoder, batch = build_encoder(tiny_config()), make_batch(tiny_config())
-    got = encoder(batch.images, batch.context_idx)
-    tokens = encoder.patch_embed(batch.images) + encoder.pos_embed
-    for b in range(len(batch.images)):
+    floats = normalised(batch.images, tiny_config())
+    images = batch.images if as_bytes else floats
+    got = encoder(images, batch.context_idx)
+    tokens = encoder.patch_embed(floats) + encoder.pos_embed
+    for b in range(len(images)):
         kept = tokens[b, batch.context_idx[b]].unsqueeze(0)
         torch.testing.assert_close(got[b], encoder.norm(encoder.blocks(kept))[0])
     everything = torch.arange(36).expand(4, -1)
-    torch.testing.assert_close(encoder(batch.images, everything), encoder(batch.images))
+    torch.testing.assert_close(encoder(images, everything), encoder(images))
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5, 0.1, 0.9), (1.0, 0.3, 0.6))],
+)
+def test_bytes_are_the_normalised_image(mean: tuple[float, ...], std: tuple[float, ...]):
+    """Features, and the gradients of all weights, against convolution and timm's blocks."""
+    config = tiny_config(data={"mean": mean, "std": std})
+    batch, weights = make_batch(config), torch.randn(4, 36, 32)
+    values = []
+    for images in (batch.images, normalised(batch.images, config)):
+        encoder = build_encoder(config)
+        features = encoder(images)
+        (features * weights).sum().backward()
+        grads = {n: p.grad for n, p in encoder.named_parameters() if p.requires_grad}
+        values.append({"features": features.detach(), **grads})
+    for name, value in values[0].items():
+        scale = values[1][name].abs().max()
+        assert (value - values[1][name]).abs().max() <= 3e-6 * scale, name
+
+
+def test_bytes_in_fp64_are_exact():
+    config = tiny_config()
+    encoder, batch = build_encoder(config).double(), make_batch(config)
+    expected = encoder(normalised(batch.images, config, torch.float64), batch.context_idx)
+    got = encoder(batch.images, batch.context_idx)
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_bytes_under_autocast_are_the_convolution_under_autocast():
+    """The patches are rounded where they are made, not once more: the same bf16 inputs."""
+    config = tiny_config()
+    encoder, batch = build_encoder(config), make_batch(config)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = encoder(batch.images)
+        expected = encoder(normalised(batch.images, config))
+    assert got.dtype == expected.dtype
+    assert (got - expected).abs().mean() < 2e-3 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bytes_compile_as_one_graph(autocast: bool):
+    torch.compiler.reset()
+    encoder, batch = build_encoder(tiny_config()), make_batch(tiny_config())
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for idx in (batch.context_idx, None):
+            expected = encoder(batch.images, idx)
+            torch.testing.assert_close(compiled(batch.images, idx), expected)
 
 
 def test_patches_outside_the_subset_have_no_influence():
     encoder, batch = build_encoder(tiny_config()), make_batch(tiny_config())
-    images = batch.images.clone().requires_grad_()
+    images = normalised(batch.images, tiny_config()).requires_grad_()
     encoder(images, batch.context_idx).square().sum().backward()
     per_patch = images.grad.unfold(2, 8, 8).unfold(3, 8, 8).abs().sum((1, 4, 5)).flatten(1)
     kept = torch.zeros_like(per_patch, dtype=torch.bool).scatter(1, batch.context_idx, True)
     assert torch.equal(per_patch > 0, kept)
+    before = encoder(batch.images, batch.context_idx)
+    for b in range(4):
+        for patch in (~kept[b]).nonzero().flatten().tolist():
+            top, left = 8 * (patch // 6), 8 * (patch % 6)
+            batch.images[b, top : top + 8, left : left + 8] = 0
+    assert torch.equal(encoder(batch.images, batch.context_idx), before)
 
 
 def test_position_table():

@@ -22,7 +22,6 @@ from njepa.data.crops import crop_windows, flips
 from njepa.data.decode import DecodeError, decode
 from njepa.data.eval_views import eval_images
 from njepa.data.loader import build_loader, choose_backend, default_workers
-from njepa.data.normalise import normalise
 from njepa.data.order import SampleOrder
 from njepa.data.sources import open_source
 from njepa.masking import MaskSampler
@@ -84,10 +83,8 @@ class Case:
             loader.close()
 
     def pixels(self, batch):
-        """Undo the normalisation: [B, 3, S, S] in grey levels."""
-        std = torch.tensor(self.config.data.std)[:, None, None]
-        mean = torch.tensor(self.config.data.mean)[:, None, None]
-        return (batch.images * std + mean) * 255
+        """[B, 3, S, S] in grey levels."""
+        return batch.images.permute(0, 3, 1, 2).float()
 
 
 def same(a, b):
@@ -179,8 +176,8 @@ def test_batch_fields(tmp_path, backend):
     batches = case.batches(backend, accumulation=2, stop=2)
     assert [b.micro_step for b in batches] == [0, 1, 2, 3]
     for batch in batches:
-        assert batch.images.shape == (4, 3, SIZE, SIZE)
-        assert batch.images.dtype == torch.float32
+        assert batch.images.shape == (4, SIZE, SIZE, 3)
+        assert batch.images.dtype == torch.uint8
         assert batch.images.is_contiguous()
         plan = case.order.at(batch.micro_step)
         masks = case.masks(batch.micro_step, plan.global_ids)
@@ -201,12 +198,6 @@ def test_without_noise_there_are_no_levels(tmp_path):
     assert batch.levels is None
     assert batch.sigma is None
     assert batch.to(CPU).levels is None
-
-
-def test_normalise():
-    pixels = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)
-    got = normalise(pixels, (0.5, 0.25, 0.0), (0.5, 1.0, 2.0)).flatten()
-    assert got.tolist() == pytest.approx([-1.0, 128 / 255 - 0.25, 0.5], abs=1e-6)
 
 
 # ---- order, ranks, restarts ------------------------------------------------------------------

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from published_ijepa import PublishedEncoder, PublishedPredictor, published_loss
-from tiny import SIDE, make_batch, tiny_config
+from tiny import SIDE, make_batch, normalised, tiny_config
 
 from njepa.ema import ema_parameters, make_target, update_target
 from njepa.step import TrainModule, param_groups
@@ -56,10 +56,10 @@ def test_loss_and_all_gradients(dtype: torch.dtype, tolerance: float):
     target.load_state_dict(published_target.state_dict())
 
     batch = make_batch(CONFIG)
-    images = batch.images.to(dtype)
+    images = normalised(batch.images, CONFIG, dtype)
     with torch.no_grad():
-        h = target(images)
-    loss, _ = module(batch._replace(images=images), h)
+        h = target(batch.images)
+    loss, _ = module(batch, h)
     loss.backward()
     expected = published_loss(
         encoder, predictor, published_target, images, [batch.context_idx],
@@ -108,7 +108,8 @@ def test_five_updates():
         update_target(target, ema_parameters(module.jepa.encoder), 0.9)
 
         expected = published_loss(
-            encoder, predictor, published_target, batch.images, [batch.context_idx],
+            encoder, predictor, published_target, normalised(batch.images, CONFIG),
+            [batch.context_idx],
             list(batch.target_idx.unbind(1)),
         )  # fmt: skip
         published_optimizer.zero_grad()

@@ -28,6 +28,14 @@ def tiny_config(method: str = "ijepa", **sections: dict[str, Any]) -> Config:
     return parse_config(raw)
 
 
+def normalised(images: torch.Tensor, config: Config, dtype: torch.dtype = torch.float32) -> Any:
+    """Bytes [B, S, S, 3] as published code wants them: [B, 3, S, S], ToTensor, Normalize."""
+    mean, std = (
+        torch.tensor(v, dtype=dtype)[:, None, None] for v in (config.data.mean, config.data.std)
+    )
+    return (images.permute(0, 3, 1, 2).to(dtype) / 255 - mean) / std
+
+
 def make_batch(
     config: Config, batch: int = 4, step: int = 0, sigmas: tuple[float, ...] = SIGMAS
 ) -> Batch:
@@ -39,7 +47,7 @@ def make_batch(
         scores = torch.rand(*shape[:-1], n, generator=g)
         return scores.argsort(-1)[..., : shape[-1]].sort(-1).values
 
-    images = torch.randn(batch, 3, 8 * SIDE, 8 * SIDE, generator=g)
+    images = torch.randint(0, 256, (batch, 8 * SIDE, 8 * SIDE, 3), generator=g, dtype=torch.uint8)
     context, target = patches(batch, N_CONTEXT), patches(batch, N_BLOCKS, N_TARGETS)
     levels = sigma = None
     if config.noise.weight > 0:

@@ -30,4 +30,5 @@ def patchify_reference(
     x = patches.unflatten(2, (3, p * p)).to(dtype).div_(255)
     for c in range(3):
         x[:, :, c].sub_(mean[c]).div_(std[c])
-    return x.flatten(2).to(out_dtype)
+    out: torch.Tensor = x.flatten(2).to(out_dtype)
+    return out
