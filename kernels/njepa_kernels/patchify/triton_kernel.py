@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._blocks import copy_tile
+from .._blocks import copy_tile, tuned
 from .._triton import cdiv, launch
 
 
@@ -78,7 +78,7 @@ def forward(
     length = 3 * patch_size * patch_size
     out = images.new_empty(batch, k, length, dtype=out_dtype)
     # 128 columns whatever the length: of two blocks of 512 half would be idle at 588 (14 x 14).
-    tile = copy_tile(128, out_dtype)
+    tile = tuned("patchify", copy_tile(128, out_dtype), length, out_dtype)
     launch(
         _patchify_kernel,
         (cdiv(batch * k, tile.rows), cdiv(length, tile.block_d)),

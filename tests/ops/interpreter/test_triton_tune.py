@@ -20,7 +20,7 @@ from njepa_kernels.testing import (
 )
 
 CPU = torch.device("cpu")
-OPS = ["gather_tokens", "predictor_tokens", "jepa_loss", "vicreg"]
+OPS = ["patchify", "gather_tokens", "predictor_tokens", "jepa_loss", "vicreg"]
 
 
 @pytest.fixture(autouse=True)
