@@ -57,7 +57,7 @@ class DaliPixels:
             error.__traceback__ = None  # its frames would keep the pipeline alive
             raise self._explained(error) from error
         self._next += 1
-        return Pixels(self._owned(from_dlpack(images.as_tensor())), [])
+        return Pixels(self._delivered(images), [])
 
     def close(self) -> None:
         """Drop the pipeline and its threads."""
@@ -66,18 +66,18 @@ class DaliPixels:
         if self._readers is not None:
             self._readers.shutdown(cancel_futures=True)
 
-    def _owned(self, images: torch.Tensor) -> torch.Tensor:
-        """Memory that may be dropped while a kernel still reads it.
+    def _delivered(self, images: Any) -> torch.Tensor:
+        """The batch in memory that may be dropped while a kernel still reads it.
 
         DALI writes into its buffers again as soon as nobody holds them and knows nothing of the
         kernels that torch has queued, so a GPU's images move into memory of torch.
         """
         if self._stream is None:
-            return images
+            return from_dlpack(images.as_tensor())
         with torch.cuda.stream(self._stream):
-            images = images.clone()
+            owned = from_dlpack(images.as_tensor()).clone()
         self._stream.synchronize()
-        return images
+        return owned
 
     def _build(self, threads: int, device: torch.device) -> Any:
         gpu = device.type == "cuda"
