@@ -159,8 +159,8 @@ def build_encoder(config: Config) -> Encoder:
         model.patch_size,
         model.pos_scale,
         config.impl.default,
-        config.data.mean,
-        config.data.std,
+        mean=config.data.mean,
+        std=config.data.std,
     )
     init_weights(encoder, model, init_generator(config.run.seed, "encoder"))
     if model.depth_rescaled_init:
