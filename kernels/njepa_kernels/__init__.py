@@ -3,6 +3,7 @@
 Needs torch and nothing else. Every op takes ``impl="auto"``; ``available_impls()`` says what runs.
 """
 
+from . import integrations, layers, nn
 from ._checks import debug_checks
 from ._dispatch import available_impls
 from ._philox import philox_normal
@@ -24,7 +25,10 @@ __all__ = [
     "debug_checks",
     "ema_update_",
     "gather_tokens",
+    "integrations",
     "jepa_loss",
+    "layers",
+    "nn",
     "patchify",
     "philox_normal",
     "predictor_tokens",

@@ -1,0 +1,203 @@
+"""Targets that are not computed until it is known what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+from .._dispatch import Impl
+from ..jepa_loss.op import jepa_loss
+from ._forwards import block_index, layer_norm_dtype, published_dtype, usable
+
+Compute = Callable[[], torch.Tensor]
+
+_T = torch.Tensor
+#: What may be asked of a deferred tensor without computing it.
+_METADATA = {
+    getattr(_T, name).__get__
+    for name in (
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "requires_grad",
+        "is_cuda",
+        "layout",
+        "is_meta",
+    )
+} | {_T.size, _T.dim, _T.numel, _T.__len__, _T.is_floating_point, _T.get_device}
+
+
+class DeferredTargets(torch.Tensor):
+    """LayerNorm(h), or rows of it, as a tensor without storage.
+
+    ``F.smooth_l1_loss(pred, targets)`` becomes one ``jepa_loss``. Shape, type and device can be
+    read; anything else computes the tensor first, with the functions the script itself has and
+    under the autocast of that moment, and goes on with the result, which is kept.
+    """
+
+    _h: torch.Tensor
+    _masks: list[torch.Tensor] | None
+    _repeat: int
+    _eps: float
+    _impl: Impl
+    _compute: Compute
+    _value: torch.Tensor | None
+    _version_seen: int
+
+    @staticmethod
+    def __new__(
+        cls,
+        h: torch.Tensor,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        compute: Compute,
+        *,
+        masks: list[torch.Tensor] | None = None,
+        repeat: int = 1,
+        eps: float,
+        impl: Impl,
+    ) -> DeferredTargets:
+        self: DeferredTargets = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dtype, device=h.device, requires_grad=False
+        )
+        self._h, self._masks, self._repeat = h, masks, repeat
+        self._eps, self._impl = eps, impl
+        self._value = None
+        self._version_seen = h._version
+        device = h.device.type
+        autocast = torch.is_autocast_enabled(device)
+        autocast_dtype = torch.get_autocast_dtype(device)
+
+        def computed() -> torch.Tensor:
+            self._check_unchanged()
+            with torch.no_grad(), torch.autocast(device, autocast_dtype, enabled=autocast):
+                return compute()
+
+        self._compute = computed
+        return self
+
+    def _check_unchanged(self) -> None:
+        if self._h._version != self._version_seen:
+            raise RuntimeError(
+                "accelerate: the features were changed in place after F.layer_norm and before "
+                "their first use. Change them before, or restore() the script."
+            )
+
+    def materialise(self) -> torch.Tensor:
+        """The tensor the published code has here."""
+        if self._value is None:
+            self._value = self._compute()
+        return self._value
+
+    def gather_masks(self, masks: Any, apply_masks: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """``apply_masks(self, masks)``, deferred where that is possible."""
+        if self._value is not None or self._masks is not None or not usable(masks, len(self._h)):
+            return apply_masks(self.materialise(), masks)
+        batch, _, width = self._h.shape
+        shape = (len(masks) * batch, masks[0].shape[1], width)
+        return DeferredTargets(
+            self._h,
+            shape,
+            self.dtype,
+            lambda: apply_masks(self.materialise(), masks),
+            masks=list(masks),
+            eps=self._eps,
+            impl=self._impl,
+        )
+
+    def repeat_blocks(
+        self, batch: int, repeat: int, repeat_interleave_batch: Callable[..., torch.Tensor]
+    ) -> torch.Tensor:
+        """``repeat_interleave_batch(self, batch, repeat)``, deferred where that is possible."""
+        plain = self._masks is None or self._repeat != 1 or self._value is not None
+        if plain or batch != len(self._h) or repeat < 1:
+            return repeat_interleave_batch(self.materialise(), batch, repeat)
+        return DeferredTargets(
+            self._h,
+            (repeat * self.shape[0], *self.shape[1:]),
+            self.dtype,
+            lambda: repeat_interleave_batch(self.materialise(), batch, repeat),
+            masks=self._masks,
+            repeat=repeat,
+            eps=self._eps,
+            impl=self._impl,
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func is F.smooth_l1_loss:
+            loss = _fused_loss(*args, **kwargs)
+            if loss is not None:
+                return loss
+        return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # What reaches the dispatcher without passing __torch_function__: calls from C++.
+        return func(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
+
+
+def _plain(value: Any) -> Any:
+    return value.materialise() if isinstance(value, DeferredTargets) else value
+
+
+def _fused_loss(
+    input: Any,
+    target: Any,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+    **others: Any,
+) -> torch.Tensor | None:
+    """``F.smooth_l1_loss`` to deferred targets in one op; None: this call is another one."""
+    if not isinstance(target, DeferredTargets) or isinstance(input, DeferredTargets) or others:
+        return None
+    if target._masks is None or target._value is not None:
+        return None
+    if (size_average, reduce, reduction) != (None, None, "mean") or not beta >= 0:
+        return None
+    if not input.is_floating_point() or input.shape != target.shape:
+        return None
+    target._check_unchanged()
+    target_idx = block_index(target._masks, target._repeat)
+    loss = jepa_loss(
+        input, target._h, target_idx, beta=beta, eps=target._eps, impl=target._impl
+    ).loss
+    return loss.to(published_dtype(input, target.dtype))
+
+
+def layer_norm_later(
+    h: Any, normalized_shape: Any, weight: Any, bias: Any, eps: float, impl: Impl
+) -> DeferredTargets | None:
+    """LayerNorm(h) deferred, or None where ``h`` is no constant [B, N, D] of features."""
+    if torch.compiler.is_compiling() or type(h) is not torch.Tensor or h.dim() != 3:
+        return None
+    if (h.requires_grad and torch.is_grad_enabled()) or not h.is_floating_point():
+        return None
+    if h.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(h):
+        return None
+    if weight is not None or bias is not None or tuple(normalized_shape) != h.shape[2:]:
+        return None
+    shape = tuple(normalized_shape)
+    return DeferredTargets(
+        h,
+        tuple(h.shape),
+        layer_norm_dtype(h),
+        lambda: F.layer_norm(h, shape, eps=eps),
+        eps=eps,
+        impl=impl,
+    )
