@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MethodType, SimpleNamespace
@@ -652,6 +654,29 @@ def test_features_changed_before_use_are_an_error() -> None:
     h.zero_()
     with pytest.raises(RuntimeError, match=r"changed in place after F\.layer_norm"):
         y.mean()
+
+
+def test_features_are_freed_with_the_step() -> None:
+    """Without the garbage collector, which knows nothing of an accelerator's memory."""
+    integrations.accelerate(style)
+    _, masks = style.draw_masks(B, N, 7, 3)
+    z = torch.zeros(8 * B, 3, 8, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        for other_use in (False, True):
+            h = torch.randn(B, N, 8)
+            alive = weakref.ref(h)
+            y = style.apply_masks(style.F.layer_norm(h, (8,)), masks)
+            y = style.repeat_interleave_batch(y, B, repeat=2)
+            if other_use:
+                y.mean()
+            loss = F.smooth_l1_loss(z, y)
+            del h, y
+            loss.backward()
+            assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_autocast_of_the_targets_is_that_of_their_moment() -> None:

@@ -48,6 +48,7 @@ class DeferredTargets(torch.Tensor):
     _compute: Compute
     _value: torch.Tensor | None
     _version_seen: int
+    _autocast: tuple[bool, torch.dtype]
 
     @staticmethod
     def __new__(
@@ -68,17 +69,11 @@ class DeferredTargets(torch.Tensor):
         self._h, self._masks, self._repeat = h, masks, repeat
         self._eps, self._impl = eps, impl
         self._value = None
+        # No closure over self: a cycle would keep the features until the garbage is collected.
+        self._compute = compute
         self._version_seen = h._version
         device = h.device.type
-        autocast = torch.is_autocast_enabled(device)
-        autocast_dtype = torch.get_autocast_dtype(device)
-
-        def computed() -> torch.Tensor:
-            self._check_unchanged()
-            with torch.no_grad(), torch.autocast(device, autocast_dtype, enabled=autocast):
-                return compute()
-
-        self._compute = computed
+        self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         return self
 
     def _check_unchanged(self) -> None:
@@ -91,7 +86,10 @@ class DeferredTargets(torch.Tensor):
     def materialise(self) -> torch.Tensor:
         """The tensor the published code has here."""
         if self._value is None:
-            self._value = self._compute()
+            self._check_unchanged()
+            enabled, dtype = self._autocast
+            with torch.no_grad(), torch.autocast(self._h.device.type, dtype, enabled=enabled):
+                self._value = self._compute()
         return self._value
 
     def gather_masks(self, masks: Any, apply_masks: Callable[..., torch.Tensor]) -> torch.Tensor:
