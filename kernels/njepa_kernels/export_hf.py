@@ -27,7 +27,10 @@ BACKENDS = ("cuda", "cpu")
 
 _PACKAGE = Path(__file__).parent
 # Of the sources: what compiled code needs, and what serves development only.
-_LEFT_OUT = {"_native.py", "native.py", "cases.py", "testing.py", "resources.py", "export_hf.py"}
+_LEFT_OUT = {
+    *("_native.py", "native.py"),
+    *("cases.py", "testing.py", "resources.py", "tune.py", "export_hf.py"),
+}
 _NAMESPACE_FILE = "_library.py"
 _NAMESPACE_LINE = f'NAMESPACE = "{NAMESPACE}"\n'
 
