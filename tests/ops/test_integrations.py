@@ -654,6 +654,33 @@ def test_features_changed_before_use_are_an_error() -> None:
     h.zero_()
     with pytest.raises(RuntimeError, match=r"changed in place after F\.layer_norm"):
         y.mean()
+    _, masks = style.draw_masks(B, N, 7, 3)
+    y = style.apply_masks(style.F.layer_norm(h, (8,)), masks)
+    masks[0].zero_()
+    with pytest.raises(RuntimeError, match="features or masks were changed in place"):
+        F.smooth_l1_loss(torch.zeros(4 * B, 3, 8), y)
+
+
+def test_targets_taken_before_a_change_do_not_follow_it() -> None:
+    h = torch.randn(B, N, 8)
+    _, masks = style.draw_masks(B, N, 7, 3)
+    outs = []
+    for accelerated in (False, True):
+        if accelerated:
+            integrations.accelerate(style)
+        y = style.F.layer_norm(h, (8,))
+        taken = style.apply_masks(y, masks)
+        y.mul_(2.0)
+        outs.append((taken + 0, y + 0, style.apply_masks(y, masks) + 0))
+    for got, want in zip(*outs, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_function_transforms_get_the_published_loss() -> None:
+    deferred, published = _targets()
+    z = torch.linspace(-2, 2, published.numel()).view(published.shape)
+    got = torch.func.grad(lambda z: F.smooth_l1_loss(z, deferred))(z)
+    assert torch.equal(got, torch.func.grad(lambda z: F.smooth_l1_loss(z, published))(z))
 
 
 def test_features_are_freed_with_the_step() -> None:

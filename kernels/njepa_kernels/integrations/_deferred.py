@@ -47,7 +47,7 @@ class DeferredTargets(torch.Tensor):
     _impl: Impl
     _compute: Compute
     _value: torch.Tensor | None
-    _version_seen: int
+    _versions: tuple[int, ...]
     _autocast: tuple[bool, torch.dtype]
 
     @staticmethod
@@ -71,39 +71,48 @@ class DeferredTargets(torch.Tensor):
         self._value = None
         # No closure over self: a cycle would keep the features until the garbage is collected.
         self._compute = compute
-        self._version_seen = h._version
+        self._versions = self._seen()
         device = h.device.type
         self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         return self
 
-    def _check_unchanged(self) -> None:
-        if self._h._version != self._version_seen:
+    def _seen(self) -> tuple[int, ...]:
+        return tuple(tensor._version for tensor in (self._h, *(self._masks or ())))
+
+    def check_unchanged(self) -> None:
+        if self._seen() != self._versions:
             raise RuntimeError(
-                "accelerate: the features were changed in place after F.layer_norm and before "
-                "their first use. Change them before, or restore() the script."
+                "accelerate: features or masks were changed in place after F.layer_norm or "
+                "apply_masks and before the loss. Change them before, or restore() the script."
             )
 
+    def computed(self) -> torch.Tensor:
+        """The tensor the published code has here, computed anew."""
+        self.check_unchanged()
+        enabled, dtype = self._autocast
+        with torch.no_grad(), torch.autocast(self._h.device.type, dtype, enabled=enabled):
+            return self._compute()
+
     def materialise(self) -> torch.Tensor:
-        """The tensor the published code has here."""
+        """The same, computed once: what is written into it stays."""
         if self._value is None:
-            self._check_unchanged()
-            enabled, dtype = self._autocast
-            with torch.no_grad(), torch.autocast(self._h.device.type, dtype, enabled=enabled):
-                self._value = self._compute()
+            self._value = self.computed()
         return self._value
 
     def gather_masks(self, masks: Any, apply_masks: Callable[..., torch.Tensor]) -> torch.Tensor:
         """``apply_masks(self, masks)``, deferred where that is possible."""
-        if self._value is not None or self._masks is not None or not usable(masks, len(self._h)):
+        plain = self._value is not None or self._masks is not None
+        if plain or not usable(masks, len(self._h)) or any(m.is_inference() for m in masks):
             return apply_masks(self.materialise(), masks)
         batch, _, width = self._h.shape
+        masks = list(masks)
         shape = (len(masks) * batch, masks[0].shape[1], width)
         return DeferredTargets(
             self._h,
             shape,
             self.dtype,
-            lambda: apply_masks(self.materialise(), masks),
-            masks=list(masks),
+            lambda: apply_masks(self.computed(), masks),
+            masks=masks,
             eps=self._eps,
             impl=self._impl,
         )
@@ -119,7 +128,7 @@ class DeferredTargets(torch.Tensor):
             self._h,
             (repeat * self.shape[0], *self.shape[1:]),
             self.dtype,
-            lambda: repeat_interleave_batch(self.materialise(), batch, repeat),
+            lambda: repeat_interleave_batch(self.computed(), batch, repeat),
             masks=self._masks,
             repeat=repeat,
             eps=self._eps,
@@ -162,7 +171,9 @@ def _fused_loss(
     **others: Any,
 ) -> torch.Tensor | None:
     """``F.smooth_l1_loss`` to deferred targets in one op; None: this call is another one."""
-    if not isinstance(target, DeferredTargets) or isinstance(input, DeferredTargets) or others:
+    if type(target) is not DeferredTargets or type(input) is not torch.Tensor or others:
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(input):
         return None
     if target._masks is None or target._value is not None:
         return None
@@ -170,7 +181,7 @@ def _fused_loss(
         return None
     if not input.is_floating_point() or input.shape != target.shape:
         return None
-    target._check_unchanged()
+    target.check_unchanged()
     target_idx = block_index(target._masks, target._repeat)
     loss = jepa_loss(
         input, target._h, target_idx, beta=beta, eps=target._eps, impl=target._impl
