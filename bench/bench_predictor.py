@@ -5,7 +5,8 @@
 ``test_predictor``: forward and backward by ``model.predictor.context``, eager and compiled, of M
 blocks or (``noise.map=all``) of M blocks at each of 4 levels. ``test_attention``: the attention
 that was chosen (``segments``) against other ways to the same result. fp32 on a CPU, bf16 on a GPU
-(not measured on one yet). Token counts are means of the mask sampler at batch 128.
+(not measured on one yet). Token counts are means of the mask sampler at batch 128. ``bytes`` is a
+lower bound: inputs and weights read twice, their gradients written, the output and its gradient.
 """
 
 from __future__ import annotations
@@ -141,6 +142,7 @@ def test_predictor(benchmark: Any, name: str, n_blocks: int, impl: str) -> None:
     record(
         benchmark, lambda: torch.autograd.grad(forward(), inputs, grad), name, n_blocks, 3,
         op="predictor", impl=impl, flops=predictor_flops(size, n_blocks, shared),
+        bytes=sum(3 * x.nbytes for x in inputs) + 2 * got.nbytes,
     )  # fmt: skip
 
 
@@ -295,6 +297,7 @@ def test_attention(benchmark: Any, name: str, n_blocks: int, impl: str) -> None:
     record(
         benchmark, step, name, n_blocks, 20,
         op="shared_context_attention", impl=impl, flops=14 * WIDTH * size.batch * pairs,
+        bytes=sum(3 * x.nbytes for x in inputs) + 3 * grad.numel() * DTYPE.itemsize,
     )  # fmt: skip
 
 
