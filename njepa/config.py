@@ -135,6 +135,10 @@ class PredictorConfig(Section):
     """Token width d; a multiple of 4 and of ``heads``."""
     heads: PositiveInt | None = None
     """Attention heads. None: as many as the encoder, as published."""
+    context: Literal["per_block", "shared"] = "per_block"
+    """``per_block``: every target block has a context of its own, which attends to its queries too,
+    as published. ``shared``: the context attends to itself only and is computed once per image for
+    all blocks and levels; less work, another model (docs/method.md, section 1.3)."""
 
     @model_validator(mode="after")
     def _check(self) -> PredictorConfig:

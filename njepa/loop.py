@@ -353,7 +353,7 @@ class Trainer:
 
     def describe(self) -> str:
         """What will run, for the first lines of the log."""
-        config, sizes = self.config, self.sizes
+        config, sizes, predictor = self.config, self.sizes, self.config.model.predictor
         trainable = sum(
             getattr(p, "ds_numel", p.numel()) for p in self.engine.parameters() if p.requires_grad
         )
@@ -367,10 +367,12 @@ class Trainer:
             "model": f"{config.model.encoder}/{config.model.patch_size} at "
             f"{config.data.image_size} px: {len(self.target.blocks)} blocks of width "
             f"{self.target.embed_dim}; {trainable / 1e6:.2f} M trainable parameters in all",
+            "predictor": f"{predictor.depth} blocks of width {predictor.width}, "
+            f"context {predictor.context}",
             "device": device_name(self.ranks.device),
             "ops": ", ".join(f"{op}: {impl}" for op, impl in self.impl.items()),
         }
-        return "\n".join(f"{name:>7}  {text}" for name, text in rows.items())
+        return "\n".join(f"{name:>9}  {text}" for name, text in rows.items())
 
 
 def choose_impls(config: Config, device: torch.device) -> dict[str, str]:

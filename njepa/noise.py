@@ -2,9 +2,9 @@
 
 OUR READING of N-JEPA (arXiv:2507.15216). The abstract says that diffusion noise enters through the
 position embedding of masked tokens, on several levels; it gives no values. The number of levels,
-every schedule, map and weight below is a choice of this project (docs/method.md). Published parts:
-the σ grid of Karras et al. (EDM, arXiv:2206.00364, eq. 5), its log-normal distribution and loss
-weight (table 1), and the VP schedule of Song et al. (arXiv:2011.13456, appendix C).
+every schedule and map below is a choice of this project (docs/method.md). Published parts: the σ
+grid of Karras et al. (EDM, arXiv:2206.00364, eq. 5), its log-normal distribution (table 1), and the
+VP schedule of Song et al. (arXiv:2011.13456, appendix C).
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ Float32Array = npt.NDArray[np.float32]
 
 P_MEAN, P_STD = -1.2, 1.2  # ln σ of EDM's training distribution
 BETA_D, BETA_MIN = 19.9, 0.1  # VP: σ(t)² = exp(β_d t²/2 + β_min t) - 1
-SIGMA_DATA = 1 / math.sqrt(2)  # RMS of the sin-cos position table (our reading)
-MAX_WEIGHT = 10.0  # λ(σ) diverges at σ = 0 (our reading)
 
 
 class Levels(NamedTuple):
@@ -110,22 +108,6 @@ class NoiseLevels:
     def sigmas(self, step: int) -> Float32Array:
         """σ of the K levels at a 0-based optimizer step, [K] (jitter: the bins' middles)."""
         return (self._table * self._annealing(step)).astype(np.float32)
-
-    def weights(self, step: int) -> Float32Array:
-        """w_k at a 0-based optimizer step, [K].
-
-        uniform: 1; inv: 1/(1 + σ²/σ_d²); edm: (σ² + σ_d²)/(σ σ_d)², at most 10; σ_d = 1/√2.
-        """
-        kind = self.config.level_weights
-        sigma = self._table * self._annealing(step)
-        if isinstance(kind, tuple):
-            return np.array(kind, dtype=np.float32)
-        if kind == "uniform":
-            return np.ones(len(sigma), dtype=np.float32)
-        if kind == "inv":
-            return (1 / (1 + (sigma / SIGMA_DATA) ** 2)).astype(np.float32)
-        inverse = 1 / np.maximum(sigma, 1e-6) ** 2 + 1 / SIGMA_DATA**2  # λ(σ), term by term
-        return np.minimum(inverse, MAX_WEIGHT).astype(np.float32)
 
     def assign(self, step: int, sample_ids: Int64Array, n_tokens: int) -> Levels:
         """Levels of the samples [G] at an optimizer step; ``n_tokens`` Kt is for per_token only.

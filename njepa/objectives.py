@@ -5,6 +5,7 @@ B images, M target blocks, L noised blocks (M or K*M), Kt targets per block, K l
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from torch.nn import functional as F
 from njepa.config import Config, NoiseConfig
 from njepa.data.batch import Batch
 from njepa.models.jepa import JepaOutput
-from njepa.noise import MAX_WEIGHT, SIGMA_DATA
+
+SIGMA_DATA = 1 / math.sqrt(2)  # RMS of the sin-cos position table (our reading)
+MAX_WEIGHT = 10.0  # EDM's weight diverges at sigma = 0 (our reading)
 
 
 class Losses(NamedTuple):
@@ -93,9 +96,9 @@ def prediction_loss(config: Config, output: JepaOutput, h: Tensor, batch: Batch)
 def level_weight(noise: NoiseConfig, levels: Tensor, sigma: Tensor) -> Tensor | None:
     """w_k of each block or token, shaped like ``sigma``; None for 1 everywhere. Our reading.
 
-    The weights of ``NoiseLevels.weights``, for each sigma as it was drawn (annealing, jitter).
-    ``inv``: 1/(1 + sigma^2/sigma_d^2). ``edm``: 1/sigma^2 + 1/sigma_d^2 (arXiv 2206.00364), at most
-    10, for it diverges at 0. A list: its entry of the level.
+    A function of sigma as it was drawn (annealing, jitter). ``inv``: 1/(1 + sigma^2/sigma_d^2).
+    ``edm``: 1/sigma^2 + 1/sigma_d^2 (arXiv 2206.00364, table 1), at most 10, for it diverges at 0.
+    sigma_d = 1/sqrt(2). A list: its entry of the level.
     """
     kind = noise.level_weights
     if kind == "uniform":

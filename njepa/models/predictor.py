@@ -17,6 +17,7 @@ from njepa.config import Config, NoiseConfig
 from njepa.models.encoder import BlockNorm, EncoderSize, check_heads, encoder_size
 from njepa.models.init import init_generator, init_weights, rescale_by_depth
 from njepa.models.positions import position_table, sincos
+from njepa.models.shared_context import Segments, share_context
 from njepa.randomness import stream_seed
 
 
@@ -26,6 +27,10 @@ class Predictor(nn.Module):
     Query of target j of block m: mask_token + psi_j (+ noise, see ``predictor_tokens``). Each block
     is predicted on its own from the whole context by full self-attention. Architecture and names:
     facebookresearch/ijepa, src/models/vision_transformer.py (``VisionTransformerPredictor``).
+
+    With ``shared_context`` (our reading) the context attends to itself only. It then does not
+    depend on the queries, and all blocks share the one that is computed (``shared_context.py``).
+    Parameters and their names are the same.
     """
 
     def __init__(
@@ -39,11 +44,13 @@ class Predictor(nn.Module):
         pos_scale: float = 1.0,
         noise: NoiseConfig | None = None,
         noise_seed: int = 0,
+        shared_context: bool = False,
         impl: Impl = "auto",
     ) -> None:
         """``noise``: how sigma acts; None for a predictor that never gets one."""
         super().__init__()
         self.noise, self.noise_seed, self.impl = noise, noise_seed, impl
+        self.shared_context = shared_context
         table = position_table(width, grid, pos_scale)
         # The layers draw their own defaults first; init_weights replaces them all.
         with torch.random.fork_rng(devices=[]):
@@ -53,6 +60,8 @@ class Predictor(nn.Module):
             self.predictor_blocks = nn.ModuleList(
                 Block(width, heads, qkv_bias=True, norm_layer=BlockNorm) for _ in range(depth)
             )
+            if shared_context:
+                share_context(self.predictor_blocks)
             self.predictor_norm = BlockNorm(width)
             self.predictor_proj = nn.Linear(width, encoder_width)
             self.level_embed = None
@@ -86,19 +95,21 @@ class Predictor(nn.Module):
                 f"got sample_ids={'None' if sample_ids is None else 'given'} and "
                 f"noise={'None' if self.noise is None else 'given'}"
             )
-        pos, n_context = self.predictor_pos_embed[0], z.shape[1]
+        pos = self.predictor_pos_embed[0]
         tied = None
         if sigma is not None and self.noise is not None and self.noise.space == "encoder_tied":
             assert sample_ids is not None
             context, tied = self._embed_with_noise(z, target_idx, sample_ids, micro_step)
         else:
             context = self.predictor_embed(z)
+        context = context.to(pos.dtype)  # as in the encoder: the residual stream is not autocast
+        shared = self.shared_context
         direct = sigma is not None and tied is None
         tokens = predictor_tokens(
-            context.to(pos.dtype),  # as in the encoder: the residual stream is not autocast
+            context.new_empty(len(context), 0, pos.shape[1]) if shared else context,
             pos,
             self.mask_token.view(-1),
-            context_idx,
+            context_idx[:, :0] if shared else context_idx,
             target_idx,
             sigma if direct else None,
             self.noise_seed,
@@ -107,13 +118,23 @@ class Predictor(nn.Module):
             self.noise.mix if self.noise is not None else "ve",
             impl=self.impl,
         )
+        n_targets = target_idx.shape[2]
         if sigma is not None and (tied is not None or self.level_embed is not None):
             extra = self._query_terms(sigma, F.embedding(target_idx, pos), tied)
             rows = extra.transpose(0, 1).flatten(0, 1).to(tokens.dtype)
-            tokens = tokens + F.pad(rows, (0, 0, n_context, 0))
-        for block in self.predictor_blocks:
-            tokens = block(tokens)
-        features: Tensor = self.predictor_proj(self.predictor_norm(tokens[:, n_context:]))
+            tokens = tokens + F.pad(rows, (0, 0, tokens.shape[1] - n_targets, 0))
+        if shared:
+            kept = context + F.embedding(context_idx, pos)
+            segments = Segments(len(kept), target_idx.shape[1], kept.shape[1], n_targets)
+            tokens = segments.join(kept, tokens)
+            for block in self.predictor_blocks:
+                tokens = block(tokens, attn_mask=segments)
+            queries = segments.split(tokens)[1].flatten(0, 1)
+        else:
+            for block in self.predictor_blocks:
+                tokens = block(tokens)
+            queries = tokens[:, context.shape[1] :]
+        features: Tensor = self.predictor_proj(self.predictor_norm(queries))
         return features
 
     def _embed_with_noise(
@@ -180,6 +201,7 @@ def build_predictor(config: Config, name: str, noisy: bool) -> Predictor:
         pos_scale=model.pos_scale,
         noise=config.noise if noisy else None,
         noise_seed=stream_seed(config.run.seed, "noise"),
+        shared_context=part.context == "shared",
         impl=config.impl.default,
     )
     generator = init_generator(config.run.seed, name)

@@ -98,28 +98,6 @@ def test_annealing_is_linear_and_ends_at_its_factor() -> None:
     )
 
 
-# --- weights -------------------------------------------------------------------------------------
-
-
-def test_weights() -> None:
-    sigmas = (0.0, 0.1, 0.5, 2.0)
-    kw = {"schedule": "list", "sigmas": sigmas}
-    assert build(**kw).weights(0).tolist() == [1.0] * 4
-    inv = [1 / (1 + s**2 / 0.5) for s in sigmas]
-    np.testing.assert_allclose(build(level_weights="inv", **kw).weights(0), inv, rtol=1e-6)
-    edm = [10.0, 10.0, (0.25 + 0.5) / (0.5 * PSI) ** 2, (4 + 0.5) / (2 * PSI) ** 2]
-    np.testing.assert_allclose(build(level_weights="edm", **kw).weights(0), edm, rtol=1e-6)
-    given_weights = build(level_weights=(1.0, 2.0, 0.0, 4.0), **kw).weights(0)
-    assert given_weights.tolist() == [1.0, 2.0, 0.0, 4.0]
-    assert given_weights.dtype == np.float32
-
-
-def test_weights_follow_the_annealed_sigma() -> None:
-    noise = build(level_weights="inv", anneal_to=0.5, total_steps=11)
-    expected = 1 / (1 + (noise.sigmas(10).astype(np.float64) / PSI) ** 2)
-    np.testing.assert_allclose(noise.weights(10), expected, rtol=1e-6)
-
-
 # --- maps ----------------------------------------------------------------------------------------
 
 

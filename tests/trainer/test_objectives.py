@@ -108,23 +108,37 @@ def test_one_predictor_has_no_clean_loss_and_no_lambda():
     assert torch.equal(losses.total.detach(), losses.metrics["loss_noise"])
 
 
-def test_level_weight_of_level_zero_and_of_no_noise():
-    config = tiny_config("njepa", noise={"level_weights": "edm"})
-    levels, sigma = torch.tensor([[0, 3]]), torch.tensor([[0.0, 2.0]])
-    weight = level_weight(config.noise, levels, sigma)
-    torch.testing.assert_close(weight, torch.tensor([[10.0, 4.5 / 2.0]]))
-    assert level_weight(tiny_config("njepa").noise, levels, sigma) is None
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ("inv", [1 / (1 + s**2 / 0.5) for s in (0.0, 0.1, 0.5, 2.0)]),
+        ("edm", [10.0, 10.0, (0.25 + 0.5) / (0.25 * 0.5), (4 + 0.5) / (4 * 0.5)]),
+        ((1.0, 2.0, 0.0, 4.0), [1.0, 2.0, 0.0, 4.0]),
+    ],
+    ids=["inv", "edm", "list"],
+)
+def test_level_weight(weights: object, expected: list[float]):
+    levels, sigma = torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0.0, 0.1], [0.5, 2.0]])
+    noise = tiny_config("njepa", noise={"level_weights": weights}).noise
+    got = level_weight(noise, levels, sigma)
+    torch.testing.assert_close(got, torch.tensor(expected).view(2, 2))
+    per_token = level_weight(noise, levels[..., None], sigma[..., None])
+    assert torch.equal(per_token, got[..., None])
 
 
-@pytest.mark.parametrize("weights", ["inv", "edm", (0.5, 1.0, 2.0, 0.0)])
-def test_level_weight_is_that_of_the_noise_levels(weights: object):
-    noise = {"level_weights": weights, "anneal_to": 0.1}
-    config = tiny_config("njepa", noise=noise)
-    table = NoiseLevels(config.noise, N_BLOCKS, pos_rms=0.7, seed=0, total_steps=10)
-    for step in (0, 4):
-        levels, sigma = map(torch.tensor, table.assign(step, np.arange(5), 3))
-        expected = torch.from_numpy(table.weights(step))[levels]
-        torch.testing.assert_close(level_weight(config.noise, levels, sigma), expected)
+def test_no_level_weight_is_one_everywhere():
+    noise = tiny_config("njepa").noise
+    assert level_weight(noise, torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2)) is None
+
+
+def test_level_weight_follows_the_annealed_sigma():
+    noise = tiny_config("njepa", noise={"level_weights": "inv", "anneal_to": 0.1}).noise
+    table = NoiseLevels(noise, N_BLOCKS, pos_rms=0.7, seed=0, total_steps=11)
+    levels, sigma = map(torch.tensor, table.assign(10, np.arange(5), 3))
+    expected = torch.tensor([1 / (1 + 2 * (0.1 * s) ** 2) for s in (2.0, 0.71567, 0.21500, 0.05)])
+    torch.testing.assert_close(
+        level_weight(noise, levels, sigma), expected[levels], rtol=1e-4, atol=0
+    )
 
 
 def test_loss_per_level_of_an_absent_level_is_nan():

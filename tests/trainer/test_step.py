@@ -155,8 +155,13 @@ def test_metrics_and_gradients(method: str):
         {"method": "ncjepa", "noise": {"map": "all", "level_weights": (1.0, 2.0, 3.0, 4.0)}},
         {"method": "ncjepa", "noise": {"space": "encoder_tied", "level_embedding": "add"}},
         {"method": "cjepa", "vicreg": {"on": "pred_vs_target"}},
+        {
+            "method": "ncjepa",
+            "noise": {"map": "all"},
+            "model": {"predictor": {"width": 24, "heads": 2, "context": "shared"}},
+        },
     ],
-    ids=["default", "all-list", "tied-embed", "pred_vs_target"],
+    ids=["default", "all-list", "tied-embed", "pred_vs_target", "shared"],
 )
 def test_no_value_is_read_on_the_host(options: dict, monkeypatch: pytest.MonkeyPatch):
     """Meta tensors have no values: .item(), or a branch or a shape that depends on one, raises."""

@@ -107,6 +107,7 @@ CASES = [
     _case("b2-m2-kc10-kt6-n36-d48-edm-token", 2, 2, 10, 6, 36, 48, mix="edm", sigma="token"),
     _case("b2-m1-kc1-kt1-n197-d100", 2, 1, 1, 1, 197, 100),
     _case("b2-m3-kc5-kt4-n16-d30-token", 2, 3, 5, 4, 16, 30, sigma="token"),
+    _case("b2-m3-kc0-kt4-n16-d48", 2, 3, 0, 4, 16, 48),
     _case("b0-m4-kc10-kt6-n36-d48", 0, 4, 10, 6, 36, 48),
     _case("vits16-224-b8", 8, 4, 51, 33, 196, 384, sigma=None, small=False),
     _case("vits16-224-b8-ve", 8, 4, 51, 33, 196, 384, small=False),

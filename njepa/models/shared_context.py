@@ -1,0 +1,95 @@
+"""Attention of the predictor whose blocks share one context.
+
+Shapes: B images, L blocks of queries per image (all target blocks, at all noise levels), Kc context
+tokens, Kt queries per block, H heads of width e, d = H*e.
+
+All tokens of a batch are rows of one matrix, each of them once:
+
+    rows [B*Kc + L*B*Kt, d]:  b*Kc + i is token i of context b,  B*Kc + (l*B + b)*Kt + t is query t
+                              of block l of image b
+
+Norm, MLP and projections act on rows. Attention lets context b attend to itself, and block (l, b)
+to context b and to itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where context and queries lie among the rows."""
+
+    batch: int
+    n_blocks: int
+    n_context: int
+    n_targets: int
+
+    def join(self, context: Tensor, queries: Tensor) -> Tensor:
+        """[B, Kc, d] and [L*B, Kt, d] to rows [B*Kc + L*B*Kt, d]."""
+        return torch.cat((context.flatten(0, 1), queries.flatten(0, 1)))
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [B*Kc + L*B*Kt, ...] to views [B, Kc, ...] and [L, B, Kt, ...]."""
+        of_context = (self.batch, self.n_context)
+        of_queries = (self.n_blocks, self.batch, self.n_targets)
+        context, queries = rows.split((math.prod(of_context), math.prod(of_queries)))
+        return context.unflatten(0, of_context), queries.unflatten(0, of_queries)
+
+
+def shared_context_attention(context: Tensor, queries: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(e)) v with the keys and values of the context computed once.
+
+    Two calls of SDPA without a mask: the context over itself, then every block over the context's
+    keys and values followed by its own. Those are copied once per block; the products that made
+    them, the larger part by far, are not repeated. No shape depends on a value.
+
+    Args:
+        context: [B, Kc, 3, H, e], q, k and v of the context tokens.
+        queries: [L, B, Kt, 3, H, e], those of the queries.
+
+    Returns:
+        [B*Kc + L*B*Kt, H*e], rows as in ``Segments``.
+    """
+    q, keys_values = context.split((1, 2), dim=2)
+    of_context = _attend(q.squeeze(2), keys_values)
+    q, own = queries.split((1, 2), dim=3)
+    keys_values = torch.cat((keys_values.expand(len(queries), *keys_values.shape), own), dim=2)
+    of_queries = _attend(q.squeeze(3).flatten(0, 1), keys_values.flatten(0, 1))
+    return torch.cat((of_context, of_queries))
+
+
+def _attend(q: Tensor, keys_values: Tensor) -> Tensor:
+    """[S, Lq, H, e] over [S, Lk, 2, H, e], each of S sequences by itself: [S*Lq, H*e]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, *keys_values.unbind(2)))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+class SharedContextAttention(nn.Module):
+    """In the place of timm's ``Attention``, with its two layers: the state-dict keys stay."""
+
+    def __init__(self, attn: Any) -> None:
+        super().__init__()
+        self.num_heads = attn.num_heads
+        self.qkv, self.proj = attn.qkv, attn.proj
+
+    def forward(self, x: Tensor, attn_mask: Segments, is_causal: bool = False) -> Tensor:
+        """Rows [B*Kc + L*B*Kt, d] in and out. timm's ``Block`` hands ``attn_mask`` on."""
+        assert not is_causal
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        out: Tensor = self.proj(shared_context_attention(*attn_mask.split(qkv)))
+        return out
+
+
+def share_context(blocks: Iterable[nn.Module]) -> None:
+    """Let timm's blocks take rows, and ``Segments`` as their ``attn_mask``."""
+    for block in blocks:
+        block.attn = SharedContextAttention(block.get_submodule("attn"))
