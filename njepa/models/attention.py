@@ -1,6 +1,6 @@
 """Attention of the blocks, over sequences of equal or of unequal length.
 
-Shapes: R sequences of at most L tokens, T tokens in all without padding, H heads of width h, D = Hh.
+Shapes: R sequences of at most L tokens, T tokens without padding, H heads of width h, D = H*h.
 
 A model owns an ``Attention`` (a kernel for dense sequences, one for ragged ones), puts it into its
 blocks with ``use_attention``, and says in its forward how the sequences lie:
@@ -12,17 +12,17 @@ blocks with ``use_attention``, and says in its forward how the sequences lie:
     y = sequences.leave(x)                        # [R, L, D], zeros where there is padding
     y = sequences.last(x, n)                      # or only the last n tokens of each: [R, n, D]
 
-Outside of the blocks everything is padded, [R, L, D]; only between ``enter`` and ``leave`` may it be
-packed. What acts on tokens alone (norm, MLP, projection) may stand on either side. A block called
-without ``attn_mask`` takes its rows as dense, as timm's does.
+Outside of the blocks everything is padded, [R, L, D]; only between ``enter`` and ``leave`` may it
+be packed. What acts on tokens alone (norm, MLP, projection) may stand on either side. A block
+called without ``attn_mask`` takes its rows as dense, as timm's does.
 
 ``lengths`` are those of the B images. Sequence r = m*B + b has the tokens [0, lengths[b]) and the
-last ``tail`` of the L: no tail and R = B in the encoder; tail = Kt and R = M*B, rows m*B + b, in the
-predictor. Without lengths, or where they are all equal to L - tail, the sequences are dense: no
+last ``tail`` of the L: no tail and R = B in the encoder; tail = Kt and R = M*B, rows m*B + b, in
+the predictor. Without lengths, or where they are all equal to L - tail, the sequences are dense: no
 mask, no packing, the same bits.
 
-From queries to keys of other lengths: ``queries.over(keys)``, two ``Sequences`` of equally many rows;
-the kernel then takes q as ``queries`` lie and k, v as ``keys`` lie.
+From queries to keys of other lengths: ``queries.over(keys)``, two ``Sequences`` of equally many
+rows; the kernel then takes q as ``queries`` lie and k, v as ``keys`` lie.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Sequences:
         """Back to padded [R, L, D], with zeros where there is no token."""
         if self.index is not None:
             flat = x.new_zeros(self.rows * self.length, x.shape[-1])
-            return flat.index_copy(0, self.index, x[0]).unflatten(0, (self.rows, self.length))
+            return flat.index_copy(0, self.index, x[0]).view(self.rows, self.length, -1)
         if self.mask is not None:
             return x.masked_fill(~self.mask.unsqueeze(-1), 0.0)
         return x
@@ -106,7 +106,7 @@ class Sequences:
         if self.cu_seqlens is None:
             return x[:, self.length - n :]
         rows = self.cu_seqlens[1:, None] + torch.arange(-n, 0, device=x.device)
-        return x[0].index_select(0, rows.flatten()).unflatten(0, (self.rows, n))
+        return x[0].index_select(0, rows.flatten()).view(self.rows, n, -1)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,9 @@ class Sdpa:
         chosen = sdpa_kernel(list(self.order), set_priority=True) if self.order else nullcontext()
         with chosen:
             out = F.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in (q, k, v)),
+                q.transpose(1, 2),
+                k.transpose(1, 2),
+                v.transpose(1, 2),
                 attn_mask=None if mask is None else mask[:, None, None],
             )
         return out.transpose(1, 2)
@@ -143,7 +145,7 @@ class Attention:
         """How ``rows`` sequences of ``length`` tokens, padding included, lie.
 
         Args:
-            lengths: of the B images, before the tail; ``rows`` is a multiple of B. None: no padding.
+            lengths: of the B images, before the tail; ``rows`` is a multiple of B. None: dense.
             tail: tokens at the end of every sequence, after the padding.
         """
         if lengths is None or min(lengths.counts) == length - tail:
@@ -176,9 +178,9 @@ class SelfAttention(nn.Module):
     It takes over the two layers of the module it replaces: names and state-dict keys stay.
     """
 
-    def __init__(self, attn: nn.Module, attention: Attention) -> None:
+    def __init__(self, attn: Any, attention: Attention) -> None:
         super().__init__()
-        self.num_heads, self.attention = int(attn.num_heads), attention
+        self.num_heads, self.attention = attn.num_heads, attention
         self.qkv, self.proj = attn.qkv, attn.proj
 
     def forward(
