@@ -44,9 +44,9 @@ class Batch(NamedTuple):
     micro_step: int
     context_lengths: Lengths | None = None
     """Context patches of each image, Kc being the largest; None: Kc for all."""
-    common_frac: float = 1.0
-    """Share of all context patches that would be left if every image of the micro-batch (of all
-    ranks with ``mask.compat=fixed``) kept as many as the one with the fewest."""
+    cut_frac: float = 0.0
+    """Share of the context patches beyond those that the image with the fewest has, over the images
+    that share Kc: cut off, or with ``mask.ragged`` kept."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device`` (asynchronously from pinned memory)."""

@@ -139,6 +139,10 @@ class Attention:
     ragged: Kernel = Sdpa()
     reason: str = ""
 
+    def __str__(self) -> str:
+        """As the start table shows it: ``sdpa (dense masks)``."""
+        return f"{self.ragged.name} ({self.reason})" if self.reason else self.ragged.name
+
     def sequences(
         self, rows: int, length: int, lengths: Lengths | None = None, tail: int = 0
     ) -> Sequences:
@@ -170,6 +174,10 @@ class Attention:
             cu_seqlens=F.pad(ends, (1, 0)).int(),
             index=row * length + within + padding,
         )
+
+
+#: SDPA as torch orders it, for every kind of sequences.
+SDPA = Attention()
 
 
 class SelfAttention(nn.Module):

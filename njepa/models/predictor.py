@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from njepa.config import Config, NoiseConfig
+from njepa.data.batch import Lengths
+from njepa.models.attention import SDPA, Attention, use_attention
 from njepa.models.encoder import BlockNorm, EncoderSize, check_heads, encoder_size
 from njepa.models.init import init_generator, init_weights, rescale_by_depth
 from njepa.models.positions import position_table, sincos
@@ -40,10 +42,12 @@ class Predictor(nn.Module):
         noise: NoiseConfig | None = None,
         noise_seed: int = 0,
         impl: Impl = "auto",
+        attention: Attention = SDPA,
     ) -> None:
         """``noise``: how sigma acts; None for a predictor that never gets one."""
         super().__init__()
         self.noise, self.noise_seed, self.impl = noise, noise_seed, impl
+        self.attention = attention
         table = position_table(width, grid, pos_scale)
         # The layers draw their own defaults first; init_weights replaces them all.
         with torch.random.fork_rng(devices=[]):
@@ -53,6 +57,7 @@ class Predictor(nn.Module):
             self.predictor_blocks = nn.ModuleList(
                 Block(width, heads, qkv_bias=True, norm_layer=BlockNorm) for _ in range(depth)
             )
+            use_attention(self.predictor_blocks, attention)
             self.predictor_norm = BlockNorm(width)
             self.predictor_proj = nn.Linear(width, encoder_width)
             self.level_embed = None
@@ -67,6 +72,7 @@ class Predictor(nn.Module):
         sigma: Tensor | None = None,
         sample_ids: Tensor | None = None,
         micro_step: int = 0,
+        context_lengths: Lengths | None = None,
     ) -> Tensor:
         """Predicted features [M*B, Kt, D], row m*B + b.
 
@@ -76,6 +82,8 @@ class Predictor(nn.Module):
             sigma: fp32 [B, M] or [B, M, Kt], or None for clean queries.
             sample_ids: int64 [B], needed with ``sigma``: the noise is a function of them, of
                 ``micro_step`` and of the patch.
+            context_lengths: how many of the Kc are patches of each image; the rest is padding,
+                which no token attends to. None: all.
 
         Raises:
             ValueError: sigma without sample_ids, or on a predictor built without noise.
@@ -111,9 +119,15 @@ class Predictor(nn.Module):
             extra = self._query_terms(sigma, F.embedding(target_idx, pos), tied)
             rows = extra.transpose(0, 1).flatten(0, 1).to(tokens.dtype)
             tokens = tokens + F.pad(rows, (0, 0, n_context, 0))
+        n_targets = target_idx.shape[-1]
+        sequences = self.attention.sequences(
+            tokens.shape[0], tokens.shape[1], context_lengths, tail=n_targets
+        )
+        tokens = sequences.enter(tokens)
         for block in self.predictor_blocks:
-            tokens = block(tokens)
-        features: Tensor = self.predictor_proj(self.predictor_norm(tokens[:, n_context:]))
+            tokens = block(tokens, attn_mask=sequences)
+        queries = sequences.last(tokens, n_targets)
+        features: Tensor = self.predictor_proj(self.predictor_norm(queries))
         return features
 
     def _embed_with_noise(
@@ -162,7 +176,9 @@ def check_sizes(config: Config) -> EncoderSize:
     return size
 
 
-def build_predictor(config: Config, name: str, noisy: bool) -> Predictor:
+def build_predictor(
+    config: Config, name: str, noisy: bool, attention: Attention = SDPA
+) -> Predictor:
     """A predictor of the configuration, on CPU, with weights from stream ``init/<name>``.
 
     Args:
@@ -181,6 +197,7 @@ def build_predictor(config: Config, name: str, noisy: bool) -> Predictor:
         noise=config.noise if noisy else None,
         noise_seed=stream_seed(config.run.seed, "noise"),
         impl=config.impl.default,
+        attention=attention,
     )
     generator = init_generator(config.run.seed, name)
     nn.init.trunc_normal_(predictor.mask_token, std=0.02, generator=generator)
