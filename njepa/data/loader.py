@@ -139,7 +139,7 @@ class Loader:
             sigma,
             micro_step,
             context_lengths,
-            1.0 - masks.lengths.min() * len(masks.lengths) / masks.lengths.sum(),
+            float(1.0 - masks.lengths.min() / masks.lengths.mean()),
         )
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> Tensor:
