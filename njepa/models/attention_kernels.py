@@ -186,7 +186,7 @@ def choose_attention(
                 probe(kernel, device, dtype, width)
         except Exception as error:  # whatever a foreign kernel raises is the reason not to use it
             lines = str(error).strip().splitlines()
-            return lines[0] if lines else type(error).__name__
+            return lines[0].rstrip(":") if lines else type(error).__name__
         return kernel
 
     if model.attention != "auto":
