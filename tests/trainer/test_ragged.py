@@ -247,6 +247,17 @@ def test_every_image_keeps_its_whole_context(compat: str):
     assert min(saved) > 0.05
 
 
+def test_what_the_cut_drops():
+    """The first row of the table in docs/method.md, section 2."""
+    masks = MaskSampler(MaskConfig(ragged=True), (14, 14), seed=0)
+    ids = np.arange(128, dtype=np.int64)
+    lengths = np.stack([masks(step, ids + 128 * step).lengths for step in range(200)])
+    assert lengths.min(axis=1).mean() == pytest.approx(60, abs=1)
+    assert lengths.mean() == pytest.approx(91, abs=1)
+    cut = 1 - lengths.min(axis=1) / lengths.mean(axis=1)
+    assert cut.mean() == pytest.approx(0.345, abs=0.01)
+
+
 def test_no_other_image_decides_anything():
     ragged, ids = sampler("fixed", True), np.arange(30, dtype=np.int64)
     whole, part = ragged(3, ids), ragged(3, ids[11:17])
