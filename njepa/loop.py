@@ -313,7 +313,7 @@ class Trainer:
         scores: dict[str, Any] = {}
         if self.evaluator is not None:
             self._say("evaluating: target encoder, untrained network, raw pixels")
-            untrained = build_encoder(self.config, self.attention).to(self.ranks.device).eval()
+            untrained = build_encoder(self.config).to(self.ranks.device).eval()
             scores = {
                 **self.evaluator.final(self.encode_target),
                 **self.evaluator.floors(untrained),

@@ -14,6 +14,7 @@ from timm.models.vision_transformer import Block
 from njepa import train
 from njepa.config import ConfigError, MaskConfig, ModelConfig
 from njepa.data.batch import Lengths
+from njepa.ds_engine import compute_dtype
 from njepa.models.attention import Attention, Sdpa, Sequences, use_attention
 from njepa.models.attention_kernels import CUDNN_FIRST, choose_attention, load_kernel, probe
 from njepa.models.encoder import BlockNorm
@@ -272,6 +273,21 @@ def test_what_cannot_run_is_refused(
 ):
     with pytest.raises(ConfigError, match=f"model.attention={wanted} .*fp32: {reason}; set"):
         choose(wanted, ragged)
+
+
+@pytest.mark.parametrize(
+    ("ds", "cpu", "cuda"),
+    [
+        ({}, "float32", "float32"),
+        ({"torch_autocast": {"enabled": "auto"}}, "float32", "bfloat16"),
+        ({"torch_autocast": {"enabled": True}}, "bfloat16", "bfloat16"),
+        ({"torch_autocast": {"enabled": False}}, "float32", "float32"),
+        ({"bf16": {"enabled": True}}, "bfloat16", "bfloat16"),
+    ],
+)
+def test_type_that_is_probed(ds: dict, cpu: str, cuda: str):
+    for device, name in (("cpu", cpu), ("cuda", cuda)):
+        assert compute_dtype(ds, torch.device(device)) is getattr(torch, name)
 
 
 def test_it_is_refused_before_the_images_are_looked_for(tmp_path, capsys, monkeypatch):
