@@ -127,11 +127,10 @@ def probe(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_width: 
         inputs = torch.randn(4, len(counts), length, 2, head_width, generator=generator)
         inputs = inputs.to(device, dtype)
         lengths = Lengths(counts, torch.tensor(counts, device=device))
-        sequences = attention.sequences(len(counts), length, lengths)
-        ours = _packed(kernel, sequences, inputs)
+        ours = _as_in_a_block(attention.sequences(len(counts), length, lengths), inputs)
         plain, exact = (_each_alone(counts, x) for x in (inputs, inputs.double()))
-        for what, got, near, true in zip("qkvo", ours, plain, exact, strict=True):
-            name = "output" if what == "o" else f"gradient of {what}"
+        names = "gradient", "output"
+        for name, got, near, true in zip(names, ours, plain, exact, strict=True):
             error, scale = (got.double() - true).abs().max(), true.abs().max()
             allowed = 4 * ((near.double() - true).abs().max() + torch.finfo(dtype).eps * scale)
             if not bool(error <= allowed):  # also where it is not a number
@@ -140,25 +139,31 @@ def probe(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_width: 
                 )
 
 
-def _packed(kernel: Kernel, sequences: Sequences, inputs: Tensor) -> list[Tensor]:
-    """dq, dk, dv and the output, padded, for q, k, v and the output's gradient [4, R, L, H, h]."""
-    leaves = [x.clone().requires_grad_() for x in inputs[:3]]
+def _as_in_a_block(sequences: Sequences, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients [3, R, L, H, h] and output [R, L, H, h] for q, k, v and the output's gradient.
+
+    q, k and v are slices of one tensor, as ``SelfAttention`` has them: their strides matter.
+    """
     heads = inputs.shape[-2:]
-    q, k, v = (sequences.enter(x.flatten(2)).unflatten(2, heads) for x in leaves)
-    out = sequences.leave(kernel(q, k, v, sequences).flatten(2)).unflatten(2, heads)
-    return [*torch.autograd.grad(out, leaves, inputs[3]), out.detach()]
+    qkv = inputs[:3].movedim(0, 2).contiguous().requires_grad_()
+    q, k, v = sequences.enter(qkv.flatten(2)).unflatten(2, (3, *heads)).unbind(2)
+    out = sequences.kernel(q, k, v, sequences).flatten(2)
+    out = sequences.leave(out).unflatten(2, heads)
+    (gradient,) = torch.autograd.grad(out, qkv, inputs[3])
+    return gradient.movedim(2, 0), out.detach()
 
 
-def _each_alone(counts: Sequence[int], inputs: Tensor) -> list[Tensor]:
+def _each_alone(counts: Sequence[int], inputs: Tensor) -> tuple[Tensor, Tensor]:
     """The same by SDPA, one sequence at a time."""
-    results = [torch.zeros_like(inputs[0]) for _ in range(4)]
+    gradient, output = torch.zeros_like(inputs[:3]), torch.zeros_like(inputs[3])
     for row, n in enumerate(counts):
-        leaves = [x[row, :n].transpose(0, 1).clone().requires_grad_() for x in inputs[:3]]
-        out = F.scaled_dot_product_attention(*(x.unsqueeze(0) for x in leaves))[0]
-        gradients = torch.autograd.grad(out, leaves, inputs[3, row, :n].transpose(0, 1))
-        for result, value in zip(results, [*gradients, out.detach()], strict=True):
-            result[row, :n] = value.transpose(0, 1)
-    return results
+        qkv = inputs[:3, row, :n].transpose(1, 2).unsqueeze(1).clone().requires_grad_()
+        out = F.scaled_dot_product_attention(*qkv)
+        grad = inputs[3, row, :n].transpose(0, 1).unsqueeze(0)
+        (own,) = torch.autograd.grad(out, qkv, grad)
+        gradient[:, row, :n] = own.squeeze(1).transpose(1, 2)
+        output[row, :n] = out.detach().squeeze(0).transpose(0, 1)
+    return gradient, output
 
 
 def choose_attention(

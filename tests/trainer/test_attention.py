@@ -169,6 +169,8 @@ class Faulty:
             raise NotImplementedError("no operator found\nfor these inputs")
         if self.fault == "a gradient is lost":
             k = k.detach()
+        if self.fault == "takes k as dense":
+            k = k.as_strided(k.shape, torch.empty(k.shape).stride())
         if self.fault == "scale":
             q = q * 1.01
         if self.fault == "sees padding" and sequences.mask is not None:
@@ -188,7 +190,7 @@ def test_a_right_kernel_passes_the_probe(kernel, dtype: torch.dtype):
     ("fault", "message"),
     [
         ("scale", "wrong by"), ("sees padding", "wrong by"), ("nan", "wrong by nan"),
-        ("a gradient is lost", "not have been used|does not require grad|unused"),
+        ("a gradient is lost", "gradient is wrong by"), ("takes k as dense", "wrong by"),
         ("raises", "no operator found"),
     ],
 )  # fmt: skip
