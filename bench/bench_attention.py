@@ -75,31 +75,27 @@ def case(
     return sequences, (rows, length, heads, head_width), counts
 
 
-def work(sequences: Sequences, inputs: Tensor, grad: Tensor) -> list[Tensor]:
-    """Gradients of q, k, v as they lie for the kernel, and the output."""
-    leaves = [x.requires_grad_() for x in inputs.unbind()]
-    out = sequences.kernel(*leaves, sequences)
-    return [*torch.autograd.grad(out, leaves, grad), out.detach()]
+def work(sequences: Sequences, qkv: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Output, after the gradient of q, k, v: slices of one tensor [.., .., 3, H, h] as in a block."""
+    out = sequences.kernel(*qkv.requires_grad_().unbind(2), sequences)
+    return torch.autograd.grad(out, qkv, grad)[0], out.detach()
 
 
-def check(got: list[Tensor], ours: Sequences, padded: Tensor) -> None:
-    """Against SDPA in fp32 with a mask; four times the rounding of SDPA in the measured type."""
-    shape = padded.shape[1:]
-    plain = Sequences(Sdpa(), shape[0], shape[1], mask=ours.mask)
+def check(got: tuple[Tensor, Tensor], ours: Sequences, qkv: Tensor, grad: Tensor) -> None:
+    """Against padded SDPA in fp32; four times the rounding of SDPA in the measured type."""
+    keep = torch.ones(ours.rows, ours.length, dtype=torch.bool, device=DEVICE)
     if ours.index is not None:
-        mask = torch.zeros(shape[0] * shape[1], dtype=torch.bool, device=DEVICE)
-        plain.mask = mask.index_fill(0, ours.index, True).view(shape[:2])
-    keep = torch.ones(shape[:2], device=DEVICE) if plain.mask is None else plain.mask
-    grad = padded[3] * keep[..., None, None]
-    near = work(plain, padded[:3].clone(), grad)
-    true = work(plain, padded[:3].float(), grad.float())
-    for ours_x, near_x, true_x in zip(got, near, true, strict=True):
-        mine = ours.leave(ours_x.flatten(2)).unflatten(2, shape[2:]).float()
-        weight = keep[..., None, None].float()
-        error = ((mine - true_x) * weight).abs().max()
-        rounding = ((near_x.float() - true_x) * weight).abs().max()
-        scale = (true_x * weight).abs().max()
-        assert error <= 4 * (rounding + torch.finfo(padded.dtype).eps * scale)
+        keep = (~keep).flatten().index_fill(0, ours.index, True).view_as(keep)
+    elif ours.mask is not None:
+        keep = ours.mask
+    plain = Sequences(Sdpa(), ours.rows, ours.length, mask=keep)
+    near = work(plain, qkv.clone(), grad)
+    true = work(plain, qkv.float(), grad.float())
+    for mine, near_x, true_x in zip(got, near, true, strict=True):
+        mine = ours.leave(mine.flatten(2)).view_as(true_x)[keep]
+        error, scale = (mine.float() - true_x[keep]).abs().max(), true_x[keep].abs().max()
+        rounding = (near_x[keep].float() - true_x[keep]).abs().max()
+        assert error <= 4 * (rounding + torch.finfo(DTYPE).eps * scale)
 
 
 LAYOUTS = [("target", "dense"), ("context", "dense"), ("context", "ragged"),
@@ -111,24 +107,29 @@ LAYOUTS = [("target", "dense"), ("context", "dense"), ("context", "ragged"),
 @pytest.mark.parametrize("model", MODELS)
 def test_attention(benchmark: Any, model: str, part: str, layout: str, impl: str) -> None:
     sequences, shape, counts = case(model, part, layout, impl)
+    rows, length, heads, head_width = shape
     generator = torch.Generator().manual_seed(0)
-    padded = torch.randn(4, *shape, generator=generator).to(DEVICE, DTYPE)
-    entered = torch.stack(
-        [sequences.enter(x.flatten(2)).unflatten(2, shape[2:]) for x in padded.unbind()]
-    )
+    qkv = torch.randn(rows, length, 3, heads, head_width, generator=generator).to(DEVICE, DTYPE)
+    grad = torch.randn(shape, generator=generator).to(DEVICE, DTYPE)
     if sequences.mask is not None:
-        entered[3] *= sequences.mask[..., None, None]
-    inputs, grad = entered[:3].clone(), entered[3]
+        grad = grad * sequences.mask[..., None, None]  # nothing comes back from padding
+    entered = sequences.enter(qkv.flatten(2)).unflatten(2, qkv.shape[2:])
+    grad_entered = sequences.enter(grad.flatten(2)).unflatten(2, shape[2:])
 
-    def run() -> list[Tensor]:
-        result = work(sequences, inputs, grad)
+    def run() -> tuple[Tensor, Tensor]:
+        result = work(sequences, entered.detach(), grad_entered)
         if CUDA:
             torch.cuda.synchronize()
         return result
 
-    check(run(), sequences, padded)
+    got = run()
+    if sequences.index is not None:
+        padded = torch.zeros_like(grad).flatten(0, 1)
+        grad = padded.index_copy(0, sequences.index, grad_entered[0]).view_as(grad)
+    check(got, sequences, qkv, grad)
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
     benchmark.pedantic(run, rounds=50 if CUDA else 5, warmup_rounds=5 if CUDA else 1)
-    rows, length, heads, head_width = shape
     tokens, size = int(counts.sum()), padded.element_size()
     median = benchmark.stats.stats.median if benchmark.stats else None
     benchmark.extra_info.update(
@@ -138,6 +139,7 @@ def test_attention(benchmark: Any, model: str, part: str, layout: str, impl: str
         impl=impl,
         mode="fwdbwd",
         bytes=(4 + 8) * tokens * heads * head_width * size,
+        peak_bytes=torch.cuda.max_memory_allocated() if CUDA else None,
         flops=14 * int((counts**2).sum()) * heads * head_width,
         tokens=tokens,
         ns_per_token=None if median is None else 1e9 * median / tokens,
