@@ -76,13 +76,13 @@ def case(
 
 
 def work(sequences: Sequences, qkv: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Output, after the gradient of q, k, v: slices of one tensor [.., .., 3, H, h] as in a block."""
+    """Gradient of q, k, v, slices of one tensor [.., .., 3, H, h] as in a block; and output."""
     out = sequences.kernel(*qkv.requires_grad_().unbind(2), sequences)
     return torch.autograd.grad(out, qkv, grad)[0], out.detach()
 
 
 def check(got: tuple[Tensor, Tensor], ours: Sequences, qkv: Tensor, grad: Tensor) -> None:
-    """Against padded SDPA in fp32; four times the rounding of SDPA in the measured type."""
+    """Against padded SDPA in fp64; four times the rounding of SDPA in the measured type."""
     keep = torch.ones(ours.rows, ours.length, dtype=torch.bool, device=DEVICE)
     if ours.index is not None:
         keep = (~keep).flatten().index_fill(0, ours.index, True).view_as(keep)
@@ -90,11 +90,11 @@ def check(got: tuple[Tensor, Tensor], ours: Sequences, qkv: Tensor, grad: Tensor
         keep = ours.mask
     plain = Sequences(Sdpa(), ours.rows, ours.length, mask=keep)
     near = work(plain, qkv.clone(), grad)
-    true = work(plain, qkv.float(), grad.float())
+    true = work(plain, qkv.double(), grad.double())
     for mine, near_x, true_x in zip(got, near, true, strict=True):
         mine = ours.leave(mine.flatten(2)).view_as(true_x)[keep]
-        error, scale = (mine.float() - true_x[keep]).abs().max(), true_x[keep].abs().max()
-        rounding = (near_x[keep].float() - true_x[keep]).abs().max()
+        error, scale = (mine.double() - true_x[keep]).abs().max(), true_x[keep].abs().max()
+        rounding = (near_x[keep].double() - true_x[keep]).abs().max()
         assert error <= 4 * (rounding + torch.finfo(DTYPE).eps * scale)
 
 
@@ -130,7 +130,7 @@ def test_attention(benchmark: Any, model: str, part: str, layout: str, impl: str
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     benchmark.pedantic(run, rounds=50 if CUDA else 5, warmup_rounds=5 if CUDA else 1)
-    tokens, size = int(counts.sum()), padded.element_size()
+    tokens, size = int(counts.sum()), qkv.element_size()
     median = benchmark.stats.stats.median if benchmark.stats else None
     benchmark.extra_info.update(
         op="attention",
