@@ -66,7 +66,8 @@ def test_masks(benchmark: Any, side: int, batch: int, impl: str) -> None:
         ids = np.arange(batch, dtype=np.int64)
 
         def draw() -> tuple[np.ndarray, np.ndarray]:
-            return sampler(next(steps), ids)
+            masks = sampler(next(steps), ids)
+            return masks.context_idx, masks.target_idx
 
     context, targets = draw()
     check(context, targets, side, batch, config.min_keep)

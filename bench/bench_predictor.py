@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from njepa.models.attention import SDPA
 from njepa.models.predictor import Predictor
-from njepa.models.shared_context import shared_context_attention
+from njepa.models.shared_context import Segments, shared_context_attention
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "trainer"))
 from masked_predictor import dense_prediction, may_attend
@@ -265,7 +267,10 @@ def merged(size: Size, n_blocks: int) -> Attend:
 
 def segments(size: Size, n_blocks: int) -> Attend:
     """Ours."""
-    return shared_context_attention
+    context = torch.empty(size.batch, size.n_context, 0)
+    targets = torch.empty(size.batch, n_blocks, size.n_targets)
+    ours = Segments.of(SDPA, context, targets, None)
+    return partial(shared_context_attention, segments=ours)
 
 
 WAYS = {f.__name__: f for f in (segments, masked, products, flex if CUDA else merged)}

@@ -119,6 +119,9 @@ class MaskConfig(Section):
     at least one more (fixed): both mean ``> min_keep``."""
     allow_overlap: bool = False
     """Keep target patches in the context."""
+    ragged: bool = False
+    """Every image keeps all of its context patches, instead of as many as the image of the batch
+    with the fewest. More tokens per step, and per image another number (docs/running.md)."""
 
     @model_validator(mode="after")
     def _check(self) -> MaskConfig:
@@ -161,6 +164,10 @@ class ModelConfig(Section):
     """Overrides the encoder's number of blocks."""
     heads: PositiveInt | None = None
     """Overrides the encoder's number of attention heads."""
+    attention: Literal["auto", "sdpa", "xformers", "varlen"] = "auto"
+    """What computes the attention. ``sdpa``: torch's scaled_dot_product_attention; ``varlen``:
+    torch's kernel for packed sequences (CUDA, bf16); ``xformers``: that of mslk or xformers (CUDA).
+    ``auto``: sdpa, with ``mask.ragged`` the first of varlen, xformers and sdpa that works here."""
     predictor: PredictorConfig = PredictorConfig()
     init: Literal["trunc_normal", "xavier"] = "trunc_normal"
     """``trunc_normal``: std 0.02, as published. ``xavier``: uniform, gain ``init_gain``; narrow

@@ -206,6 +206,13 @@ def full_parameters(engine: Any, parameters: Sequence[nn.Parameter]) -> Iterator
         yield list(parameters)
 
 
+def compute_dtype(ds: dict[str, Any], device: torch.device) -> torch.dtype:
+    """What the layers of the model compute in on ``device``, by the DeepSpeed file."""
+    enabled = ds.get("torch_autocast", {}).get("enabled", False)
+    low = enabled is True or (enabled == "auto" and device.type == "cuda")
+    return torch.bfloat16 if low or ds.get("bf16", {}).get("enabled", False) else torch.float32
+
+
 def autocast(engine: Any, device: torch.device) -> torch.autocast:
     """The precision of the engine's forward pass, for what runs outside of it."""
     low = engine.torch_autocast_enabled() or engine.bfloat16_enabled()

@@ -26,6 +26,7 @@ from njepa.ds_engine import BatchSizes
 from njepa.ema import ema_parameters, make_target, update_target
 from njepa.evaluation.evaluate import Evaluator, open_test_side, report
 from njepa.masking import MaskSampler
+from njepa.models.attention_kernels import choose_attention
 from njepa.models.encoder import build_encoder
 from njepa.models.predictor import check_sizes
 from njepa.monitors import FeatureMonitor, MetricMeans, Stopwatch
@@ -66,9 +67,17 @@ class Trainer:
         self.sizes = ds_engine.resolve_batch(ds, ranks.world)
         check_vicreg_batch(config, self.sizes)
         with _as_config_error():  # a pure check, before anything is read or written
-            check_sizes(config)
+            size = check_sizes(config)
             choose_backend(config.data.backend, ranks.device)
             self.impl = choose_impls(config, ranks.device)
+            part = config.model.predictor
+            self.attention = choose_attention(
+                config.model,
+                config.mask,
+                {size.width // size.heads, part.width // (part.heads or size.heads)},
+                ranks.device,
+                ds_engine.compute_dtype(ds, ranks.device),
+            )
             masks = MaskSampler(config.mask, config.grid, config.run.seed)
         self.evaluator: Evaluator | None = None  # rank 0, where there are labelled test images
         self.folder: RunFolder | None = None  # rank 0 only
@@ -109,7 +118,7 @@ class Trainer:
             config.run.seed,
             self.total_steps,
         )
-        module = TrainModule(config, group=ranks.group)
+        module = TrainModule(config, ranks.group, self.attention)
         encoder = module.jepa.encoder
         self.target = make_target(encoder).to(ranks.device)
         self.online = ema_parameters(encoder)
@@ -212,8 +221,13 @@ class Trainer:
                 self._norm = ds_engine.unsharded_gradient_norm(self.engine)
             self.engine.step()
             self._means.add(metrics)
+            lengths = batch.context_lengths
             self._means.add_counts(
-                k_context=batch.context_idx.shape[-1], k_target=batch.target_idx.shape[-1]
+                k_context=sum(lengths.counts) / len(lengths.counts)
+                if lengths is not None
+                else batch.context_idx.shape[-1],
+                k_target=batch.target_idx.shape[-1],
+                context_cut_frac=batch.cut_frac,
             )
             self._features.add(h)
         with ds_engine.full_parameters(self.engine, self.online) as online:
@@ -276,6 +290,7 @@ class Trainer:
                 "data_digest": self.index.digest,
                 "config": dump_config(self.config),
                 "impl": self.impl,
+                "attention": str(self.attention),
                 "versions": checkpointing.versions(),
             },
             self.ranks,
@@ -315,6 +330,7 @@ class Trainer:
             "rankme": lines[-1].get("rankme"),
             "device": device_name(self.ranks.device),
             "impl": self.impl,
+            "attention": str(self.attention),
             "skipped_images": skipped,
             "seconds": round(seconds, 1),
         }
@@ -371,6 +387,7 @@ class Trainer:
             f"context {predictor.context}",
             "device": device_name(self.ranks.device),
             "ops": ", ".join(f"{op}: {impl}" for op, impl in self.impl.items()),
+            "attention": str(self.attention),
         }
         return "\n".join(f"{name:>9}  {text}" for name, text in rows.items())
 

@@ -29,9 +29,11 @@ class Masks(NamedTuple):
     """Flat row-major patch numbers, ascending along the last axis."""
 
     context_idx: Int64Array
-    """[G, Kc], the same Kc for every image."""
+    """[G, Kc], the same Kc for every image; ragged: Kc of the largest, the others padded by 0."""
     target_idx: Int64Array
     """[G, M, Kt]; blocks of an image may overlap one another."""
+    lengths: Int64Array
+    """[G], the context patches of each image before any of them is cut off."""
 
 
 def block_size(r: float, scale: Range, aspect: Range, grid: Size, largest: Size) -> Size:
@@ -73,6 +75,7 @@ class MaskSampler:
     ``compat="upstream"``: the published behaviour. Blocks are at most (H-1, W-1) and their last
     admissible offset is never drawn; contexts keep their first patches, which prefers the top rows;
     only the context block is drawn anew. Pass the ids of one rank.
+    With ``ragged`` nothing is cut: every image keeps its whole context, whatever the others have.
     Both: after 20 failures of an image its context need not avoid the last target block, after 40
     the last two, and so on, so the sampler always ends. The first time is logged as a warning.
 
@@ -101,7 +104,8 @@ class MaskSampler:
     def __call__(self, micro_step: int, sample_ids: Int64Array) -> Masks:
         """Masks of the given samples, int64 [G].
 
-        Places depend on each sample's id alone; the number Kc is the batch's.
+        Places depend on each sample's id alone; the number Kc is the batch's, and with ``ragged``
+        no more than the width of the padding.
         """
         if len(sample_ids) == 0:
             raise ValueError("masks need at least one sample id, got an empty array")
@@ -112,6 +116,9 @@ class MaskSampler:
         if lengths.min() <= self.config.min_keep:
             self._redraw(micro_step, sample_ids, sizes, corners, kept)
             lengths = kept.sum(axis=1)
+        targets = self._targets(corners, sizes[0])
+        if self.config.ragged:
+            return Masks(_padded(kept, lengths), targets, lengths)
         shortest = int(lengths.min())
         if self.config.compat == "fixed":
             chosen = choose_random(kept, shortest, keys)
@@ -120,7 +127,7 @@ class MaskSampler:
         # Each row of ``chosen`` holds as many patches as any other.
         flat = np.flatnonzero(chosen).reshape(len(sample_ids), shortest)
         flat -= np.arange(0, len(flat) * self._patches, self._patches)[:, None]
-        return Masks(flat, self._targets(corners, sizes[0]))
+        return Masks(flat, targets, lengths)
 
     def _place(
         self, micro_step: int, ids: Int64Array, sizes: tuple[Size, Size], attempt: int
@@ -233,6 +240,14 @@ def choose_random(kept: BoolArray, count: int, keys: Int64Array) -> BoolArray:
     kept_first = rank | (kept.view(np.int8) - np.int8(1)).astype(np.uint32)  # others: 2^32 - 1
     kept_first.partition(count - 1, axis=1)
     return kept & (rank <= kept_first[:, count - 1 : count])
+
+
+def _padded(kept: BoolArray, lengths: Int64Array) -> Int64Array:
+    """The kept patches of each row, [G, max(lengths)], with zeros behind them."""
+    row, patch = np.nonzero(kept)
+    padded = np.zeros((len(kept), lengths.max()), dtype=np.int64)
+    padded[row, np.arange(len(row)) - (lengths.cumsum() - lengths)[row]] = patch
+    return padded
 
 
 def _area_and_sides(r: float, scale: Range, aspect: Range, grid: Size) -> _Steps:

@@ -64,7 +64,7 @@ class MetricMeans:
         """Micro-batches added since the last reading."""
         self._sums: dict[str, Tensor] = {}
         self._seen: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, float] = {}
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         self.steps += 1
@@ -80,8 +80,8 @@ class MetricMeans:
             else:
                 self._sums[name], self._seen[name] = value.clone(), seen
 
-    def add_counts(self, **counts: int) -> None:
-        """Host integers, averaged likewise."""
+    def add_counts(self, **counts: float) -> None:
+        """Host numbers, averaged over micro-batches, not over ranks."""
         for name, value in counts.items():
             self._counts[name] = self._counts.get(name, 0) + value
 

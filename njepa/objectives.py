@@ -137,8 +137,8 @@ def vicreg_loss(
     ``pred_vs_target`` (our reading): views u = pi(mean prediction) and t = stop-grad pi(mean
     target), one sample per block; only u gets a gradient, so the variance and covariance act with
     half the weight they have on two trained views.
-    ``context``: pi(mean context token), no invariance. ``tokens``: pi(every predicted token), no
-    invariance.
+    ``context``: pi(mean context token, padding left out), no invariance. ``tokens``: pi(every
+    predicted token), no invariance.
 
     Predictions are the clean ones where there are any. No gradient reaches the target encoder.
     Statistics cover the batch of all ranks, in fp32. Metrics: vicreg_inv, vicreg_std, vicreg_cov.
@@ -151,7 +151,12 @@ def vicreg_loss(
         assert output.noised_idx is not None
         pred, idx = output.noised, output.noised_idx
     if settings.on == "context":
-        views = projector(output.context.mean(dim=1))
+        lengths = batch.context_lengths
+        if lengths is None:
+            pooled = output.context.mean(dim=1)
+        else:  # padding is zero
+            pooled = output.context.sum(dim=1) / lengths.tensor[:, None]
+        views = projector(pooled)
     elif settings.on == "tokens":
         views = projector(pred.flatten(0, 1))
     else:

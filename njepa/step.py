@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from njepa.config import Config
 from njepa.data.batch import Batch
+from njepa.models.attention import SDPA, Attention
 from njepa.models.jepa import build_jepa
 from njepa.objectives import objective
 
@@ -16,11 +17,16 @@ from njepa.objectives import objective
 class TrainModule(nn.Module):
     """Network and objective; what ``deepspeed.initialize`` gets."""
 
-    def __init__(self, config: Config, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        group: dist.ProcessGroup | None = None,
+        attention: Attention = SDPA,
+    ) -> None:
         """``group``: ranks over which VICReg's statistics run, None for a single process."""
         super().__init__()
         self.config, self.group = config, group
-        self.jepa = build_jepa(config, group)
+        self.jepa = build_jepa(config, group, attention)
 
     def forward(self, batch: Batch, h: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a micro-batch, and detached scalar metrics.
@@ -35,6 +41,7 @@ class TrainModule(nn.Module):
             batch.sigma,
             batch.sample_ids,
             batch.micro_step,
+            batch.context_lengths,
         )
         losses = objective(self.config, output, h, batch, self.jepa.projector, self.group)
         return losses.total, losses.metrics

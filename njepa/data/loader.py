@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from njepa.config import Config
-from njepa.data.batch import Batch
+from njepa.data.batch import Batch, Lengths
 from njepa.data.index import ImageIndex
 from njepa.data.order import SampleOrder
 from njepa.data.pixels import PixelSource
@@ -115,9 +115,15 @@ class Loader:
         mine = slice(order.rank * order.micro_batch, (order.rank + 1) * order.micro_batch)
         if self._config.mask.compat == "fixed":  # sizes follow the global batch
             masks = self._masks(micro_step, plan.global_ids)
-            context_idx, target_idx = masks.context_idx[mine], masks.target_idx[mine]
+            context_idx, target_idx, lengths = (array[mine] for array in masks)
         else:  # as published: every rank for itself
-            context_idx, target_idx = self._masks(micro_step, plan.ids)
+            masks = self._masks(micro_step, plan.ids)
+            context_idx, target_idx, lengths = masks
+        context_lengths = None
+        if self._config.mask.ragged:
+            context_idx = context_idx[:, : lengths.max()]  # another rank's may be longer
+            if lengths.min() < lengths.max():
+                context_lengths = Lengths(tuple(lengths.tolist()), self._tensor(lengths))
         levels = sigma = None
         if self._noise.active:
             drawn = self._noise.assign(plan.step, plan.global_ids, target_idx.shape[-1])
@@ -132,6 +138,8 @@ class Loader:
             levels,
             sigma,
             micro_step,
+            context_lengths,
+            float(1.0 - masks.lengths.min() / masks.lengths.mean()),
         )
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> Tensor:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from njepa.config import Config, ConfigError, ModelConfig, did_you_mean
+from njepa.data.batch import Lengths
+from njepa.models.attention import SDPA, Attention, use_attention
 from njepa.models.init import init_generator, init_weights, rescale_by_depth
 from njepa.models.patch_projection import PatchProjection
 from njepa.models.positions import position_table
@@ -100,6 +102,7 @@ class Encoder(VisionTransformer):
         impl: Impl = "auto",
         mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
         std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+        attention: Attention = SDPA,
     ) -> None:
         """``mean``, ``std``: normalise bytes; see ``njepa.config.DataConfig``."""
         # The layers draw their own defaults first; init_weights replaces them all.
@@ -119,12 +122,13 @@ class Encoder(VisionTransformer):
                 weight_init="skip",
             )
             self.patch_embed.proj = PatchProjection(size.width, patch_size, mean, std, impl)
-        self.impl = impl
+        self.impl, self.attention = impl, attention
+        use_attention(self.blocks, attention)
         table = position_table(size.width, (image_size // patch_size,) * 2, pos_scale)
         self.pos_embed: nn.Parameter = nn.Parameter(table.unsqueeze(0), requires_grad=False)
 
     def forward(  # type: ignore[override]  # timm's takes an attention mask
-        self, images: Tensor, idx: Tensor | None = None
+        self, images: Tensor, idx: Tensor | None = None, lengths: Lengths | None = None
     ) -> Tensor:
         """Features after the final norm.
 
@@ -132,11 +136,13 @@ class Encoder(VisionTransformer):
             images: uint8 [B, S, S, 3], or floating [B, 3, S, S], normalised and cast here to the
                 type of the parameters.
             idx: int64 [B, K], the patches that enter the blocks, or None for all.
+            lengths: how many of the K are patches of each image; the rest is padding. None: all.
 
         Returns:
-            [B, K, D] or [B, N, D]. Masking comes after the positions and before the blocks, as in
-            facebookresearch/ijepa, src/models/vision_transformer.py. Of bytes only the kept patches
-            are embedded: patches do not see one another before the blocks, so the order is free.
+            [B, K, D] or [B, N, D], zeros (without gradient) where there is padding. Masking comes
+            after the positions and before the blocks, as in facebookresearch/ijepa,
+            src/models/vision_transformer.py. Of bytes only the kept patches are embedded: patches
+            do not see one another before the blocks, so the order is free.
         """
         pos = self.pos_embed
         # Under autocast the residual stream stays in the type of the parameters, as published.
@@ -146,11 +152,14 @@ class Encoder(VisionTransformer):
         else:
             x = self.patch_embed(images.to(pos.dtype)).to(pos.dtype)
             x = x + pos if idx is None else gather_tokens(x, idx, pos[0], impl=self.impl)
-        features: Tensor = self.norm(self.blocks(x))
-        return features
+        sequences = self.attention.sequences(x.shape[0], x.shape[1], lengths)
+        x = sequences.enter(x)
+        for block in self.blocks:
+            x = block(x, attn_mask=sequences)
+        return sequences.leave(self.norm(x))
 
 
-def build_encoder(config: Config) -> Encoder:
+def build_encoder(config: Config, attention: Attention = SDPA) -> Encoder:
     """The encoder of a configuration, on CPU, with weights from stream ``init/encoder``."""
     model = config.model
     encoder = Encoder(
@@ -161,6 +170,7 @@ def build_encoder(config: Config) -> Encoder:
         config.impl.default,
         mean=config.data.mean,
         std=config.data.std,
+        attention=attention,
     )
     init_weights(encoder, model, init_generator(config.run.seed, "encoder"))
     if model.depth_rescaled_init:

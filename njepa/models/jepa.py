@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from njepa.config import Config
+from njepa.data.batch import Lengths
+from njepa.models.attention import SDPA, Attention
 from njepa.models.encoder import Encoder, build_encoder
 from njepa.models.predictor import Predictor, build_predictor
 from njepa.models.projector import build_projector
@@ -17,7 +19,7 @@ class JepaOutput(NamedTuple):
     """B images, M target blocks, L = M or, where every block is predicted at every level, K*M."""
 
     context: Tensor
-    """[B, Kc, D], the encoded context."""
+    """[B, Kc, D], the encoded context; zeros where there is padding."""
     clean: Tensor | None
     """[M*B, Kt, D], row m*B + b: predictions without noise. None with one predictor and noise."""
     noised: Tensor | None
@@ -58,6 +60,7 @@ class Jepa(nn.Module):
         sigma: Tensor | None = None,
         sample_ids: Tensor | None = None,
         micro_step: int = 0,
+        context_lengths: Lengths | None = None,
     ) -> JepaOutput:
         """Predict the target blocks from the context.
 
@@ -67,6 +70,7 @@ class Jepa(nn.Module):
             sigma: fp32 [B, M], [B, M, Kt], or [B, K*M] with block k*M + m at level k where every
                 block is predicted at every level; None exactly if no predictor is noisy.
             sample_ids: int64 [B]. micro_step: both key the noise.
+            context_lengths: of each image where Kc is padded; None: Kc for all.
 
         Raises:
             ValueError: sigma missing or unwanted.
@@ -78,17 +82,20 @@ class Jepa(nn.Module):
                 f"got sigma={'None' if sigma is None else list(sigma.shape)} and "
                 f"{'no noise' if noisy.noise is None else 'noise'}"
             )
-        z = self.encoder(images, context_idx)
+        lengths = context_lengths
+        z = self.encoder(images, context_idx, lengths)
         clean = noised = noised_idx = None
         if noisy is not self.predictor or sigma is None:
-            clean = self.predictor(z, context_idx, target_idx)
+            clean = self.predictor(z, context_idx, target_idx, context_lengths=lengths)
         if sigma is not None:
             noised_idx = target_idx.repeat(1, self.level_repeats, 1)
-            noised = noisy(z, context_idx, noised_idx, sigma, sample_ids, micro_step)
+            noised = noisy(z, context_idx, noised_idx, sigma, sample_ids, micro_step, lengths)
         return JepaOutput(z, clean, noised, noised_idx)
 
 
-def build_jepa(config: Config, group: dist.ProcessGroup | None = None) -> Jepa:
+def build_jepa(
+    config: Config, group: dist.ProcessGroup | None = None, attention: Attention = SDPA
+) -> Jepa:
     """The network of a configuration, on CPU.
 
     Every module draws its weights from its own stream, so encoder and predictor are the same with
@@ -97,13 +104,14 @@ def build_jepa(config: Config, group: dist.ProcessGroup | None = None) -> Jepa:
 
     Args:
         group: ranks that share the projector's statistics, None for a single process.
+        attention: what runs the attention of encoder and predictors.
     """
     noise = config.noise
     noisy, second = noise.weight > 0, noise.weight > 0 and noise.predictors == 2
     return Jepa(
-        build_encoder(config),
-        build_predictor(config, "predictor", noisy=noisy and not second),
-        build_predictor(config, "noise_predictor", noisy=True) if second else None,
+        build_encoder(config, attention),
+        build_predictor(config, "predictor", noisy and not second, attention),
+        build_predictor(config, "noise_predictor", True, attention) if second else None,
         build_projector(config, group) if config.vicreg.weight > 0 else None,
         level_repeats=noise.levels if noise.map == "all" else 1,
     )

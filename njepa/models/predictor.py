@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from njepa.config import Config, NoiseConfig
+from njepa.data.batch import Lengths
+from njepa.models.attention import SDPA, Attention, use_attention
 from njepa.models.encoder import BlockNorm, EncoderSize, check_heads, encoder_size
 from njepa.models.init import init_generator, init_weights, rescale_by_depth
 from njepa.models.positions import position_table, sincos
@@ -46,11 +48,12 @@ class Predictor(nn.Module):
         noise_seed: int = 0,
         shared_context: bool = False,
         impl: Impl = "auto",
+        attention: Attention = SDPA,
     ) -> None:
         """``noise``: how sigma acts; None for a predictor that never gets one."""
         super().__init__()
         self.noise, self.noise_seed, self.impl = noise, noise_seed, impl
-        self.shared_context = shared_context
+        self.shared_context, self.attention = shared_context, attention
         table = position_table(width, grid, pos_scale)
         # The layers draw their own defaults first; init_weights replaces them all.
         with torch.random.fork_rng(devices=[]):
@@ -62,6 +65,8 @@ class Predictor(nn.Module):
             )
             if shared_context:
                 share_context(self.predictor_blocks)
+            else:
+                use_attention(self.predictor_blocks, attention)
             self.predictor_norm = BlockNorm(width)
             self.predictor_proj = nn.Linear(width, encoder_width)
             self.level_embed = None
@@ -76,6 +81,7 @@ class Predictor(nn.Module):
         sigma: Tensor | None = None,
         sample_ids: Tensor | None = None,
         micro_step: int = 0,
+        context_lengths: Lengths | None = None,
     ) -> Tensor:
         """Predicted features [M*B, Kt, D], row m*B + b.
 
@@ -85,6 +91,8 @@ class Predictor(nn.Module):
             sigma: fp32 [B, M] or [B, M, Kt], or None for clean queries.
             sample_ids: int64 [B], needed with ``sigma``: the noise is a function of them, of
                 ``micro_step`` and of the patch.
+            context_lengths: how many of the Kc are patches of each image; the rest is padding,
+                which no token attends to. None: all.
 
         Raises:
             ValueError: sigma without sample_ids, or on a predictor built without noise.
@@ -125,15 +133,19 @@ class Predictor(nn.Module):
             tokens = tokens + F.pad(rows, (0, 0, tokens.shape[1] - n_targets, 0))
         if shared:
             kept = context + F.embedding(context_idx, pos)
-            segments = Segments(len(kept), target_idx.shape[1], kept.shape[1], n_targets)
+            segments = Segments.of(self.attention, kept, target_idx, context_lengths)
             tokens = segments.join(kept, tokens)
             for block in self.predictor_blocks:
                 tokens = block(tokens, attn_mask=segments)
             queries = segments.split(tokens)[1].flatten(0, 1)
         else:
+            sequences = self.attention.sequences(
+                tokens.shape[0], tokens.shape[1], context_lengths, tail=n_targets
+            )
+            tokens = sequences.enter(tokens)
             for block in self.predictor_blocks:
-                tokens = block(tokens)
-            queries = tokens[:, context.shape[1] :]
+                tokens = block(tokens, attn_mask=sequences)
+            queries = sequences.last(tokens, n_targets)
         features: Tensor = self.predictor_proj(self.predictor_norm(queries))
         return features
 
@@ -183,7 +195,9 @@ def check_sizes(config: Config) -> EncoderSize:
     return size
 
 
-def build_predictor(config: Config, name: str, noisy: bool) -> Predictor:
+def build_predictor(
+    config: Config, name: str, noisy: bool, attention: Attention = SDPA
+) -> Predictor:
     """A predictor of the configuration, on CPU, with weights from stream ``init/<name>``.
 
     Args:
@@ -203,6 +217,7 @@ def build_predictor(config: Config, name: str, noisy: bool) -> Predictor:
         noise_seed=stream_seed(config.run.seed, "noise"),
         shared_context=part.context == "shared",
         impl=config.impl.default,
+        attention=attention,
     )
     generator = init_generator(config.run.seed, name)
     nn.init.trunc_normal_(predictor.mask_token, std=0.02, generator=generator)

@@ -21,17 +21,41 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from njepa.data.batch import Lengths
+from njepa.models.attention import Attention, Sequences
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segments:
-    """Where context and queries lie among the rows."""
+    """Where context and queries lie among the rows, and what attends to what."""
 
     batch: int
     n_blocks: int
     n_context: int
     n_targets: int
+    context: Sequences
+    """The context of each image, over itself."""
+    queries: Sequences
+    """The queries of each block, over context and themselves."""
+
+    @classmethod
+    def of(
+        cls, attention: Attention, context: Tensor, target_idx: Tensor, lengths: Lengths | None
+    ) -> Segments:
+        """For a context [B, Kc, d], padded where there are ``lengths``, and targets [B, L, Kt]."""
+        batch, n_context = context.shape[:2]
+        n_blocks, n_targets = target_idx.shape[1:]
+        rows = n_blocks * batch
+        keys = attention.sequences(rows, n_context + n_targets, lengths, tail=n_targets)
+        return cls(
+            batch,
+            n_blocks,
+            n_context,
+            n_targets,
+            attention.sequences(batch, n_context, lengths),
+            attention.sequences(rows, n_targets).over(keys),
+        )
 
     def join(self, context: Tensor, queries: Tensor) -> Tensor:
         """[B, Kc, d] and [L*B, Kt, d] to rows [B*Kc + L*B*Kt, d]."""
@@ -45,10 +69,10 @@ class Segments:
         return context.unflatten(0, of_context), queries.unflatten(0, of_queries)
 
 
-def shared_context_attention(context: Tensor, queries: Tensor) -> Tensor:
+def shared_context_attention(context: Tensor, queries: Tensor, segments: Segments) -> Tensor:
     """softmax(q k^T / sqrt(e)) v with the keys and values of the context computed once.
 
-    Two calls of SDPA without a mask: the context over itself, then every block over the context's
+    Two calls of the attention kernel: the context over itself, then every block over the context's
     keys and values followed by its own. Those are copied once per block; the products that made
     them, the larger part by far, are not repeated. No shape depends on a value.
 
@@ -57,20 +81,23 @@ def shared_context_attention(context: Tensor, queries: Tensor) -> Tensor:
         queries: [L, B, Kt, 3, H, e], those of the queries.
 
     Returns:
-        [B*Kc + L*B*Kt, H*e], rows as in ``Segments``.
+        [B*Kc + L*B*Kt, H*e], rows as in the head of this file.
     """
-    q, keys_values = context.split((1, 2), dim=2)
-    of_context = _attend(q.squeeze(2), keys_values)
-    q, own = queries.split((1, 2), dim=3)
-    keys_values = torch.cat((keys_values.expand(len(queries), *keys_values.shape), own), dim=2)
-    of_queries = _attend(q.squeeze(3).flatten(0, 1), keys_values.flatten(0, 1))
+    of_context = _attend(segments.context, *context.unbind(2))
+    repeated = context[:, :, 1:].expand(segments.n_blocks, *context[:, :, 1:].shape)
+    keys_values = torch.cat((repeated, queries[:, :, :, 1:]), dim=2).flatten(0, 1)
+    q = queries[:, :, :, 0].flatten(0, 1)
+    of_queries = _attend(segments.queries, q, *keys_values.unbind(2))
     return torch.cat((of_context, of_queries))
 
 
-def _attend(q: Tensor, keys_values: Tensor) -> Tensor:
-    """[S, Lq, H, e] over [S, Lk, 2, H, e], each of S sequences by itself: [S*Lq, H*e]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, *keys_values.unbind(2)))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
+def _attend(sequences: Sequences, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[S, Lq, H, e] over two [S, Lk, H, e], each of S sequences by itself: [S*Lq, H*e]."""
+    heads, keys = q.shape[2:], sequences.keys or sequences
+    q = sequences.enter(q.flatten(2)).unflatten(2, heads)
+    k, v = (keys.enter(x.flatten(2)).unflatten(2, heads) for x in (k, v))
+    out = sequences.kernel(q, k, v, sequences).flatten(2)
+    return sequences.leave(out).flatten(0, 1)
 
 
 class SharedContextAttention(nn.Module):
@@ -85,7 +112,7 @@ class SharedContextAttention(nn.Module):
         """Rows [B*Kc + L*B*Kt, d] in and out. timm's ``Block`` hands ``attn_mask`` on."""
         assert not is_causal
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        out: Tensor = self.proj(shared_context_attention(*attn_mask.split(qkv)))
+        out: Tensor = self.proj(shared_context_attention(*attn_mask.split(qkv), attn_mask))
         return out
 
 

@@ -89,7 +89,7 @@ class Case:
 
 def same(a, b):
     return len(a) == len(b) and all(
-        x == y if isinstance(x, int) else (x is y is None) or torch.equal(x, y)
+        x == y if isinstance(x, int | float) else (x is y is None) or torch.equal(x, y)
         for first, second in zip(a, b, strict=True)
         for x, y in zip(first, second, strict=True)
     )

@@ -176,7 +176,7 @@ def test_upstream_lengths_and_visits_match_the_oracle(
     target_visits: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     patches = grid[0] * grid[1]
     for step in range(steps):
-        mine = ours(step, ids_of(step, batch))
+        mine = ours(step, ids_of(step, batch))[:2]
         context, targets, _ = oracle(batch)
         for side, (c, t) in enumerate([mine, (context.numpy(), targets.numpy())]):
             lengths[side].append(c.shape[1] * 1000 + t.shape[2])
@@ -381,7 +381,7 @@ def test_any_valid_configuration_gives_valid_masks(
         )
         assert smallest <= min_keep + max(grid)
         return
-    context, target = masks(5, ids_of(3, batch))
+    context, target, _ = masks(5, ids_of(3, batch))
     (h, w), _ = masks.block_sizes(5)
     assert context.dtype == target.dtype == np.int64
     assert context.flags.c_contiguous
@@ -480,7 +480,7 @@ def test_hopeless_rooms_end_with_overlap_and_say_so_once(
     assert len(caplog.records) == 1
     assert "min_keep" in caplog.text
     shared_with = np.zeros(20)
-    for context, target in drawn:
+    for context, target, _ in drawn:
         assert context.shape[1] > 8
         held = inclusion(context, 64)
         for m in range(20):

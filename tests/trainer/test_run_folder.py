@@ -47,7 +47,10 @@ def test_resume_refuses_what_decides_the_result_and_takes_the_rest(tmp_path):
     with pytest.raises(ConfigError, match=re.escape("optim.lr: 0.001 -> 5.0")) as caught:
         RunFolder(changed, {})
     assert "run.seed: 0 -> 3" in str(caught.value)
-    free = config(tmp_path, run={"resume": True, "log_every": 3}, data={"workers": 1})
+    free = config(
+        tmp_path, run={"resume": True, "log_every": 3}, data={"workers": 1},
+        model={"attention": "sdpa"},
+    )  # fmt: skip
     RunFolder(free, {}).close()
 
 

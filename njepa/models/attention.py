@@ -1,0 +1,208 @@
+"""Attention of the blocks, over sequences of equal or of unequal length.
+
+Shapes: R sequences of at most L tokens, T tokens without padding, H heads of width h, D = H*h.
+
+A model owns an ``Attention`` (a kernel for dense sequences, one for ragged ones), puts it into its
+blocks with ``use_attention``, and says in its forward how the sequences lie:
+
+    sequences = self.attention.sequences(rows, length, lengths, tail)
+    x = sequences.enter(x)                        # [R, L, D]; packing kernels: [1, T, D]
+    for block in blocks:
+        x = block(x, attn_mask=sequences)         # timm's Block hands it on to ``SelfAttention``
+    y = sequences.leave(x)                        # [R, L, D], zeros where there is padding
+    y = sequences.last(x, n)                      # or only the last n tokens of each: [R, n, D]
+
+Outside of the blocks everything is padded, [R, L, D]; only between ``enter`` and ``leave`` may it
+be packed. What acts on tokens alone (norm, MLP, projection) may stand on either side. A block
+called without ``attn_mask`` takes its rows as dense, as timm's does.
+
+``lengths`` are those of the B images. Sequence r = m*B + b has the tokens [0, lengths[b]) and the
+last ``tail`` of the L: no tail and R = B in the encoder; tail = Kt and R = M*B, rows m*B + b, in
+the predictor. Without lengths, or where they are all equal to L - tail, the sequences are dense: no
+mask, no packing, the same bits.
+
+From queries to keys of other lengths: ``queries.over(keys)``, two ``Sequences`` of equally many
+rows; the kernel then takes q as ``queries`` lie and k, v as ``keys`` lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from njepa.data.batch import Lengths
+
+
+class Kernel(Protocol):
+    """softmax(q k^T / sqrt(h)) v within each sequence."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def packs(self) -> bool:
+        """Whether ragged sequences come packed, [1, T, H, h], or padded, [R, L, H, h]."""
+        ...
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
+        """[R, L, H, h] or packed [1, T, H, h] in, the shape of ``q`` out."""
+        ...
+
+
+@dataclass(eq=False)
+class Sequences:
+    """R sequences and how they lie while they pass through the blocks.
+
+    Dense: no mask and no index. Padded: ``mask``. Packed: ``counts``, ``cu_seqlens``, ``index``.
+    """
+
+    kernel: Kernel
+    rows: int
+    """R."""
+    length: int
+    """L, with padding."""
+    mask: Tensor | None = None
+    """bool [R, L]: where there is a token."""
+    counts: tuple[int, ...] | None = None
+    """Tokens of each sequence, on the host."""
+    cu_seqlens: Tensor | None = None
+    """int32 [R+1]: where each sequence begins among the T tokens; T at the end."""
+    index: Tensor | None = None
+    """int64 [T]: place of each token among the R*L padded ones."""
+    keys: Sequences | None = None
+    """What the queries attend to; None: themselves."""
+    memo: dict[str, Any] = field(default_factory=dict)
+    """What a kernel builds once for all blocks."""
+
+    def over(self, keys: Sequences) -> Sequences:
+        """The same queries, attending to ``keys``, sequence by sequence."""
+        dense = self.mask is None and self.index is None
+        return replace(self, kernel=keys.kernel if dense else self.kernel, keys=keys, memo={})
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Padded [R, L, D] to what the kernel takes: the same, or packed [1, T, D]."""
+        if self.index is None:
+            return x
+        return x.flatten(0, 1).index_select(0, self.index).unsqueeze(0)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Back to padded [R, L, D], with zeros where there is no token."""
+        if self.index is not None:
+            flat = x.new_zeros(self.rows * self.length, x.shape[-1])
+            return flat.index_copy(0, self.index, x[0]).view(self.rows, self.length, -1)
+        if self.mask is not None:
+            return x.masked_fill(~self.mask.unsqueeze(-1), 0.0)
+        return x
+
+    def last(self, x: Tensor, n: int) -> Tensor:
+        """The last n tokens of each sequence, [R, n, D], where none of them is padding."""
+        if self.cu_seqlens is None:
+            return x[:, self.length - n :]
+        rows = self.cu_seqlens[1:, None] + torch.arange(-n, 0, device=x.device)
+        return x[0].index_select(0, rows.flatten()).view(self.rows, n, -1)
+
+
+@dataclass(frozen=True)
+class Sdpa:
+    """torch's scaled_dot_product_attention; ragged sequences are padded and their keys masked."""
+
+    order: tuple[SDPBackend, ...] = ()
+    """Backends to try, in this order; empty: torch's own choice."""
+    name = "sdpa"
+    packs = False
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
+        mask = (sequences.keys or sequences).mask
+        chosen = sdpa_kernel(list(self.order), set_priority=True) if self.order else nullcontext()
+        with chosen:
+            out = F.scaled_dot_product_attention(
+                q.transpose(1, 2),
+                k.transpose(1, 2),
+                v.transpose(1, 2),
+                attn_mask=None if mask is None else mask[:, None, None],
+            )
+        return out.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What runs the attention of a model, and why."""
+
+    dense: Kernel = Sdpa()
+    ragged: Kernel = Sdpa()
+    reason: str = ""
+
+    def __str__(self) -> str:
+        """As the start table shows it: ``sdpa (dense masks)``."""
+        return f"{self.ragged.name} ({self.reason})" if self.reason else self.ragged.name
+
+    def sequences(
+        self, rows: int, length: int, lengths: Lengths | None = None, tail: int = 0
+    ) -> Sequences:
+        """How ``rows`` sequences of ``length`` tokens, padding included, lie.
+
+        Args:
+            lengths: of the B images, before the tail; ``rows`` is a multiple of B. None: dense.
+            tail: tokens at the end of every sequence, after the padding.
+        """
+        if lengths is None or min(lengths.counts) == length - tail:
+            return Sequences(self.dense, rows, length)
+        repeat = rows // len(lengths.counts)
+        own = lengths.tensor.repeat(repeat)  # [R]
+        if not self.ragged.packs:
+            place = torch.arange(length, device=own.device)
+            mask = (place < own[:, None]) | (place >= length - tail)
+            return Sequences(self.ragged, rows, length, mask=mask)
+        counts = tuple(n + tail for n in lengths.counts) * repeat
+        ends = (own + tail).cumsum(0)
+        place = torch.arange(sum(counts), device=own.device)
+        row = torch.repeat_interleave(own + tail, output_size=len(place))
+        within = place - (ends - own - tail)[row]
+        padding = torch.where(within < own[row], 0, length - tail - own[row])
+        return Sequences(
+            self.ragged,
+            rows,
+            length,
+            counts=counts,
+            cu_seqlens=F.pad(ends, (1, 0)).int(),
+            index=row * length + within + padding,
+        )
+
+
+#: SDPA as torch orders it, for every kind of sequences.
+SDPA = Attention()
+
+
+class SelfAttention(nn.Module):
+    """timm's ``Attention`` (multi-head, no dropout) with a kernel of our choice.
+
+    It takes over the two layers of the module it replaces: names and state-dict keys stay.
+    """
+
+    def __init__(self, attn: Any, attention: Attention) -> None:
+        super().__init__()
+        self.num_heads, self.attention = attn.num_heads, attention
+        self.qkv, self.proj = attn.qkv, attn.proj
+
+    def forward(
+        self, x: Tensor, attn_mask: Sequences | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """[R, L, D] or packed [1, T, D], as ``attn_mask`` says; None: dense. The name is timm's."""
+        assert not is_causal
+        sequences = attn_mask or self.attention.sequences(*x.shape[:2])
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        out: Tensor = self.proj(sequences.kernel(q, k, v, sequences).flatten(2))
+        return out
+
+
+def use_attention(blocks: Iterable[nn.Module], attention: Attention) -> None:
+    """Let timm's blocks compute their attention with ``attention``."""
+    for block in blocks:
+        block.attn = SelfAttention(block.get_submodule("attn"), attention)
