@@ -19,7 +19,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
 		{ echo "make: could not create $(VENV); on Debian: apt-get install python3-venv"; exit 1; }
-	$(BIN)/pip install --quiet "setuptools>=77" -e ".[train,test]"
+	$(BIN)/pip install --quiet "setuptools>=77" -e ".[train,test,bench]"
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
@@ -33,7 +33,11 @@ test: $(STAMP)
 	$(BIN)/pytest $(ARGS)
 
 bench: $(STAMP)
-	$(BIN)/pytest bench --benchmark-only $(ARGS)
+	@mkdir -p .benchmarks
+	@# A failed check has no number; the other rows are kept, and the failure stays one.
+	$(BIN)/pytest bench --benchmark-only --benchmark-json=.benchmarks/raw.json $(ARGS); rc=$$?; \
+		$(BIN)/python -m bench.results .benchmarks/raw.json && \
+		$(BIN)/python -m bench.report --png .benchmarks/roofline.png && exit $$rc
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -34,7 +34,8 @@ class OpCase:
     ``make_inputs(device, dtype, seed)`` gives keyword arguments for all three functions; ``dtype``
     is that of the activations. ``bytes(dtype, mode)`` is the least memory traffic the op can have,
     ``flops(mode)`` its floating-point operations (without the integer work of the noise), forward
-    or forward and backward. ``small`` cases are for tests, the others for benchmarks.
+    or forward and backward. ``small`` cases are for tests, the others for benchmarks, on the types
+    of device in ``devices``.
     """
 
     op: str
@@ -47,11 +48,51 @@ class OpCase:
     flops: Callable[[Mode], int]
     differentiable: tuple[str, ...] = ()
     small: bool = True
+    devices: tuple[str, ...] = ("cpu", "cuda")
     outputs: Callable[[Any, Inputs], dict[str, torch.Tensor]] = result_tensors
 
     @property
     def name(self) -> str:
         return f"{self.op}-{self.size}"
+
+
+@dataclass(frozen=True)
+class VitSize:
+    """What the ops see of a Vision Transformer at 224 pixels.
+
+    ``context`` and ``targets`` are tokens per image and per target block: the means of the
+    published mask sampler at batch 128 (docs/method.md), rounded.
+    """
+
+    width: int
+    depth: int
+    patch: int
+    context: int
+    targets: int
+    predictor_width: int = 384
+
+    @property
+    def patches(self) -> int:
+        return (224 // self.patch) ** 2
+
+
+VITS = {
+    "vits16": VitSize(384, 12, 16, 51, 33),
+    "vitb16": VitSize(768, 12, 16, 51, 33),
+    "vitl16": VitSize(1024, 24, 16, 51, 33),
+    "vith14": VitSize(1280, 32, 14, 71, 44),
+}
+#: Images per step of the benchmarks, by the type of device.
+BATCHES = {"cpu": 8, "cuda": 128}
+
+
+def vit_sizes() -> list[tuple[str, VitSize, int, tuple[str, ...]]]:
+    """Name, ViT, batch and devices of the benchmark sizes: vits16-224-b8 to vith14-224-b128."""
+    return [
+        (f"{name}-224-b{batch}", vit, batch, (device,))
+        for device, batch in BATCHES.items()
+        for name, vit in VITS.items()
+    ]
 
 
 def all_cases(op: str | None = None, *, small: bool | None = None) -> list[OpCase]:
@@ -112,9 +153,9 @@ def evaluate(
     generator = torch.Generator().manual_seed(seed)
     roots, cotangents = [], []
     for tensor in outputs.values():
-        # Multiples of 1/16 up to 2: exact in every type, so that all see the same cotangents.
-        cotangent = torch.randint(-32, 33, tensor.shape, generator=generator) / 16.0
         if tensor.requires_grad:
+            # Multiples of 1/16 up to 2: exact in every type, so that all see the same cotangents.
+            cotangent = torch.randint(-32, 33, tensor.shape, generator=generator) / 16.0
             roots.append(tensor)
             cotangents.append(cotangent.to(tensor))
     values = {name: tensor.detach() for name, tensor in outputs.items()}

@@ -184,9 +184,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", default="", help="only cases whose size contains this")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     given = parser.parse_args(arguments)
-    cases = [c for op in given.op for c in all_cases(op, small=False) if given.size in c.size]
+    large = [c for op in given.op for c in all_cases(op, small=False) if "cuda" in c.devices]
+    cases = [c for c in large if given.size in c.size]
     if not cases:
-        known = sorted({c.size for op in given.op for c in all_cases(op, small=False)})
+        known = sorted({c.size for c in large})
         parser.error(f"--size {given.size!r} is in no case; the cases are {', '.join(known)}")
     if not torch.cuda.is_available():
         parser.error("tuning needs a CUDA device, and torch sees none")

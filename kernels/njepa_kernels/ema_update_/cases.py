@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..testing import Inputs, OpCase
+from ..testing import VITS, Inputs, OpCase, VitSize
 from .op import ema_update_
 from .reference import ema_update_reference_
 
@@ -31,7 +31,9 @@ def _written(result: Any, inputs: Inputs) -> dict[str, torch.Tensor]:
     return {f"{name} {i}": t for name, tensors in lists.items() for i, t in enumerate(tensors)}
 
 
-def _vit_shapes(width: int, depth: int) -> list[tuple[int, ...]]:
+def vit_shapes(vit: VitSize) -> list[tuple[int, ...]]:
+    """Shapes of the encoder's parameters in timm's order; the table of positions is fixed."""
+    width = vit.width
     block: list[tuple[int, ...]] = [
         (width,),
         (width,),
@@ -46,11 +48,17 @@ def _vit_shapes(width: int, depth: int) -> list[tuple[int, ...]]:
         (width, 4 * width),
         (width,),
     ]
-    return [(width, 3, 16, 16), (width,), *(block * depth), (width,), (width,)]
+    patches: tuple[int, ...] = (width, 3, vit.patch, vit.patch)
+    return [patches, (width,), *(block * vit.depth), (width,), (width,)]
 
 
 def _case(
-    size: str, shapes: Sequence[tuple[int, ...]], *, shadow: bool = True, small: bool = True
+    size: str,
+    shapes: Sequence[tuple[int, ...]],
+    *,
+    shadow: bool = True,
+    small: bool = True,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
 ) -> OpCase:
     def make_inputs(device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
         g = torch.Generator().manual_seed(seed)
@@ -73,6 +81,7 @@ def _case(
         bytes=lambda dtype, mode: count * (8 + dtype.itemsize + (2 if shadow else 0)),
         flops=lambda mode: 3 * count,
         small=small,
+        devices=devices,
         outputs=_written,
     )
 
@@ -81,6 +90,14 @@ CASES = [
     _case("five-shadow", [(3,), (17, 5), (0, 4), (), (2, 3, 4)]),
     _case("five", [(3,), (17, 5), (0, 4), (), (2, 3, 4)], shadow=False),
     _case("none", []),
-    _case("vits16", _vit_shapes(384, 12), small=False),
-    _case("vitl16", _vit_shapes(1024, 24), small=False),
+    # L/16 and H/14 take 4 and 9 GB with their fp64 check beside them: on a GPU only.
+    *(
+        _case(
+            name,
+            vit_shapes(vit),
+            small=False,
+            devices=("cpu", "cuda") if vit.width < 1024 else ("cuda",),
+        )
+        for name, vit in VITS.items()
+    ),
 ]

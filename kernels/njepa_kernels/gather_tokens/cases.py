@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..testing import Inputs, Mode, OpCase, draw_indices
+from ..testing import Inputs, Mode, OpCase, draw_indices, vit_sizes
 from .op import gather_tokens
 from .reference import gather_tokens_reference
 
@@ -32,6 +32,7 @@ def _case(
     pos: bool = True,
     duplicates: bool = False,
     small: bool = True,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
 ) -> OpCase:
     def make_inputs(device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
         g = torch.Generator().manual_seed(seed)
@@ -64,6 +65,7 @@ def _case(
         flops=lambda mode: kept * d if pos else 0,
         differentiable=("x", "pos"),
         small=small,
+        devices=devices,
     )
 
 
@@ -74,7 +76,9 @@ CASES = [
     _case("b2-n49-m1-k9-d33-nopos", 2, 49, 9, 33, 1, pos=False),
     _case("b2-n9-m3-k20-d32-duplicates", 2, 9, 20, 32, 3, duplicates=True),
     _case("b0-n49-k12-d64", 0, 49, 12, 64),
-    _case("vits16-224-b8", 8, 196, 51, 384, small=False),
-    _case("vitl16-224-b128", 128, 196, 51, 1024, small=False),
-    _case("vitl16-224-b128-m4", 128, 196, 33, 1024, 4, pos=False, small=False),
+    *(
+        _case(size, b, vit.patches, vit.context, vit.width, small=False, devices=on)
+        for size, vit, b, on in vit_sizes()
+    ),
+    _case("vitl16-224-b128-m4", 128, 196, 33, 1024, 4, pos=False, small=False, devices=("cuda",)),
 ]

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from .._rows import compute_dtype
-from ..testing import Inputs, Mode, OpCase, draw_indices
+from ..testing import Inputs, Mode, OpCase, draw_indices, vit_sizes
 from .op import jepa_loss
 from .reference import JepaLoss, jepa_loss_reference
 
@@ -46,6 +46,7 @@ def _case(
     weight: str | None = None,
     beta: float = 1.0,
     small: bool = True,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
 ) -> OpCase:
     def make_inputs(device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
         g = torch.Generator().manual_seed(seed)
@@ -78,6 +79,7 @@ def _case(
         flops=lambda mode: rows * d * (12 if mode == "fwdbwd" else 10),
         differentiable=("pred", "weight"),
         small=small,
+        devices=devices,
     )
 
 
@@ -88,6 +90,8 @@ CASES = [
     _case("b2-m1-kt1-n197-d100", 2, 1, 1, 197, 100),
     _case("b2-m3-kt5-n16-d33-l1", 2, 3, 5, 16, 33, beta=0.0),
     _case("b0-m4-kt6-n36-d64", 0, 4, 6, 36, 64),
-    _case("vits16-224-b8", 8, 4, 33, 196, 384, small=False),
-    _case("vitl16-224-b128", 128, 4, 33, 196, 1024, small=False),
+    *(
+        _case(size, b, 4, vit.targets, vit.patches, vit.width, small=False, devices=on)
+        for size, vit, b, on in vit_sizes()
+    ),
 ]

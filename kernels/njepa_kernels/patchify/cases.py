@@ -43,6 +43,7 @@ def _case(
     planes: bool = False,
     duplicates: bool = False,
     small: bool = True,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
 ) -> OpCase:
     n = grid[0] * grid[1]
 
@@ -81,6 +82,7 @@ def _case(
         bytes=traffic,
         flops=lambda mode: kept * 3 * p * p * 2,
         small=small,
+        devices=devices,
     )
 
 
@@ -92,8 +94,8 @@ CASES = [
     _case("b1-3x2-p1", 1, (3, 2), 1),
     _case("b2-2x2-p5-k3-planes", 2, (2, 2), 5, 3, planes=True),
     _case("b0-3x3-p8-k4", 0, (3, 3), 8, 4),
-    _case("vits16-224-b8", 8, (14, 14), 16, small=False),
-    _case("vith14-224-b8-k60", 8, (16, 16), 14, 60, small=False),
-    _case("vitl16-224-b128", 128, (14, 14), 16, small=False),
-    _case("vitl16-224-b128-k60", 128, (14, 14), 16, 60, small=False),
+    _case("vits16-224-b8", 8, (14, 14), 16, small=False, devices=("cpu",)),
+    _case("vith14-224-b8-k60", 8, (16, 16), 14, 60, small=False, devices=("cpu",)),
+    _case("vitl16-224-b128", 128, (14, 14), 16, small=False, devices=("cuda",)),
+    _case("vitl16-224-b128-k60", 128, (14, 14), 16, 60, small=False, devices=("cuda",)),
 ]

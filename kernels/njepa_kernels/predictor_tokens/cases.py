@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .._philox import philox_normal
-from ..testing import Inputs, Mode, OpCase, draw_indices
+from ..testing import Inputs, Mode, OpCase, draw_indices, vit_sizes
 from .op import Mix, predictor_tokens
 from .reference import predictor_tokens_reference
 
@@ -57,6 +57,7 @@ def _case(
     mix: Mix = "ve",
     sigma: str | None = "block",
     small: bool = True,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
 ) -> OpCase:
     def make_inputs(device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
         g = torch.Generator().manual_seed(seed)
@@ -97,6 +98,7 @@ def _case(
         flops=flops,
         differentiable=("context", "pos", "mask_token", "sigma"),
         small=small,
+        devices=devices,
     )
 
 
@@ -109,8 +111,20 @@ CASES = [
     _case("b2-m3-kc5-kt4-n16-d30-token", 2, 3, 5, 4, 16, 30, sigma="token"),
     _case("b2-m3-kc0-kt4-n16-d48", 2, 3, 0, 4, 16, 48),
     _case("b0-m4-kc10-kt6-n36-d48", 0, 4, 10, 6, 36, 48),
-    _case("vits16-224-b8", 8, 4, 51, 33, 196, 384, sigma=None, small=False),
-    _case("vits16-224-b8-ve", 8, 4, 51, 33, 196, 384, small=False),
-    _case("vitl16-224-b128", 128, 4, 51, 33, 196, 384, sigma=None, small=False),
-    _case("vitl16-224-b128-ve", 128, 4, 51, 33, 196, 384, small=False),
+    *(
+        _case(
+            size + suffix,
+            b,
+            4,
+            vit.context,
+            vit.targets,
+            vit.patches,
+            vit.predictor_width,
+            sigma=sigma,
+            small=False,
+            devices=on,
+        )
+        for size, vit, b, on in vit_sizes()
+        for suffix, sigma in (("", None), ("-ve", "block"))
+    ),
 ]

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from .._rows import compute_dtype
-from ..testing import Inputs, OpCase
+from ..testing import Inputs, OpCase, vit_sizes
 from .op import vicreg
 from .reference import VicregTerms, vicreg_reference
 
@@ -42,7 +42,15 @@ def vicreg_eager(
     return VicregTerms(inv, std_term, cov_term)
 
 
-def _case(size: str, m: int | None, n: int, d: int, *, small: bool = True) -> OpCase:
+def _case(
+    size: str,
+    m: int | None,
+    n: int,
+    d: int,
+    *,
+    small: bool = True,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
+) -> OpCase:
     def make_inputs(device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
         g = torch.Generator().manual_seed(seed)
         shape = (n, d) if m is None else (m, n, d)
@@ -64,6 +72,7 @@ def _case(size: str, m: int | None, n: int, d: int, *, small: bool = True) -> Op
         flops=lambda mode: product * (3 if mode == "fwdbwd" else 1),
         differentiable=("u",),
         small=small,
+        devices=devices,
     )
 
 
@@ -75,6 +84,9 @@ CASES = [
     _case("n65-d30", None, 65, 30),
     _case("n5-d19", None, 5, 19),
     _case("m4-n128-d384", 4, 128, 384, small=False),
-    _case("m4-n2048-d1024", 4, 2048, 1024, small=False),
-    _case("n2048-d8192", None, 2048, 8192, small=False),
+    _case("n256-d2048", None, 256, 2048, small=False),
+    # The four blocks of a step: n images, the width of the predictions.
+    *(_case(size, 4, b, vit.width, small=False, devices=on) for size, vit, b, on in vit_sizes()),
+    _case("m4-n2048-d1024", 4, 2048, 1024, small=False, devices=("cuda",)),
+    _case("n2048-d8192", None, 2048, 8192, small=False, devices=("cuda",)),
 ]
