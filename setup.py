@@ -1,9 +1,11 @@
-"""The optional native library (csrc/): C++ for CPU, on torch's stable ABI, for any Python.
+"""The optional native libraries (csrc/): C++ for CPU and CUDA on torch's stable ABI, any Python.
 
-NJEPA_BUILD_NATIVE=auto  build it if torch and a compiler are at hand, else say how to (default)
-                   1     build it or fail
-                   0     do not build it
+NJEPA_BUILD_NATIVE=auto  build them if torch and a compiler are at hand, else say how to (default)
+                   1     build them or fail
+                   0     do not build them
+NJEPA_BUILD_CUDA=auto|0|1  the same for the library for CUDA alone, which needs nvcc but no GPU
 
+With both at auto, or NJEPA_BUILD_NATIVE=1, a machine without nvcc gets the library for CPU.
 pip must not isolate the build from torch: pip install -e . --no-build-isolation
 Alone, into the source folder: python setup.py build_ext --inplace
 """
@@ -26,9 +28,13 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
+from setuptools.modified import newer_group
 
-SOURCES = Path(__file__).resolve().parent / "csrc" / "cpu"
+ROOT = Path(__file__).resolve().parent
+SOURCES = ROOT / "csrc"
+VERSION = ROOT / "kernels" / "njepa_kernels" / "_version.py"
 OPS = ("library", "loss", "patchify", "tokens", "vicreg")  # see torch's headers
+CUDA_UNITS = ("tokens", "loss", "ema")  # free of torch
 OLDEST_TORCH = (2, 11)  # the library runs with this and any later version, whatever built it
 HOW_TO = (
     "NJEPA_BUILD_NATIVE=1 pip install --no-build-isolation . "
@@ -47,12 +53,25 @@ FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 FLAGS += ["-DNJEPA_X86"] if X86 else []
 
+# A100, H100 and H200, B200; what comes after compiles the PTX of the last when it loads.
+ARCHITECTURES = (80, 90, 100)
+OLDEST_NVCC = (12, 8)  # the first that knows sm_100
+
 
 def find_compiler() -> list[str] | None:
     """The C++ compiler: $CXX, else g++ or c++."""
     if os.environ.get("CXX"):
         return shlex.split(os.environ["CXX"])
     return next(([name] for name in ("g++", "c++") if shutil.which(name)), None)
+
+
+def find_nvcc() -> Path | None:
+    """nvcc of $CUDA_HOME, else of the PATH, else of /usr/local/cuda."""
+    if os.environ.get("CUDA_HOME"):
+        places = [os.path.join(os.environ["CUDA_HOME"], "bin", "nvcc")]
+    else:
+        places = ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((Path(found) for found in map(shutil.which, places) if found), None)
 
 
 def find_torch() -> Path | None:
@@ -77,9 +96,26 @@ def obstacle() -> str | None:
     return None
 
 
+def cuda_obstacle() -> str | None:
+    """Why the library for CUDA cannot be built where that for the CPU can, or None."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        home = os.environ.get("CUDA_HOME")
+        searched = f"$CUDA_HOME={home}" if home else "the PATH and /usr/local/cuda"
+        return f"no nvcc was found in {searched}"
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    if found is None or (int(found[1]), int(found[2])) < OLDEST_NVCC:
+        return f"nvcc>=12.8 is needed, {nvcc} is {found[0] if found else 'of no known version'}"
+    torch = find_torch()
+    assert torch is not None
+    if not (torch / "lib" / "libtorch_cuda.so").exists():
+        return "this torch is built without CUDA"
+    return None
+
+
 def package_version() -> str:
-    text = (SOURCES.parents[1] / "kernels" / "njepa_kernels" / "_version.py").read_text()
-    return text.split('"')[1]
+    return VERSION.read_text().split('"')[1]
 
 
 def run(command: list[str]) -> None:
@@ -89,29 +125,55 @@ def run(command: list[str]) -> None:
         raise CompileError(f"{shlex.join(command)} failed with {done.returncode}:\n{done.stderr}")
 
 
-def build_library(output: Path) -> None:
-    """Compile csrc/cpu, each instruction set on its own, and link it all into ``output``."""
-    compiler, torch = find_compiler(), find_torch()
-    assert compiler is not None
-    assert torch is not None
-    headers = ["-isystem", str(torch / "include"), f'-DNJEPA_VERSION="{package_version()}"']
-    headers += [f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"]
-    units = [(name, name, headers) for name in OPS]
+def torch_flags() -> list[str]:
+    torch = find_torch()
+    target = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
+    flags = ["-isystem", str(torch / "include"), f'-DNJEPA_VERSION="{package_version()}"']
+    return [*flags, f"-DTORCH_TARGET_VERSION={target}"]
+
+
+def cpu_commands() -> list[list[str]]:
+    """Each instruction set is compiled on its own."""
+    compile_ = [*find_compiler(), *FLAGS]
+    commands = [[*compile_, *torch_flags(), "-c", str(SOURCES / f"cpu/{op}.cpp")] for op in OPS]
     for name, flags in INSTRUCTION_SETS.items():
-        units.append((name, "isa", [f"-DNJEPA_ISA={name}", *flags]))
+        commands.append(
+            [*compile_, f"-DNJEPA_ISA={name}", *flags, "-c", str(SOURCES / "cpu" / "isa.cpp")]
+        )
+    return commands
+
+
+def nvcc_command() -> list[str]:
+    compiler = find_compiler()
+    # nvcc takes a program, not a command such as "ccache g++".
+    host = ["-ccbin", compiler[0]] if len(compiler) == 1 else []
+    return [str(find_nvcc()), *host, "-cudart", "static"]
+
+
+def cuda_commands() -> list[list[str]]:
+    """nvcc for the kernels, the C++ compiler for what meets torch."""
+    nvcc = [*nvcc_command(), "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+    for arch in ARCHITECTURES:
+        code = f"[sm_{arch},compute_{arch}]" if arch == ARCHITECTURES[-1] else f"sm_{arch}"
+        nvcc += ["-gencode", f"arch=compute_{arch},code={code}"]
+    host = [*find_compiler(), *FLAGS, *torch_flags(), "-DUSE_CUDA"]
+    kernels = [[*nvcc, "-c", str(SOURCES / "cuda" / f"{unit}.cu")] for unit in CUDA_UNITS]
+    return [*kernels, [*host, "-c", str(SOURCES / "cuda" / "library.cpp")]]
+
+
+def build_library(
+    output: Path, commands: list[list[str]], linker: list[str], libraries: list[str]
+) -> None:
+    """Run the compilers side by side and link all objects into ``output``."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        objects = [str(Path(folder, f"{name}.o")) for name, _, _ in units]
-        commands = [
-            [*compiler, *FLAGS, *flags, "-c", str(SOURCES / f"{source}.cpp"), "-o", target]
-            for (_, source, flags), target in zip(units, objects, strict=True)
-        ]
+        objects = [str(Path(folder, f"{i}.o")) for i in range(len(commands))]
+        whole = [[*command, "-o", o] for command, o in zip(commands, objects, strict=True)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(run, commands))
+            list(pool.map(run, whole))
         # Linked beside the final name, then renamed: a process may have the old one loaded.
         fresh = output.with_suffix(f".{os.getpid()}.tmp")
-        link = [*compiler, "-shared", *objects, "-o", str(fresh)]
-        run([*link, f"-L{torch / 'lib'}", "-ltorch_cpu"])
+        run([*linker, "-shared", *objects, "-o", str(fresh), *libraries])
         fresh.replace(output)
 
 
@@ -122,7 +184,16 @@ class BuildNative(build_ext):
         return str(Path(*fullname.split("."))) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        build_library(Path(self.get_ext_fullpath(ext.name)))
+        output = Path(self.get_ext_fullpath(ext.name))
+        if not (self.force or newer_group([*ext.sources, *ext.depends], str(output))):
+            return
+        libraries = [f"-L{find_torch() / 'lib'}", "-ltorch_cpu"]
+        if ext.name.endswith("_cpu"):
+            build_library(output, cpu_commands(), find_compiler(), libraries)
+        else:
+            # The runtime is linked in, and hidden: torch has its own, of any version.
+            libraries += ["-ltorch_cuda", "-Xlinker", "--exclude-libs,ALL"]
+            build_library(output, cuda_commands(), nvcc_command(), libraries)
 
 
 class AnyPythonWheel(bdist_wheel):
@@ -133,22 +204,45 @@ class AnyPythonWheel(bdist_wheel):
         return ("py3", "none", platform_tag)
 
 
-def native_extensions() -> list[Extension]:
-    choice = os.environ.get("NJEPA_BUILD_NATIVE", "auto")
+def switch(name: str) -> str:
+    choice = os.environ.get(name, "auto")
     if choice not in ("auto", "0", "1"):
-        raise SystemExit(f"NJEPA_BUILD_NATIVE must be auto, 0 or 1, got {choice!r}")
+        raise SystemExit(f"{name} must be auto, 0 or 1, got {choice!r}")
+    return choice
+
+
+def extension(device: str, optional: bool) -> Extension:
+    files = [SOURCES / "common", SOURCES / device]
+    found = sorted(str(p.relative_to(ROOT)) for folder in files for p in folder.iterdir())
+    sources = [name for name in found if not name.endswith(".h")]
+    depends = [*(name for name in found if name.endswith(".h")), "setup.py"]
+    depends.append(str(VERSION.relative_to(ROOT)))
+    return Extension(f"njepa_kernels._native_{device}", sources, depends=depends, optional=optional)
+
+
+def native_extensions() -> list[Extension]:
+    choice, cuda = switch("NJEPA_BUILD_NATIVE"), switch("NJEPA_BUILD_CUDA")
     if choice == "0":
+        if cuda == "1":
+            raise SystemExit("NJEPA_BUILD_CUDA=1 contradicts NJEPA_BUILD_NATIVE=0: change one")
         return []
     reason = obstacle()
+    if reason is not None:
+        if "1" in (choice, cuda):
+            name = "NJEPA_BUILD_NATIVE" if choice == "1" else "NJEPA_BUILD_CUDA"
+            raise SystemExit(f"njepa: {name}=1, but {reason}. To build: {HOW_TO}")
+        print(f"njepa: without the native library, because {reason}. To build: {HOW_TO}")
+        return []
+    found = [extension("cpu", optional=choice == "auto")]
+    if cuda == "0":
+        return found
+    reason = cuda_obstacle()
     if reason is None:
-        sources = [f"csrc/cpu/{path.name}" for path in sorted(SOURCES.glob("*.cpp"))]
-        headers = [f"csrc/cpu/{path.name}" for path in sorted(SOURCES.glob("*.h"))]
-        name = "njepa_kernels._native_cpu"
-        return [Extension(name, sources, depends=headers, optional=choice == "auto")]
-    if choice == "1":
-        raise SystemExit(f"njepa: NJEPA_BUILD_NATIVE=1, but {reason}. To build: {HOW_TO}")
-    print(f"njepa: without the native library, because {reason}. To build: {HOW_TO}")
-    return []
+        return [*found, extension("cuda", optional="1" not in (choice, cuda))]
+    if cuda == "1":
+        raise SystemExit(f"njepa: NJEPA_BUILD_CUDA=1, but {reason}")
+    print(f"njepa: without the native library for CUDA, because {reason}")
+    return found
 
 
 setup(

@@ -9,11 +9,9 @@
 
 #include <cstdint>
 
+#include "../common/types.h"
+
 namespace njepa {
-
-enum class Type { f32, bf16, f16 };
-
-static constexpr int64_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
 // Entries of an inverted index: those of row r are order[start[r] .. start[r+1]), ascending.
 struct Inverse {
@@ -48,8 +46,6 @@ struct GatherBackward {  // rows: b*N + n for dx, n for dpos
   float* dpos;
   int64_t B, N, D;
 };
-
-enum class Mix { ve, vp, edm };
 
 struct Noise {
   uint32_t seed, step;

@@ -62,6 +62,9 @@ Tensor token_normals(const Tensor& counter, int64_t seed, int64_t step, int64_t 
 
 }  // namespace
 
+bool is_here(const Tensor& tensor) { return tensor.is_cpu(); }
+const char* const kPlace = "CPU";
+
 const Kernels& kernels() { return *chosen(); }
 
 }  // namespace njepa

@@ -56,21 +56,10 @@ constexpr int64_t kChunk = 16384;
 
 void ema_update(std::vector<Tensor> targets, std::vector<Tensor> sources, double momentum,
                 double rest, std::vector<Tensor> shadow) {
-  STD_TORCH_CHECK(sources.size() == targets.size() &&
-                      (shadow.empty() || shadow.size() == targets.size()),
-                  "targets, sources and shadow must be of one length");
+  check_ema(targets, sources, shadow);
   std::vector<Ema> chunks;
   for (size_t i = 0; i < targets.size(); ++i) {
     const int64_t count = targets[i].numel();
-    const auto fits = [count](const Tensor& tensor) {
-      return tensor.is_cpu() && tensor.is_contiguous() && tensor.numel() == count;
-    };
-    bool plain = fits(targets[i]) && fits(sources[i]) &&
-                 targets[i].scalar_type() == ScalarType::Float;
-    if (!shadow.empty())
-      plain = plain && fits(shadow[i]) && shadow[i].scalar_type() == ScalarType::BFloat16;
-    STD_TORCH_CHECK(plain, "tensor ", i,
-                    ": targets must be float32, shadow bfloat16, all contiguous of one size");
     const Type type = type_of("sources", sources[i]);
     const char* source = static_cast<const char*>(sources[i].data_ptr());
     float* target = data(targets[i]);

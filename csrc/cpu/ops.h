@@ -1,70 +1,13 @@
-// What the op files share: reading stable tensors, scratch, threads, the table of kernels.
+// What the op files share: checked indices, scratch, threads, the table of kernels.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <array>
-#include <cstdint>
-#include <initializer_list>
-#include <optional>
-#include <string>
-#include <vector>
-
+#include "../common/tensors.h"
 #include "kernels.h"
-
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has it under its older name
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
 
 namespace njepa {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 // The kernels for the newest instruction set of this processor.
 const Kernels& kernels();
-
-inline Type type_of(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Type::f32;
-    case ScalarType::BFloat16:
-      return Type::bf16;
-    case ScalarType::Half:
-      return Type::f16;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
-      return Type::f32;
-  }
-}
-
-inline void check(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous(), name,
-                  " must be a contiguous CPU tensor");
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  for (size_t i = 0; same && i < shape.size(); ++i)
-    same = tensor.size(static_cast<int64_t>(i)) == shape.begin()[i];
-  STD_TORCH_CHECK(same, name, " has a wrong shape");
-}
-
-template <class T>
-const T* input(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
-  check(name, tensor, shape);
-  constexpr ScalarType type = sizeof(T) == 8 ? ScalarType::Long : ScalarType::Float;
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, " must be ",
-                  sizeof(T) == 8 ? "int64" : "float32");
-  return static_cast<const T*>(tensor.data_ptr());
-}
-
-template <class T>
-const T* input(
-    const char* name, const OptionalTensor& tensor, std::initializer_list<int64_t> shape) {
-  return tensor ? input<T>(name, *tensor, shape) : nullptr;
-}
 
 // Indices are checked here too: an index beyond the table would read or write foreign memory.
 inline const int64_t* indices(const char* name, const Tensor& tensor,
@@ -80,27 +23,12 @@ inline const int64_t* indices(const char* name, const Tensor& tensor,
 }
 
 inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
-  std::array<int64_t, 4> strides{};
-  int64_t stride = 1;
-  for (size_t i = shape.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= std::max<int64_t>(shape.begin()[i], 1);
-  }
-  const int32_t dtype = type == ScalarType::Float  ? aoti_torch_dtype_float32()
-                        : type == ScalarType::Half ? aoti_torch_dtype_float16()
-                                                   : aoti_torch_dtype_bfloat16();
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.begin(), strides.data(), dtype,
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty(shape, type, aoti_torch_device_type_cpu(), 0);
 }
 
 inline Tensor floats(std::initializer_list<int64_t> shape) {
   return empty(shape, ScalarType::Float);
 }
-
-inline float* data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
 // A tensor without elements stands for None: the stable ABI has no optional results in a tuple.
 inline Tensor none() { return floats({0}); }

@@ -39,12 +39,6 @@ std::tuple<Tensor, Tensor> gather_backward(
   return {dx, dpos};
 }
 
-Mix mix_of(const std::string& name) {
-  STD_TORCH_CHECK(name == "ve" || name == "vp" || name == "edm", "mix must be ve, vp or edm, got ",
-                  name);
-  return name == "ve" ? Mix::ve : name == "vp" ? Mix::vp : Mix::edm;
-}
-
 Noise noise_of(const OptionalTensor& sigma, int64_t seed, int64_t step,
                const OptionalTensor& sample_ids, const std::string& mix, int64_t B, int64_t M,
                int64_t Kt) {

@@ -1,14 +1,16 @@
-"""Registers, shared memory and spills of every Triton kernel, compiled ahead of time.
+"""Registers, shared memory and spills of every GPU kernel, compiled ahead of time.
 
     python -m njepa_kernels.resources [--arch 80 90 100] [--size vits16 vitl16] [--dtype bfloat16]
 
 No GPU is needed: the launchers run on tensors without data, what they would launch is compiled by
-Triton for the architecture asked for, and its ``cuobjdump`` reads the result.
+Triton for the architecture asked for, and its ``cuobjdump`` reads the result. So it does with the
+CUDA kernels of the native library, where that is built; they are the same for every size.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import math
 import re
 import subprocess
@@ -20,6 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from ._native import LIBRARIES
 
 if TYPE_CHECKING:
     from ._triton import Launch
@@ -40,7 +44,10 @@ _BLOCKS, _CONTEXT, _TARGETS = 4, 60, 40
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel uses. ``local``: bytes per thread in local memory, 0: no spills."""
+    """What one compiled kernel uses. ``local``: bytes per thread in local memory, 0: no spills.
+
+    For a kernel of the native library ``size`` is "native", ``dtype`` and ``warps`` are unknown.
+    """
 
     kernel: str
     size: str
@@ -135,6 +142,19 @@ _OPS: dict[str, Callable[[int, int, int, torch.dtype], None]] = {
     "ema_update_": _ema_update,
 }
 
+#: The op of each kernel of the native library.
+_OP_OF = {
+    "predictor_forward": "predictor_tokens",
+    "context_gradient": "predictor_tokens",
+    "sigma_gradient": "predictor_tokens",
+    "pos_gradient": "predictor_tokens",
+    "column_sums": "predictor_tokens",
+    "jepa_loss": "jepa_loss",
+    "weighted_mean": "jepa_loss",
+    "scale": "jepa_loss",
+    "ema": "ema_update_",
+}
+
 
 def launches(op: str, size: str, dtype: torch.dtype, arch: int) -> list[Launch]:
     """What ``op``, forward and backward, launches at the size of an encoder."""
@@ -197,17 +217,57 @@ def _constants(launch: Launch) -> str:
     )
 
 
-def _usage(compiled: Any) -> dict[str, int]:
+def _cuobjdump(file: Path) -> str:
     import triton.backends.nvidia
 
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    command = [str(tool), "--dump-resource-usage", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return str(done.stdout)
+
+
+def _numbers(line: str) -> dict[str, int]:
+    return {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", line)}
+
+
+def _usage(compiled: Any) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        done = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        )
-    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", done.stdout)}
+        return _numbers(_cuobjdump(Path(file.name)))
+
+
+def _demangled(name: str) -> str:
+    runtime = ctypes.CDLL("libstdc++.so.6")
+    runtime.__cxa_demangle.restype = ctypes.c_char_p
+    result = runtime.__cxa_demangle(name.encode(), None, None, None)
+    return str(result.decode()) if result else name
+
+
+def measure_native(library: Path) -> list[Resources]:
+    """The resources of each CUDA kernel in the native library, for each architecture in it."""
+    rows, arch, name = [], 0, ""
+    for line in _cuobjdump(library).splitlines():
+        if found := re.search(r"arch = sm_(\d+)", line):
+            arch = int(found[1])
+        elif found := re.search(r"Function (\w+):", line):
+            name = _demangled(found[1])
+        elif "REG:" in line:
+            usage = _numbers(line)
+            kernel = re.search(r"(\w+)_kernel(?:<(.*?)>)?\(", name)
+            row = Resources(
+                kernel=kernel[1] if kernel else name,
+                size="native",
+                dtype="",
+                arch=arch,
+                constants=(kernel[2] or "") if kernel else "",
+                registers=usage["REG"],
+                shared=usage["SHARED"],
+                local=usage["STACK"] + usage["LOCAL"],
+                warps=0,
+            )
+            rows.append(row)
+    return rows
 
 
 def measure(op: str, size: str, dtype: torch.dtype, arch: int) -> Iterator[Resources]:
@@ -240,7 +300,9 @@ def table(rows: list[Resources]) -> str:
     for row in rows:
         lines.append(
             f"{row.kernel:32} {row.size:7} {row.dtype:9} {row.arch:4} {row.registers:4} "
-            f"{row.shared:7} {row.local:5}  warps={row.warps} {row.constants}"
+            f"{row.shared:7} {row.local:5}  "
+            + (f"warps={row.warps} " if row.warps else "")
+            + row.constants
         )
     return "\n".join(lines)
 
@@ -261,6 +323,10 @@ def main(arguments: list[str] | None = None) -> int:
         for arch in given.arch
         for row in measure(op, size, getattr(torch, dtype), arch)
     ]
+    library = LIBRARIES["cuda"][0]
+    if library.exists():
+        native = [row for row in measure_native(library) if row.arch in given.arch]
+        rows += [row for row in native if _OP_OF.get(row.kernel) in given.op]
     sys.stdout.write(table(rows) + "\n")
     bad = [row for row in rows if row.local or row.shared > SHARED_LIMIT[row.arch]]
     sys.stdout.write(f"{len(rows)} kernels, {len(bad)} with spills or too much shared memory\n")

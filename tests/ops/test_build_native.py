@@ -121,3 +121,72 @@ def test_another_value_is_refused(project: Path, tmp_path: Path) -> None:
     code, output, _ = _build(project, tmp_path, "yes")
     assert code != 0
     assert "NJEPA_BUILD_NATIVE must be auto, 0 or 1, got 'yes'" in output
+
+
+# The library for CUDA; that it builds where nvcc is: test_native_cuda_library.py -----------------
+
+NVCC = """#!/bin/sh
+case "$1" in
+--version) echo "Cuda compilation tools, release {release}, V0" ;;
+*) echo "no license today" >&2; exit 3 ;;
+esac
+"""
+
+
+def _cuda_home(folder: Path, release: str | None) -> str:
+    """A CUDA_HOME whose nvcc says it is of a release, and fails; or without one."""
+    tool = folder / "cuda" / "bin" / "nvcc"
+    tool.parent.mkdir(parents=True)
+    if release is not None:
+        tool.write_text(NVCC.format(release=release))
+        tool.chmod(0o755)
+    return str(folder / "cuda")
+
+
+@needs_compiler
+def test_without_nvcc_the_library_for_cpu_and_one_line(project: Path, tmp_path: Path) -> None:
+    home = _cuda_home(tmp_path, None)
+    environment = {"CUDA_HOME": home, "NJEPA_BUILD_CUDA": "auto"}
+    code, output, built = _build(project, tmp_path, "1", **environment)
+    assert (code, built) == (0, True)
+    (line,) = [line for line in output.splitlines() if "without the native library" in line]
+    assert line.endswith(f"for CUDA, because no nvcc was found in $CUDA_HOME={home}")
+    assert not (tmp_path / native_build.CUDA_LIBRARY).exists()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("release", "message"),
+    [(None, "but no nvcc was found in $CUDA_HOME="), ("12.4", "but nvcc>=12.8 is needed")],
+)
+def test_cuda_asked_for_and_no_fitting_nvcc(
+    project: Path, tmp_path: Path, release: str | None, message: str
+) -> None:
+    environment = {"CUDA_HOME": _cuda_home(tmp_path, release), "NJEPA_BUILD_CUDA": "1"}
+    code, output, built = _build(project, tmp_path, "auto", **environment)
+    assert code != 0
+    assert not built
+    assert f"NJEPA_BUILD_CUDA=1, {message}" in output
+
+
+@needs_compiler
+@pytest.mark.parametrize(("choice", "passes"), [("auto", True), ("1", False)])
+def test_an_nvcc_that_fails(project: Path, tmp_path: Path, choice: str, passes: bool) -> None:
+    import torch
+
+    if not (Path(torch.__file__).parent / "lib" / "libtorch_cuda.so").exists():
+        pytest.skip("this torch is built without CUDA")
+    environment = {"CUDA_HOME": _cuda_home(tmp_path, "13.0"), "NJEPA_BUILD_CUDA": "auto"}
+    code, output, built = _build(project, tmp_path, choice, **environment)
+    assert (code == 0) == passes
+    assert built  # the CPU's comes first, and stays
+    assert "no license today" in output
+    assert not (tmp_path / native_build.CUDA_LIBRARY).exists()
+
+
+def test_a_choice_that_contradicts_itself_is_refused(project: Path, tmp_path: Path) -> None:
+    code, output, _ = _build(project, tmp_path, "0", NJEPA_BUILD_CUDA="1")
+    assert code != 0
+    assert "NJEPA_BUILD_CUDA=1 contradicts NJEPA_BUILD_NATIVE=0" in output
+    code, output, _ = _build(project, tmp_path, "auto", NJEPA_BUILD_CUDA="2")
+    assert "NJEPA_BUILD_CUDA must be auto, 0 or 1, got '2'" in output

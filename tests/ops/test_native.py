@@ -61,12 +61,13 @@ each_dtype = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module", autouse=True)
 def _library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    before = _native._status
+    before = _native._status.copy()
     if _native.available() != "yes":
         obstacle = native_build.no_compiler()
         if obstacle is not None:
             pytest.skip(obstacle)
-        _native._status = _native.load(native_build.build_library(tmp_path_factory.mktemp("so")))
+        built = native_build.build_library(tmp_path_factory.mktemp("so"))
+        _native._status["cpu"] = _native.load(built)
     assert _native.available() == "yes"
     yield
     _native._status = before
@@ -294,8 +295,9 @@ def test_reasons_say_what_is_wrong_and_how_to_build(
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"no library")
     assert "does not load" in _native.load(broken)
-    assert _native.available("vicreg", "cuda") == "the native library has no kernels for cuda"
-    monkeypatch.setattr(_native, "_status", missing)
+    assert "for CUDA has no vicreg, only predictor" in _native.available("vicreg", "cuda")
+    assert _native.available("vicreg", "mps") == "the native library has no kernels for mps"
+    monkeypatch.setitem(_native._status, "cpu", missing)
     with pytest.raises(RuntimeError, match="is not built"):
         _native.ops()
 

@@ -1,4 +1,7 @@
-"""jepa_loss in C++ (csrc/cpu/loss.cpp). Contiguous inputs, indices in range."""
+"""jepa_loss in C++ (csrc/cpu/loss.cpp) and CUDA (csrc/cuda/loss.cu).
+
+Contiguous inputs, indices in range.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def forward(
 
     weight is fp32 [B, M, Kt] or None.
     """
-    loss, per_token, slope = ops().jepa_loss_forward(
+    loss, per_token, slope = ops(pred.device.type).jepa_loss_forward(
         pred, h, target_idx, weight, beta, eps, need_grad
     )
     return loss, per_token, slope if need_grad else None
@@ -28,5 +31,5 @@ def forward(
 
 def backward(grad: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
     """The gradient of pred: slope * grad / number of elements, in the type of slope."""
-    dpred: torch.Tensor = ops().jepa_loss_backward(grad.float(), slope)
+    dpred: torch.Tensor = ops(slope.device.type).jepa_loss_backward(grad.float(), slope)
     return dpred

@@ -1,4 +1,7 @@
-"""predictor_tokens in C++ (csrc/cpu/tokens.cpp). Contiguous inputs, indices in range."""
+"""predictor_tokens in C++ (csrc/cpu/tokens.cpp) and CUDA (csrc/cuda/tokens.cu).
+
+Contiguous inputs, indices in range.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def forward(
     mix: str,
 ) -> torch.Tensor:
     """[M*B, Kc+Kt, d] in the type of context; sigma is fp32 [B, M, Kt] or None."""
-    out: torch.Tensor = ops().predictor_tokens_forward(
+    out: torch.Tensor = ops(context.device.type).predictor_tokens_forward(
         context,
         pos.float(),
         mask_token.float(),
@@ -52,7 +55,7 @@ def backward(
     need_sigma: bool,
 ) -> Gradients:
     """dcontext in the type of grad; dmask_token, dpos and dsigma in fp32."""
-    dcontext, dmask_token, dpos, dsigma = ops().predictor_tokens_backward(
+    dcontext, dmask_token, dpos, dsigma = ops(grad.device.type).predictor_tokens_backward(
         grad,
         pos.float(),
         context_idx,

@@ -1,0 +1,131 @@
+// What library.cpp asks of the CUDA units: launches over plain pointers. Free of torch and of CUDA.
+//
+// Letters: B batch, N patches, M blocks, Kc context and Kt target tokens per block, D width.
+// Each function queues on `stream` and returns null, or what the runtime said about the launch.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/types.h"
+
+namespace njepa::cuda {
+
+using Error = const char*;  // null: none
+
+// Threads work on 8 neighbouring columns: 16 bytes of bf16 or fp16, twice 16 of fp32.
+inline constexpr int kGroup = 8;
+// `vector`: every row starts on 16 bytes and D is a multiple of kGroup; else element by element.
+
+struct Sizes {
+  uint32_t B, M, Kc, Kt, N, D;
+};
+
+struct Noise {
+  uint32_t seed, step;
+  const int64_t* sample_ids;  // [B]
+  const float* sigma;         // [B,M,Kt] or null
+  float factor;               // c of the mix
+};
+
+struct PredictorForward {
+  const void* context;  // [B,Kc,D]
+  const float* pos;
+  const float* mask_token;
+  const int64_t* context_idx;
+  const int64_t* target_idx;
+  Noise noise;
+  void* out;  // [M*B,Kc+Kt,D]
+  Sizes size;
+};
+Error predictor_forward(const PredictorForward& args, Type type, bool vector, void* stream);
+
+struct ContextGradient {
+  const void* grad;  // [M*B,Kc+Kt,D]
+  void* dcontext;    // [B,Kc,D]
+  Sizes size;
+};
+Error context_gradient(const ContextGradient& args, Type type, bool vector, void* stream);
+
+struct SigmaGradient {
+  const void* grad;
+  const float* pos;
+  const int64_t* target_idx;
+  Noise noise;
+  float* dsigma;  // [B,M,Kt]
+  Sizes size;
+};
+Error sigma_gradient(const SigmaGradient& args, Type type, bool vector, void* stream);
+
+struct PosGradient {  // a warp owns a patch, for the samples of one chunk
+  const void* grad;
+  const int64_t* context_idx;
+  const int64_t* target_idx;
+  Noise noise;
+  float* partial;  // [chunks,N,D]
+  uint32_t per_chunk, chunks;
+  Sizes size;
+};
+Error pos_gradient(const PosGradient& args, Type type, bool vector, void* stream);
+
+// out[chunk] = sum of in[row] over the rows of the chunk, in fp32. Row r of the sum is row
+// r / length * stride + skip + r % length of `in`.
+struct ColumnSums {
+  const void* in;
+  float* out;  // [chunks,columns]
+  int64_t columns;
+  uint32_t rows, per_chunk, chunks;
+  uint32_t length, stride, skip;
+};
+Error column_sums(const ColumnSums& args, Type type, bool vector, void* stream);
+
+inline constexpr uint32_t kWidestLoss = 8192;
+
+struct JepaLoss {  // rows: (m*B + b)*Kt + t
+  const void* pred;
+  const void* h;
+  Type h_type;
+  const int64_t* target_idx;
+  const float* weight;  // [B,M,Kt] or null
+  float* per_token;     // [B,M,Kt]
+  void* slope;          // weight * s'(e), like pred, or null
+  float beta, eps;
+  Sizes size;
+};
+Error jepa_loss(const JepaLoss& args, Type type, bool vector, void* stream);
+
+struct WeightedMean {
+  const float* values;
+  const float* weight;  // or null
+  float* out;
+  int64_t count;
+};
+Error weighted_mean(const WeightedMean& args, void* stream);
+
+struct Scale {  // out = in * (factor * inverse)
+  const void* in;
+  void* out;
+  const float* factor;
+  float inverse;
+  int64_t count;
+};
+Error scale(const Scale& args, Type type, bool vector, void* stream);
+
+// The table travels as an argument of the kernel: no copy, and a captured graph keeps its own.
+// With 4 KB as the limit of older drivers.
+struct EmaTable {
+  static constexpr int kTensors = 96;
+  static constexpr int kChunk = 4096;  // elements of a thread block
+  float* target[kTensors];
+  const void* source[kTensors];
+  void* shadow[kTensors];  // bf16 or null
+  int64_t count[kTensors];
+  uint32_t first[kTensors];  // thread block
+  int tensors;
+  uint32_t blocks;
+  float momentum, rest;
+  const float* rates;  // momentum and rest on the device, or null
+};
+static_assert(sizeof(EmaTable) <= 4096);
+Error ema(const EmaTable& table, Type source, void* stream);
+
+}  // namespace njepa::cuda

@@ -1,0 +1,317 @@
+// The ops on tensors: checks, allocations, launches on the device and stream of the caller.
+//
+// With NJEPA_EMULATED the same code takes CPU tensors, for kernels that run in the emulation.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../common/tensors.h"
+#include "kernels.h"
+
+namespace njepa {
+
+#ifdef NJEPA_EMULATED
+#define NJEPA_LIBRARY njepa_native_emulated
+#define NJEPA_KEY CPU
+bool is_here(const Tensor& tensor) { return tensor.is_cpu(); }
+const char* const kPlace = "CPU";
+#else
+#define NJEPA_LIBRARY njepa_native_cuda
+#define NJEPA_KEY CUDA
+bool is_here(const Tensor& tensor) { return tensor.is_cuda(); }
+const char* const kPlace = "CUDA";
+#endif
+
+namespace cuda {
+namespace {
+
+// Everything of a call happens on the device of one tensor and on the current stream there.
+class Place {
+ public:
+#ifdef NJEPA_EMULATED
+  explicit Place(const Tensor&) {}
+  int32_t type() const { return aoti_torch_device_type_cpu(); }
+#else
+  explicit Place(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
+  }
+  int32_t type() const { return aoti_torch_device_type_cuda(); }
+#endif
+  void* stream() const { return stream_; }
+
+  Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) const {
+    return njepa::empty(shape, type, this->type(), index_);
+  }
+  Tensor floats(std::initializer_list<int64_t> shape) const {
+    return empty(shape, ScalarType::Float);
+  }
+  // A tensor without elements stands for None: the stable ABI has no optional results in a tuple.
+  Tensor none() const { return floats({0}); }
+
+ private:
+  int32_t index_ = 0;
+  void* stream_ = nullptr;
+#ifndef NJEPA_EMULATED
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+void launched(const char* op, Error error) {
+  STD_TORCH_CHECK(error == nullptr, op, ": the CUDA kernel was not launched: ", error);
+}
+
+// Whether rows of width D that start at these addresses can be read 16 bytes at a time.
+bool vector(int64_t D, std::initializer_list<const void*> addresses) {
+  uintptr_t bits = 0;
+  for (const void* address : addresses) bits |= reinterpret_cast<uintptr_t>(address);
+  return D % kGroup == 0 && bits % 16 == 0;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The kernels count rows, and groups of columns in rows, in 32 bits.
+Sizes sizes(
+    const char* op, int64_t B, int64_t M, int64_t Kc, int64_t Kt, int64_t N, int64_t D) {
+  constexpr int64_t most = INT32_MAX;
+  const int64_t groups = std::max(std::max(Kc + M * Kt, M * (Kc + Kt)) * B, N) *
+      std::max<int64_t>(1, ceil_div(D, kGroup));
+  STD_TORCH_CHECK(groups <= most, op, ": too many tokens for one call: got ", groups,
+                  " groups of 8 channels, at most ", most, "; split the batch");
+  const auto narrow = [](int64_t size) { return static_cast<uint32_t>(size); };
+  return {narrow(B), narrow(M), narrow(Kc), narrow(Kt), narrow(N), narrow(D)};
+}
+
+Noise noise_of(const OptionalTensor& sigma, int64_t seed, int64_t step,
+               const OptionalTensor& sample_ids, const std::string& mix, int64_t B, int64_t M,
+               int64_t Kt) {
+  STD_TORCH_CHECK(!sigma || sample_ids, "sample_ids must be given with sigma");
+  return {static_cast<uint32_t>(seed), static_cast<uint32_t>(step),
+          input<int64_t>("sample_ids", sample_ids, {B}), input<float>("sigma", sigma, {B, M, Kt}),
+          static_cast<float>(mix_of(mix))};
+}
+
+constexpr const char* kPredictor = "predictor_tokens";
+
+Tensor predictor_tokens_forward(const Tensor& context, const Tensor& pos, const Tensor& mask_token,
+                                const Tensor& context_idx, const Tensor& target_idx,
+                                const OptionalTensor& sigma, int64_t seed, int64_t step,
+                                const OptionalTensor& sample_ids, const std::string& mix) {
+  const int64_t B = context.size(0), Kc = context.size(1), D = context.size(2), N = pos.size(0);
+  const int64_t M = target_idx.size(1), Kt = target_idx.size(2);
+  check("context", context, {B, Kc, D});
+  const Place place(context);
+  Tensor out = place.empty({M * B, Kc + Kt, D}, context.scalar_type());
+  const PredictorForward args{context.data_ptr(),
+                              input<float>("pos", pos, {N, D}),
+                              input<float>("mask_token", mask_token, {D}),
+                              input<int64_t>("context_idx", context_idx, {B, Kc}),
+                              input<int64_t>("target_idx", target_idx, {B, M, Kt}),
+                              noise_of(sigma, seed, step, sample_ids, mix, B, M, Kt),
+                              out.data_ptr(),
+                              sizes(kPredictor, B, M, Kc, Kt, N, D)};
+  const bool wide = vector(D, {args.context, args.pos, args.mask_token, args.out});
+  launched(kPredictor,
+           predictor_forward(args, type_of("context", context), wide, place.stream()));
+  return out;
+}
+
+struct Rows {  // see ColumnSums
+  int64_t count, length, stride, skip;
+};
+
+// Sums of columns in two stages, so that many thread blocks work and no order is left to chance.
+void sum_rows(const Place& place, const void* in, Type type, const Rows& rows, int64_t columns,
+              const Tensor& out) {
+  constexpr int64_t least = 64, chunks_wanted = 256;
+  const int64_t per_chunk = std::max(least, ceil_div(rows.count, chunks_wanted));
+  const int64_t chunks = std::max<int64_t>(1, ceil_div(rows.count, per_chunk));
+  const auto narrow = [](int64_t size) { return static_cast<uint32_t>(size); };
+  const auto stage = [&](const void* from, Type from_type, const Rows& r, int64_t per, int64_t to,
+                         float* result) {
+    const ColumnSums args{from,
+                          result,
+                          columns,
+                          narrow(r.count),
+                          narrow(per),
+                          narrow(to),
+                          narrow(std::max<int64_t>(r.length, 1)),
+                          narrow(r.stride),
+                          narrow(r.skip)};
+    launched(kPredictor,
+             column_sums(args, from_type, vector(columns, {from, result}), place.stream()));
+  };
+  if (chunks == 1) return stage(in, type, rows, per_chunk, 1, data(out));
+  Tensor partial = place.floats({chunks, columns});
+  stage(in, type, rows, per_chunk, chunks, data(partial));
+  stage(data(partial), Type::f32, {chunks, chunks, 0, 0}, chunks, 1, data(out));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> predictor_tokens_backward(
+    const Tensor& grad, const Tensor& pos, const Tensor& context_idx, const Tensor& target_idx,
+    const OptionalTensor& sigma, int64_t seed, int64_t step, const OptionalTensor& sample_ids,
+    const std::string& mix, bool need_pos, bool need_sigma) {
+  const int64_t B = target_idx.size(0), M = target_idx.size(1), Kt = target_idx.size(2);
+  const int64_t Kc = context_idx.size(1), N = pos.size(0), D = pos.size(1);
+  check("grad", grad, {M * B, Kc + Kt, D});
+  STD_TORCH_CHECK(sigma || !need_sigma, "the gradient of sigma needs sigma");
+  const Place place(grad);
+  void* stream = place.stream();
+  const Type type = type_of("grad", grad);
+  const Sizes size = sizes(kPredictor, B, M, Kc, Kt, N, D);
+  const Noise noise = noise_of(sigma, seed, step, sample_ids, mix, B, M, Kt);
+  const float* positions = input<float>("pos", pos, {N, D});
+  const int64_t* context = input<int64_t>("context_idx", context_idx, {B, Kc});
+  const int64_t* target = input<int64_t>("target_idx", target_idx, {B, M, Kt});
+
+  Tensor dcontext = place.empty({B, Kc, D}, grad.scalar_type());
+  const ContextGradient to_context{grad.data_ptr(), dcontext.data_ptr(), size};
+  const bool wide = vector(D, {grad.data_ptr(), dcontext.data_ptr()});
+  launched(kPredictor, context_gradient(to_context, type, wide, stream));
+
+  Tensor dmask = place.floats({D});
+  sum_rows(place, grad.data_ptr(), type, {B * M * Kt, Kt, Kc + Kt, Kc}, D, dmask);
+
+  Tensor dpos = need_pos ? place.floats({N, D}) : place.none();
+  if (need_pos) {
+    // Enough warps to fill a large GPU; a function of the sizes alone.
+    constexpr int64_t warps_wanted = 8192;
+    const int64_t wanted = ceil_div(warps_wanted, std::max<int64_t>(1, N * ceil_div(D, 512)));
+    const int64_t per_chunk = std::max<int64_t>(1, ceil_div(B, wanted));
+    const int64_t chunks = ceil_div(B, per_chunk);
+    Tensor partial = place.floats({chunks, N, D});
+    const PosGradient to_pos{grad.data_ptr(), context,
+                             target,          noise,
+                             data(partial),   static_cast<uint32_t>(per_chunk),
+                             static_cast<uint32_t>(chunks), size};
+    launched(kPredictor, pos_gradient(to_pos, type, vector(D, {grad.data_ptr(), data(partial)}),
+                                      stream));
+    sum_rows(place, data(partial), Type::f32, {chunks, chunks, 0, 0}, N * D, dpos);
+  }
+
+  Tensor dsigma = need_sigma ? place.floats({B, M, Kt}) : place.none();
+  if (need_sigma) {
+    const SigmaGradient to_sigma{grad.data_ptr(), positions, target, noise, data(dsigma), size};
+    launched(kPredictor,
+             sigma_gradient(to_sigma, type, vector(D, {grad.data_ptr(), positions}), stream));
+  }
+  return {dcontext, dmask, dpos, dsigma};
+}
+
+constexpr const char* kLoss = "jepa_loss";
+
+std::tuple<Tensor, Tensor, Tensor> jepa_loss_forward(const Tensor& pred, const Tensor& h,
+                                                     const Tensor& target_idx,
+                                                     const OptionalTensor& weight, double beta,
+                                                     double eps, bool need_grad) {
+  const int64_t B = h.size(0), N = h.size(1), D = h.size(2);
+  const int64_t M = target_idx.size(1), Kt = target_idx.size(2);
+  check("h", h, {B, N, D});
+  check("pred", pred, {M * B, Kt, D});
+  STD_TORCH_CHECK(D <= kWidestLoss, kLoss, ": the native CUDA kernel takes at most ", kWidestLoss,
+                  " channels, got ", D, "; use impl='triton' or 'reference'");
+  const Place place(pred);
+  Tensor loss = place.floats({});
+  Tensor per_token = place.floats({B, M, Kt});
+  Tensor slope = need_grad ? place.empty({M * B, Kt, D}, pred.scalar_type()) : place.none();
+  const JepaLoss args{pred.data_ptr(),
+                      h.data_ptr(),
+                      type_of("h", h),
+                      input<int64_t>("target_idx", target_idx, {B, M, Kt}),
+                      input<float>("weight", weight, {B, M, Kt}),
+                      data(per_token),
+                      need_grad ? slope.data_ptr() : nullptr,
+                      static_cast<float>(beta),
+                      static_cast<float>(eps),
+                      sizes(kLoss, B, M, 0, Kt, N, D)};
+  launched(kLoss, jepa_loss(args, type_of("pred", pred), vector(D, {args.pred, args.h, args.slope}),
+                            place.stream()));
+  const WeightedMean mean{args.per_token, args.weight, data(loss), B * M * Kt};
+  launched(kLoss, weighted_mean(mean, place.stream()));
+  return {loss, per_token, slope};
+}
+
+Tensor jepa_loss_backward(const Tensor& grad, const Tensor& slope) {
+  const int64_t count = slope.numel();
+  STD_TORCH_CHECK(is_here(slope) && slope.is_contiguous(), "slope must be a contiguous ", kPlace,
+                  " tensor");
+  const Place place(slope);
+  Tensor dpred = torch::stable::empty_like(slope);
+  const Scale args{slope.data_ptr(), dpred.data_ptr(), input<float>("grad", grad, {}),
+                   1.0f / static_cast<float>(std::max<int64_t>(count, 1)), count};
+  launched(kLoss, scale(args, type_of("slope", slope), vector(count, {args.in, args.out}),
+                        place.stream()));
+  return dpred;
+}
+
+constexpr const char* kEma = "ema_update_";
+
+// `rates`: momentum and rest on the device, instead of the numbers.
+void ema_update(std::vector<Tensor> targets, std::vector<Tensor> sources, double momentum,
+                double rest, const OptionalTensor& rates, std::vector<Tensor> shadow) {
+  check_ema(targets, sources, shadow);
+  if (targets.empty()) return;
+  const Place place(targets[0]);
+  for (const Type type : {Type::f32, Type::bf16, Type::f16}) {
+    EmaTable table{};
+    table.momentum = static_cast<float>(momentum);
+    table.rest = static_cast<float>(rest);
+    table.rates = input<float>("rates", rates, {2});
+    const auto flush = [&] {
+      if (table.tensors > 0) launched(kEma, ema(table, type, place.stream()));
+      table.tensors = 0;
+      table.blocks = 0;
+    };
+    for (size_t i = 0; i < targets.size(); ++i) {
+      const int64_t count = targets[i].numel(), blocks = ceil_div(count, EmaTable::kChunk);
+      if (type_of("sources", sources[i]) != type || count == 0) continue;
+      STD_TORCH_CHECK(targets[i].get_device_index() == targets[0].get_device_index(), kEma,
+                      ": all tensors of a call must be on one device");
+      STD_TORCH_CHECK(blocks <= INT32_MAX, kEma, ": tensor ", i, " is too large: ", count);
+      if (table.tensors == EmaTable::kTensors || table.blocks + blocks > INT32_MAX) flush();
+      const int n = table.tensors++;
+      table.target[n] = data(targets[i]);
+      table.source[n] = sources[i].data_ptr();
+      table.shadow[n] = shadow.empty() ? nullptr : shadow[i].data_ptr();
+      table.count[n] = count;
+      table.first[n] = table.blocks;
+      table.blocks += static_cast<uint32_t>(blocks);
+    }
+    flush();
+  }
+}
+
+std::string version() { return NJEPA_VERSION; }
+
+}  // namespace
+}  // namespace cuda
+}  // namespace njepa
+
+STABLE_TORCH_LIBRARY(NJEPA_LIBRARY, m) {
+  m.def("version() -> str");
+  m.def(
+      "predictor_tokens_forward(Tensor context, Tensor pos, Tensor mask_token, Tensor context_idx, "
+      "Tensor target_idx, Tensor? sigma, int seed, int step, Tensor? sample_ids, str mix) "
+      "-> Tensor");
+  m.def(
+      "predictor_tokens_backward(Tensor grad, Tensor pos, Tensor context_idx, Tensor target_idx, "
+      "Tensor? sigma, int seed, int step, Tensor? sample_ids, str mix, bool need_pos, "
+      "bool need_sigma) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "jepa_loss_forward(Tensor pred, Tensor h, Tensor target_idx, Tensor? weight, float beta, "
+      "float eps, bool need_grad) -> (Tensor loss, Tensor per_token, Tensor slope)");
+  m.def("jepa_loss_backward(Tensor grad, Tensor slope) -> Tensor");
+  m.def(
+      "ema_update_(Tensor(a!)[] targets, Tensor[] sources, float momentum, float rest, "
+      "Tensor? rates, Tensor(b!)[] shadow) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(NJEPA_LIBRARY, CompositeExplicitAutograd, m) {
+  m.impl("version", TORCH_BOX(&njepa::cuda::version));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(NJEPA_LIBRARY, NJEPA_KEY, m) {
+  m.impl("predictor_tokens_forward", TORCH_BOX(&njepa::cuda::predictor_tokens_forward));
+  m.impl("predictor_tokens_backward", TORCH_BOX(&njepa::cuda::predictor_tokens_backward));
+  m.impl("jepa_loss_forward", TORCH_BOX(&njepa::cuda::jepa_loss_forward));
+  m.impl("jepa_loss_backward", TORCH_BOX(&njepa::cuda::jepa_loss_backward));
+  m.impl("ema_update_", TORCH_BOX(&njepa::cuda::ema_update));
+}
