@@ -101,10 +101,10 @@ struct Scale {
   float factor;
 };
 
-// Columns are worked on 64 at a time, tiles are 64 x 64, and sums folded every 128 terms, on
+// Columns are worked on 64 at a time, tiles are 64 x 64, and sums folded every 64 terms, on
 // every instruction set and for every number of threads.
 inline constexpr int64_t kBlock = 64;
-inline constexpr int64_t kFold = 128;
+inline constexpr int64_t kFold = 64;
 
 struct VicregMoments {  // column blocks of kBlock
   const void* u;        // [M,n,D]
