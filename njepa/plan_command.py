@@ -216,8 +216,7 @@ def _assumptions(gpu: plan.Gpu, args: argparse.Namespace, nominal: list[str]) ->
         f"the products reach {100 * args.efficiency:g} %, {gpu.bandwidth / 1e9:g} GB/s memory, "
         f"{gpu.nvlink / 1e9:g} GB/s within\na node of 8, {gpu.internode / 1e9:g} GB/s between "
         f"nodes ({said}).\nNo latency of launches or messages, no stragglers, no waiting for data: "
-        f"many "
-        f"GPUs with\nsmall micro-batches will do worse. Computed, not measured."
+        f"small micro-batches on many GPUs\nwill do worse. Computed, not measured."
     )
 
 
