@@ -56,7 +56,7 @@ def operator_table(race: Race, name: str, args: argparse.Namespace) -> str:
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     with profile(activities=activities) as profiler:
         for number in range(args.steps):
-            race.runners[name].step(race.masks(number, race.images))
+            race.runners[name].step(race.inputs(number, race.images))
         if cuda:
             torch.cuda.synchronize()
 

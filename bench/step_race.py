@@ -71,6 +71,15 @@ def parse_case(name: str) -> Case:
     return Case(name, overrides, None if batch == "max" else int(batch))
 
 
+class Inputs(NamedTuple):
+    """The same batch for both sides."""
+
+    batch: Batch
+    """With the bytes that njepa's loader delivers, [B, S, S, 3]."""
+    normalised: Tensor
+    """What the published loader delivers: fp32 [B, 3, S, S]."""
+
+
 class Variant(NamedTuple):
     overrides: tuple[str, ...] | None
     """Of our configuration; None: the published composition."""
@@ -104,6 +113,10 @@ class OurStep:
         self.module = TrainModule(config)
         self.module.jepa.load_state_dict(state)
         self.target = make_target(self.module.jepa.encoder).to(device)
+        if getattr(config.run, "compile", "off") == "blocks":
+            from njepa.compilation import compile_blocks
+
+            compile_blocks((self.module, self.target), config.mask.static_shapes)
         self.online = ema_parameters(self.module.to(device).jepa.encoder)
         self.optimizer = torch.optim.AdamW(
             param_groups(self.module, _RATES["weight_decay"]),
@@ -205,11 +218,11 @@ class Runner:
         self.graphs = 0
         self.seconds: list[float] = []
 
-    def step(self, batch: Batch, phase: Phase = no_phase) -> Tensor:
-        before = _graphs()
+    def step(self, inputs: Inputs, phase: Phase = no_phase) -> Tensor:
+        before, batch = _graphs(), inputs.batch
         if self._published is not None:
             masks = [batch.context_idx], list(batch.target_idx.unbind(1))
-            loss = self._published(batch.images, *masks, phase)
+            loss = self._published(inputs.normalised, *masks, phase)
         else:
             assert self._ours is not None
             loss = self._ours(batch, phase)
@@ -223,14 +236,14 @@ class Runner:
         else:
             self.sampler(number, np.arange(batch, dtype=np.int64))
 
-    def timed(self, batch: Batch) -> None:
+    def timed(self, inputs: Inputs) -> None:
         """One step on the clock; the peak without what other variants keep."""
         synchronise(self.device)
         held = memory(self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
-        self.step(batch)
+        self.step(inputs)
         synchronise(self.device)
         self.seconds.append(time.perf_counter() - start)
         if self.device.type == "cuda":
@@ -301,7 +314,7 @@ class Race:
         self.shapes: list[planning.Shape] = []
         for number in range(warmup):
             for runner in self.runners.values():
-                runner.step(self.masks(number, self.images))
+                runner.step(self.inputs(number, self.images))
         for number in range(warmup, warmup + rounds):
             self._round(number)
         self.phases = {name: self._phases(r, phase_steps) for name, r in self.runners.items()}
@@ -310,35 +323,38 @@ class Race:
     def _images(self, batch: int) -> Tensor:
         side = self.config.data.image_size
         noise = torch.Generator().manual_seed(0)
-        return torch.randn(batch, 3, side, side, generator=noise).to(self.device)
+        shape = (batch, side, side, 3)
+        return torch.randint(0, 256, shape, generator=noise, dtype=torch.uint8).to(self.device)
 
-    def masks(self, number: int, images: Tensor) -> Batch:
-        ids = np.arange(len(images), dtype=np.int64)
+    def inputs(self, number: int, images: Tensor) -> Inputs:
+        """The images with the masks of a step."""
+        ids, data = np.arange(len(images), dtype=np.int64), self.config.data
         masks = self.sampler(number, ids)
         context, target = (torch.from_numpy(x).to(self.device) for x in masks)
-        return Batch(
-            images, torch.from_numpy(ids).to(self.device), context, target, None, None, number
-        )
+        ids_there = torch.from_numpy(ids).to(self.device)
+        mean, std = (torch.tensor(x, device=self.device) for x in (data.mean, data.std))
+        normalised = ((images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+        return Inputs(Batch(images, ids_there, context, target, None, None, number), normalised)
 
     def _check(self, batch: int) -> None:
         """First steps: equal losses where the mathematics is equal; optimizers get their state."""
-        losses, masks = {}, self.masks(0, self._images(batch))
+        losses, inputs = {}, self.inputs(0, self._images(batch))
         for name, runner in self.runners.items():
             before = memory(self.device)
-            losses[name] = runner.step(masks).item()
+            losses[name] = runner.step(inputs).item()
             runner.resident += memory(self.device) - before
         same = [loss for name, loss in losses.items() if self.runners[name].same]
         middle, limit = statistics.median(same), 2e-2 if self.low else 1e-5
         assert all(abs(x - middle) <= limit * middle for x in same), losses
 
     def _round(self, number: int) -> None:
-        batch = self.masks(number, self.images)
-        counts = batch.context_idx.shape[-1], batch.target_idx.shape[-1]
+        inputs = self.inputs(number, self.images)
+        counts = inputs.batch.context_idx.shape[-1], inputs.batch.target_idx.shape[-1]
         self.shapes.append(planning.Shape(*counts))
         names = list(self.runners)
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            self.runners[name].timed(batch)
+            self.runners[name].timed(inputs)
 
     def _phases(self, runner: Runner, steps: int) -> dict[str, float]:
         """Milliseconds by phase, means over some steps; waiting makes their sum exceed a step."""
@@ -346,7 +362,7 @@ class Race:
         for number in range(steps):
             with clock("data"):
                 runner.draw(number, self.batch)
-            runner.step(self.masks(number, self.images), clock)
+            runner.step(self.inputs(number, self.images), clock)
         return {name: 1e3 * seconds / steps for name, seconds in clock.seconds.items()}
 
     def _largest_batch(self) -> int:
@@ -355,7 +371,7 @@ class Race:
         while True:
             try:
                 for runner in self.runners.values():
-                    runner.step(self.masks(0, self._images(batch)))
+                    runner.step(self.inputs(0, self._images(batch)))
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 if not best:

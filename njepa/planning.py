@@ -263,7 +263,7 @@ def step_flops(config: Config, shape: Shape, batch: int, world: int = 1) -> dict
     """
     net = network(config)
     e, p, kc, kt = net.encoder, net.predictor, shape.context, shape.target
-    embed = 2 * net.patches * net.patch_values * e.width
+    embed = 2 * net.patch_values * e.width  # of one patch; the context embeds its own alone
     context, target = e.flops(kc), e.flops(net.patches)
     predictor = Flops(0.0, 0.0)
     for number, blocks in enumerate(net.passes):
@@ -277,9 +277,9 @@ def step_flops(config: Config, shape: Shape, batch: int, world: int = 1) -> dict
             predictor.forward + products + level, predictor.backward + 2 * products + level
         )
     result = {
-        "patch embedding, target": Flops(embed, 0.0),
+        "patch embedding, target": Flops(net.patches * embed, 0.0),
         "target encoder": Flops(target, 0.0),
-        "patch embedding, context": Flops(embed, embed),
+        "patch embedding, context": Flops(kc * embed, kc * embed),
         "context encoder": Flops(context, 2 * context),
         "predictor": predictor,
     }
@@ -345,7 +345,8 @@ def activation_bytes(
     """
     net, (r, c) = network(config), precision
     e, p, kc, kt = net.encoder, net.predictor, shape.context, shape.target
-    image_values = net.patches * net.patch_values
+    # The patch embedding's weight is not needed again: bytes have no gradient.
+    casts = net.matrix_parameters - net.matrix_biases - net.patch_values * e.width
     predictor = loss = 0
     for blocks in net.passes:
         predictor += kc * c * e.width  # input of predictor_embed
@@ -361,11 +362,11 @@ def activation_bytes(
         predictor += blocks * kt * c * p.width  # input of predictor_proj
         loss += blocks * kt * 8 * e.width
     result = {
-        "images": batch * image_values * c,
+        "patches": batch * kc * net.patch_values * c,
         "context encoder": batch * e.saved_bytes(kc, precision, checkpointed),
         "predictor": batch * predictor,
         "loss": batch * loss,
-        "weight casts": c * (net.matrix_parameters - net.matrix_biases) if c < r else 0,
+        "weight casts": c * casts if c < r else 0,
     }
     if config.vicreg.weight > 0:
         widths = net.projector[1:] or (e.width,)

@@ -44,7 +44,7 @@ TINY = Case(
 def make_batch(step: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(step)
     order = torch.rand(4, 5, 36, generator=generator).argsort(-1)
-    images = torch.randn(4, 3, 48, 48, generator=generator)
+    images = torch.randint(0, 256, (4, 48, 48, 3), generator=generator, dtype=torch.uint8)
     targets = order[:, 1:, :6].sort(-1).values
     return Batch(
         images, torch.arange(4), order[:, 0, :11].sort(-1).values, targets, None, None, step
@@ -71,14 +71,18 @@ def make_steps() -> tuple[PublishedStep, OurStep]:
     return published, ours
 
 
-def published_masks(batch: Batch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    return [batch.context_idx], list(batch.target_idx.unbind(1))
+def published(batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """The batch as the published loader gives it: ToTensor, Normalize, lists of masks."""
+    data = step_config(TINY).data
+    mean, std = (torch.tensor(x)[:, None, None] for x in (data.mean, data.std))
+    images = (batch.images.permute(0, 3, 1, 2) / 255 - mean) / std
+    return images, [batch.context_idx], list(batch.target_idx.unbind(1))
 
 
 def test_loss_and_gradients():
-    published, ours = make_steps()
+    theirs, ours = make_steps()
     batch = make_batch()
-    expected = published.loss(batch.images, *published_masks(batch))
+    expected = theirs.loss(*published(batch))
     expected.backward()
     with torch.no_grad():
         h = ours.target(batch.images)
@@ -86,9 +90,9 @@ def test_loss_and_gradients():
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     jepa = ours.module.jepa
-    for mine, theirs in ((jepa.encoder, published.encoder), (jepa.predictor, published.predictor)):
+    for mine, other in ((jepa.encoder, theirs.encoder), (jepa.predictor, theirs.predictor)):
         found = dict(mine.named_parameters())
-        for name, parameter in theirs.named_parameters():
+        for name, parameter in other.named_parameters():
             if parameter.requires_grad:
                 error = (found[name].grad - parameter.grad).norm()
                 # The keys' bias has no gradient but rounding: measured against the whole bias.
@@ -99,15 +103,15 @@ def test_loss_and_gradients():
 
 def test_steps_stay_together():
     """Optimizer groups, EMA and the zeroing of gradients included."""
-    published, ours = make_steps()
+    theirs, ours = make_steps()
     losses, before = [], [p.clone() for p in ours.target.parameters()]
     for number in range(4):
         batch = make_batch(number)
-        expected = published(batch.images, *published_masks(batch))
+        expected = theirs(*published(batch))
         losses.append(ours(batch).item())
         assert losses[-1] == pytest.approx(expected.item(), rel=1e-5)
     assert len(set(losses)) == 4
-    pairs = zip(published.target.named_parameters(), ours.target.parameters(), before, strict=True)
+    pairs = zip(theirs.target.named_parameters(), ours.target.parameters(), before, strict=True)
     for (name, expected), got, old in pairs:
         moved, wanted = got - old, expected - old
         if name == "pos_embed":  # equal on both sides; the published average rounds all the same
@@ -158,7 +162,7 @@ def test_phases_cover_the_step():
         if isinstance(step, OurStep):
             step(batch, clock)
         else:
-            step(batch.images, *published_masks(batch), clock)
+            step(*published(batch), clock)
         assert clock.entered == [
             "target", "context", "predictor", "loss", "backward", "optimizer", "EMA"
         ]  # fmt: skip

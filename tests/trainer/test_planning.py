@@ -144,7 +144,7 @@ def test_activations_of_a_real_size(precision: plan.Precision):
     module, shape, n = TrainModule(config), plan.Shape(51, 33), 196
     rows = torch.randn(2, 5, n).argsort(-1)
     batch = make_batch(config, batch=2)._replace(
-        images=torch.randn(2, 3, 224, 224),
+        images=torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8),
         context_idx=rows[:, 0, : shape.context],
         target_idx=rows[:, 1:, : shape.target],
     )
