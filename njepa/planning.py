@@ -269,7 +269,7 @@ def step_flops(config: Config, shape: Shape, batch: int, world: int = 1) -> dict
     for number, blocks in enumerate(net.passes):
         noised = len(net.passes) - 1 == number
         rows = kc + (blocks * kt + 1 if noised and net.tied_noise else 0)
-        products = 2 * rows * e.width * p.width
+        products = 2.0 * rows * e.width * p.width
         products += net.predictor_flops(shape, blocks) + blocks * 2 * kt * p.width * e.width
         sigmas = blocks * (kt if config.noise.map == "per_token" else 1)
         level = 2 * sigmas * p.width**2 * (noised and net.level_embedding)
@@ -387,6 +387,8 @@ class ZeroSettings(NamedTuple):
     overlap: bool = False
     live: int = 1_000_000_000
     """stage3_max_live_parameters, elements."""
+    all_reduce: bool = True
+    """use_multi_rank_bucket_allreduce: stages 1 and 2 all-reduce and keep their shard."""
 
 
 def zero_settings(ds: dict[str, Any], cuda: bool = True) -> ZeroSettings:
@@ -406,6 +408,7 @@ def zero_settings(ds: dict[str, Any], cuda: bool = True) -> ZeroSettings:
         int(zero.get("reduce_bucket_size", 5e8)),
         stage == 3 if overlap is None else bool(overlap),
         int(zero.get("stage3_max_live_parameters", 1e9)),
+        bool(zero.get("use_multi_rank_bucket_allreduce", True)),
     )
 
 
@@ -478,11 +481,12 @@ def traffic_bytes(net: Network, zero: ZeroSettings, world: int) -> dict[str, flo
     """Bytes that each rank sends in one optimizer step of one micro-batch, by rings of all ranks.
 
     A ring all-reduce of b bytes sends 2 (n-1)/n b, a reduce-scatter or all-gather (n-1)/n b.
-    Under torch_autocast stages 1 to 3 send the gradients of Linear and Conv2d layers in bf16 and
-    all-gather them so in stage 3; stage 0 sends fp32. Stages 1 and 2 then collect the updated
-    parameters; stage 3 gathers them for the forward, again for the backward, and the encoder's in
-    fp32 for the target encoder. With accumulation, stage 2 and 3 send gradients for every
-    micro-batch.
+    Stages 1 and 2 all-reduce gradients by default, where half of it would do (DeepSpeed 0.19.8,
+    zero/stage_1_and_2.py, ``allreduce_and_scatter``), and then collect the updated parameters.
+    Stage 3 gathers parameters for the forward, again for the backward, and the encoder's in fp32
+    for the target encoder. Under torch_autocast stages 1 to 3 send the gradients of Linear and
+    Conv2d layers in bf16, and stage 3 such parameters too; stage 0 sends fp32. With accumulation,
+    stages 2 and 3 send gradients for every micro-batch.
     """
     ring = (world - 1) / world
     width = zero.precision.parameter
@@ -497,10 +501,10 @@ def traffic_bytes(net: Network, zero: ZeroSettings, world: int) -> dict[str, flo
         follow = width * net.encoder_parameters
     if zero.stage == 0:
         return {"all-reduce of gradients": 2 * ring * full}
-    gather = 2 * low if zero.stage == 3 else full
+    twice = zero.stage < 3 and zero.all_reduce
     return {
-        "reduce-scatter of gradients": ring * low,
-        "all-gather of parameters": ring * gather,
+        f"{'all-reduce' if twice else 'reduce-scatter'} of gradients": ring * low * (1 + twice),
+        "all-gather of parameters": ring * (2 * low if zero.stage == 3 else full),
         "all-gather for the target": ring * follow,
     }
 
@@ -571,10 +575,10 @@ def step_time(
     update = (28 * shard + 12 * net.encoder_parameters) / gpu.bandwidth
     link = gpu.nvlink if sizes.world <= GPUS_PER_NODE else min(gpu.nvlink, gpu.internode)
     sent = traffic_bytes(net, zero, sizes.world)
-    if zero.stage >= 2:  # for every micro-batch
-        sent["reduce-scatter of gradients"] *= sizes.accumulation
-        if zero.stage == 3:
-            sent["all-gather of parameters"] *= sizes.accumulation
+    for name in sent:
+        each = zero.stage >= 2 and name.endswith("of gradients")
+        if each or (zero.stage == 3 and name.endswith("of parameters")):
+            sent[name] *= sizes.accumulation  # for every micro-batch
     return StepTime(forward + backward, update, sum(sent.values()) / link, backward)
 
 

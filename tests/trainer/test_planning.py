@@ -222,9 +222,38 @@ def test_traffic_of_two_ranks_by_hand():
     assert sum(sent[0].values()) == 4 * count
     mixed = 4 * (count - low) + 2 * low
     assert sent[1] == sent[2]
-    assert sum(sent[1].values()) == (mixed + 4 * count) / 2
+    assert sum(sent[1].values()) == (2 * mixed + 4 * count) / 2
+    scattered = plan.ZeroSettings(1, plan.AUTOCAST, all_reduce=False)
+    assert sum(plan.traffic_bytes(net, scattered, 2).values()) == (mixed + 4 * count) / 2
     assert sum(sent[3].values()) == (3 * mixed + 4 * net.encoder_parameters) / 2
     assert sum(plan.traffic_bytes(net, plan.ZeroSettings(1, plan.FP32), 1).values()) == 0
+
+
+def test_accumulation_sends_gradients_again_from_stage_two():
+    config, gpu = tiny_config("ijepa"), plan.Gpu(1, float("inf"), float("inf"), 1.0, 1.0)
+    net = plan.network(config)
+    full, mixed = 4 * net.trained_parameters, 4 * net.trained_parameters
+    mixed -= 2 * net.matrix_parameters
+    expected = {0: full, 1: mixed + full / 2, 2: 3 * mixed + full / 2,
+                3: 3 * (mixed / 2 + mixed) + 2 * net.encoder_parameters}  # fmt: skip
+    for stage, sent in expected.items():
+        zero = plan.ZeroSettings(stage, plan.AUTOCAST)
+        time = plan.step_time(config, BatchSizes(2, 3, 2), zero, gpu, 0.5)
+        assert time.serial == pytest.approx(sent), stage
+
+
+def test_settings_come_from_the_file():
+    zero = {"stage": 3, "reduce_bucket_size": 7, "stage3_max_live_parameters": 9}
+    got = plan.zero_settings({"zero_optimization": zero, "torch_autocast": {"enabled": "auto"}})
+    assert got == plan.ZeroSettings(3, plan.AUTOCAST, 7, True, 9)
+    assert plan.zero_settings({}) == plan.ZeroSettings(0, plan.FP32)
+    assert (
+        plan.zero_settings({"torch_autocast": {"enabled": "auto"}}, cuda=False).precision
+        == plan.FP32
+    )
+    one = {"stage": 1, "use_multi_rank_bucket_allreduce": False, "overlap_comm": True}
+    got = plan.zero_settings({"zero_optimization": one, "bf16": {"enabled": True}})
+    assert got == plan.ZeroSettings(1, plan.BF16, overlap=True, all_reduce=False)
 
 
 def test_largest_micro_batch_is_the_largest():
