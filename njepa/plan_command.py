@@ -109,8 +109,8 @@ def _model(config: Config, ds: dict[str, Any], worlds: Sequence[int]) -> str:
         f"{net.encoder_parameters / 1e6:.2f} M parameters; trained in all "
         f"{net.trained_parameters / 1e6:.2f} M\n"
         f"tokens: {net.patches} patches, context {mean[0]:.1f} (largest {top.context}), "
-        f"{config.mask.n_targets} targets of {mean[1]:.1f} (largest {top.target}); "
-        f"{plan.STEPS} steps at micro-batch {sizes.micro} on {sizes.world} GPUs"
+        f"{config.mask.n_targets} targets of {mean[1]:.1f} (largest {top.target}),\n"
+        f"over {plan.STEPS} steps of {sizes.micro} images a GPU, {sizes.world} of them"
     )
     flops = plan.mean_flops(config, sizes)
     total = sum(f.total for f in flops.values())
@@ -147,11 +147,11 @@ def _memory(
                 + [f"{sum(state.values()) / 1e9:.2f}", *(str(n) if n else "none" for n in fit)]
                 + [f"{sent / 1e9:.2f}"]
             )
-    names = list(plan.state_bytes(net, zero, 2))
-    head = ["GPUs", "ZeRO", *names, "all", "batch", "batch, ckpt", "sent"]
+    head = ["GPUs", "ZeRO", "param.", "grad.", "master", "Adam", "target", "buckets", "gathered"]
+    head += ["all", "batch", "ckpt.", "sent"]
     title = (
         f"GB per GPU, the largest micro-batch within {capacity / 1e9:.1f} GB without and with "
-        f"checkpointed blocks,\nand GB sent per step and GPU:"
+        f"checkpointed blocks\n(ckpt.), and GB sent per step and GPU:"
     )
     return f"{title}\n\n{_table(head, rows)}"
 
