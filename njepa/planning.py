@@ -200,8 +200,13 @@ def network(config: Config) -> Network:
     """Shapes of a configuration.
 
     Raises:
-        ConfigError: sizes that cannot work.
+        ConfigError: sizes that cannot work, or contexts of different lengths.
     """
+    if config.mask.ragged:
+        raise ConfigError(
+            "mask.ragged=true is not covered by `njepa plan`: every image has its own number of "
+            "context tokens; plan with mask.ragged=false, where contexts are shorter"
+        )
     size, part, noise = check_sizes(config), config.model.predictor, config.noise
     noisy, second = noise.weight > 0, noise.weight > 0 and noise.predictors == 2
     blocks = config.mask.n_targets
@@ -219,7 +224,7 @@ def network(config: Config) -> Network:
         passes=passes,
         predictors=len(passes),
         projector=projector,
-        shared_context=getattr(part, "context", "per_block") == "shared",
+        shared_context=part.context == "shared",
         tied_noise=noisy and noise.space == "encoder_tied",
         level_embedding=noisy and noise.level_embedding == "add",
     )

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from njepa import planning as plan
 from njepa.cli import main
-from njepa.config import PredictorConfig
 from njepa.ds_engine import BatchSizes
 from njepa.ema import make_target
 from njepa.models.encoder import Encoder, encoder_size
@@ -41,10 +40,9 @@ CASES = {
     "narrow": {"method": "ncjepa", "vicreg": {"projector": [8, 3]}},
     "deep": {"method": "ijepa", "model": {"depth": 4, "predictor": {"width": 16, "depth": 3}}},
 }
-if "context" in PredictorConfig.model_fields:
-    shared = {"predictor": {"width": 24, "depth": 2, "heads": 2, "context": "shared"}}
-    CASES["shared"] = {"method": "njepa", "model": shared}
-    CASES["shared-all"] = {"method": "njepa", "model": shared, "noise": {"map": "all"}}
+SHARED = {"predictor": {"width": 24, "depth": 2, "heads": 2, "context": "shared"}}
+CASES["shared"] = {"method": "njepa", "model": SHARED}
+CASES["shared-all"] = {"method": "njepa", "model": SHARED, "noise": {"map": "all"}}
 
 
 @pytest.fixture(params=CASES, ids=list(CASES))
@@ -161,7 +159,9 @@ def test_activations_with_checkpointed_blocks():
         h = make_target(module.jepa.encoder)(batch.images)
     for block in [*module.jepa.encoder.blocks, *module.jepa.predictor.predictor_blocks]:
         # The re-entrant form saves the block's input where the hooks can see it.
-        block.forward = lambda x, f=block.forward: checkpoint(f, x, use_reentrant=True)
+        block.forward = lambda x, attn_mask=None, f=block.forward: checkpoint(
+            f, x, attn_mask, use_reentrant=True
+        )
     net = plan.network(config)
     rows = BATCH * SHAPE.context, BATCH * net.predictor_rows(SHAPE, 4)
     recomputed = sum(
@@ -310,6 +310,7 @@ def test_command(capsys: pytest.CaptureFixture[str]):
         (["--reserve", "1"], "--reserve must be in [0, 1), got 1"),
         (["--efficiency", "0"], "--efficiency must be in (0, 1], got 0"),
         (["--ds_config", "none.json"], "none.json: no such file"),
+        (["mask.ragged=true"], "mask.ragged=true is not covered"),
         (["mask.min_keep=30"], "mask.min_keep=30"),
         (["model.encoder=vit_larg"], "did you mean 'vit_large'"),
     ],
