@@ -330,7 +330,8 @@ class Race:
         """The images with the masks of a step."""
         ids, data = np.arange(len(images), dtype=np.int64), self.config.data
         masks = self.sampler(number, ids)
-        context, target = (torch.from_numpy(x).to(self.device) for x in masks)
+        indices = masks.context_idx, masks.target_idx
+        context, target = (torch.from_numpy(x).to(self.device) for x in indices)
         ids_there = torch.from_numpy(ids).to(self.device)
         mean, std = (torch.tensor(x, device=self.device) for x in (data.mean, data.std))
         normalised = ((images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()

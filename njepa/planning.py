@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from njepa.config import Config, MaskConfig
+from njepa.config import Config, ConfigError, MaskConfig
 from njepa.ds_engine import BatchSizes
 from njepa.masking import MaskSampler
 from njepa.models.predictor import check_sizes
