@@ -1,4 +1,4 @@
-"""``njepa train | scan | info``."""
+"""``njepa train | scan | plan | info``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ USAGE = """usage: njepa <command> [options]
 commands:
   train   pre-train an encoder (the same as `deepspeed njepa/train.py` with one process)
   scan    decode every image of a source, write a list of the good ones, name the bad ones
+  plan    FLOPs, memory, traffic and predicted speed of a configuration on some GPUs
   info    versions, recipes, configuration keys, what runs on this machine
 
 `njepa <command> --help` tells more.
@@ -23,7 +24,7 @@ commands:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    commands = {"train": train.main, "scan": _scan, "info": _info}
+    commands = {"train": train.main, "scan": _scan, "plan": _plan, "info": _info}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -63,6 +64,12 @@ def _scan(argv: list[str], prog: str) -> int:
         return 2
     print(report)
     return 0
+
+
+def _plan(argv: list[str], prog: str) -> int:
+    from njepa import plan_command  # imports torch
+
+    return plan_command.main(argv, prog)
 
 
 def _info(argv: list[str], prog: str) -> int:

@@ -104,9 +104,31 @@ def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
     engine.step, engine.forward = recording_step, recording_forward
     trainer.run()
     record["step"] = trainer.step
+    record["state_bytes"] = _state_bytes(trainer)
     record["target"] = {k: v.clone() for k, v in trainer.target.state_dict().items()}
     engine.destroy()
     return record
+
+
+def _state_bytes(trainer: Any) -> dict[str, int]:
+    """What this rank holds between steps."""
+
+    def total(tensors: Any) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    engine, optimizer = trainer.engine, trainer.engine.optimizer
+    stage = engine.zero_optimization_stage()
+    inner = optimizer.optimizer if stage else optimizer
+    masters = {0: "", 3: "fp32_partitioned_groups_flat"}.get(
+        stage, "single_partition_of_fp32_groups"
+    )
+    state = [x for s in inner.state.values() for x in s.values() if torch.is_tensor(x)]
+    return {
+        "parameters": total(getattr(p, "ds_tensor", p) for p in engine.module.parameters()),
+        "master": total(getattr(optimizer, masters) if stage else []),
+        "optimizer": total(state),
+        "target": total(trainer.target.parameters()),
+    }
 
 
 def main() -> None:

@@ -1,0 +1,160 @@
+"""The whole training step: njepa against the published composition, eager and compiled.
+
+    python -m pytest bench/bench_step.py --benchmark-only
+
+Environment: NJEPA_BENCH_STEP_SIZES (``vitb16-224-b128,vith14-224-bmax``; "bmax" is the largest
+power of two that every variant can hold), NJEPA_BENCH_STEP_ROUNDS, NJEPA_BENCH_STEP_VARIANTS
+(``eager,compile,auto``). Without them a CPU times ViT-S/16 with 8 images and what is not
+compiled, a GPU S/16 to H/14 with 128 and everything.
+
+Variants run in interleaved rounds of one process (``bench.step_race``), because a machine's speed
+drifts by more than variants differ. pytest-benchmark then gets the seconds that were measured.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+MISSING = [
+    name for name in ("numpy", "yaml", "pydantic", "timm") if not importlib.util.find_spec(name)
+]
+if MISSING:
+    pytest.skip(f"the trainer needs {', '.join(MISSING)}", allow_module_level=True)
+
+from bench.step_race import Race, variants  # noqa: E402
+from njepa.data.loader import Loader  # noqa: E402
+from njepa.data.order import SampleOrder  # noqa: E402
+from njepa.data.pixels import Pixels  # noqa: E402
+from njepa.masking import MaskSampler  # noqa: E402
+from njepa.noise import NoiseLevels  # noqa: E402
+from njepa.recipes import load_config  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+SIZES = os.environ.get("NJEPA_BENCH_STEP_SIZES") or (
+    "vits16-224-b128,vitb16-224-b128,vitl16-224-b128,vith14-224-b128" if ON_GPU else "vits16-224-b8"
+)
+# On a CPU compiling takes longer than all the rest together: only when asked for.
+USUAL = [name for name, variant in variants().items() if ON_GPU or not variant.compiled]
+VARIANTS = [n for n in os.environ.get("NJEPA_BENCH_STEP_VARIANTS", "").split(",") if n] or USUAL
+ROUNDS = int(os.environ.get("NJEPA_BENCH_STEP_ROUNDS", "30" if ON_GPU else "3"))
+WARMUP, PHASE_STEPS = (10, 10) if ON_GPU else (1, 1)
+
+
+class Replay:
+    """A clock that has gone through the measured seconds, one for each call."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.now, self._seconds = 0.0, iter(seconds)
+
+    def __call__(self) -> None:
+        self.now += next(self._seconds)
+
+
+@pytest.fixture(scope="module")
+def races() -> Iterator[dict[str, Race]]:
+    """The race of a size, run when its first variant asks; only one is kept in memory."""
+    found: dict[str, Race] = {}
+    yield found
+    found.clear()
+
+
+CLOCK: list[Replay] = []
+
+
+def clock() -> float:
+    return CLOCK[-1].now if CLOCK else time.perf_counter()
+
+
+@pytest.mark.parametrize("impl", VARIANTS)
+@pytest.mark.parametrize("size", SIZES.split(","))
+@pytest.mark.benchmark(timer=clock, warmup=False, disable_gc=True)
+def test_step(benchmark: Any, races: dict[str, Race], size: str, impl: str) -> None:
+    """``eager``, ``compile``: as published. ``reference``, ``auto``: ours by ``impl.default``.
+
+    ``shared``: ours with ``model.predictor.context=shared``, another model. ``blocks``: ours with
+    ``run.compile=blocks``.
+    """
+    if size not in races:
+        races.clear()
+        torch._dynamo.reset()
+        races[size] = Race(size, DEVICE, ROUNDS, WARMUP, PHASE_STEPS, VARIANTS)
+    race = races[size]
+    seconds = race.runners[impl].seconds
+    CLOCK[:] = [Replay(seconds)]
+    benchmark.pedantic(CLOCK[-1], rounds=len(seconds), iterations=1)
+    benchmark.extra_info.update(race.row(impl))
+
+
+class ReadyPixels:
+    """A pixel source that never lets one wait; its images have one pixel."""
+
+    def __init__(self, batch: int) -> None:
+        self.images = torch.zeros(batch, 3, 1, 1, dtype=torch.uint8)
+
+    def __next__(self) -> Pixels:
+        return Pixels(self.images, [])
+
+    def close(self) -> None:
+        pass
+
+
+def ready_loader(method: str, batch: int, steps: int) -> Loader:
+    """The trainer's loader on one rank of ImageNet's size, on the CPU."""
+    config = load_config("in1k-vitb16", ["data.path=.", f"method={method}"])
+    n_targets, seed = config.mask.n_targets, config.run.seed
+    order = SampleOrder(1_281_167, batch, 1, 1, 0, seed)
+    masks = MaskSampler(config.mask, config.grid, seed)
+    noise = NoiseLevels(config.noise, n_targets, 1 / math.sqrt(2), seed, steps)
+    order.at(0)  # the permutation of an epoch is drawn once
+    index: Any = None  # asked for the names of unreadable images alone
+    return Loader(
+        config, index, order, masks, noise, torch.device("cpu"), range(steps), ReadyPixels(batch),
+        "ready", "no pixels",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["ijepa", "njepa"])
+def test_host_work(benchmark: Any, method: str) -> None:
+    """Everything of a batch of 128 but its pixels: order, masks, levels, tensors, hand-over.
+
+    The loader's own thread does it while the step runs; one round drains 200 batches of a loader
+    whose pixels are always ready.
+    """
+    batches, batch = 200, 128
+    loader = ready_loader(method, batch, 4 * batches)
+    stream = iter(loader)
+
+    cpu = []
+
+    def drain() -> None:
+        start = time.process_time()
+        for _ in range(batches):
+            next(stream)
+        cpu.append(1e3 * (time.process_time() - start) / batches)
+
+    try:
+        first = next(stream)
+        assert first.context_idx.shape[0] == first.target_idx.shape[0] == batch
+        assert (first.sigma is not None) == (method == "njepa")
+        benchmark.pedantic(drain, rounds=3, warmup_rounds=0)
+    finally:
+        loader.close()
+    median = benchmark.stats.stats.median if benchmark.stats else float("nan")
+    benchmark.extra_info.update(
+        op="host_work",
+        size=f"14x14-b{batch}",
+        impl=method,
+        mode="fwd",
+        ms_per_batch=1e3 * median / batches,
+        cpu_ms_per_batch=sorted(cpu)[len(cpu) // 2],  # of both threads; other processes left out
+        threads=torch.get_num_threads(),
+    )

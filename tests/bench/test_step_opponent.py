@@ -1,0 +1,211 @@
+"""The published step of the benchmark: the same loss, gradients and updates as ours."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.published_step import PublishedCollator, PublishedStep
+from bench.step_race import (
+    Case,
+    OurStep,
+    PhaseClock,
+    Race,
+    parse_case,
+    published_size,
+    step_config,
+    variants,
+)
+from njepa.config import MaskConfig
+from njepa.data.batch import Batch
+from njepa.step import TrainModule
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
+from mask_oracle import OracleSampler
+
+CPU = torch.device("cpu")
+TINY = Case(
+    "tiny",
+    (
+        "data.image_size=48", "model.patch_size=8", "model.width=32", "model.depth=2",
+        "model.heads=2", "model.predictor={depth: 2, width: 24, heads: 2}", "mask.min_keep=2",
+        "model.init=xavier", "impl.default=reference",
+    ),
+    4,
+)  # fmt: skip
+
+
+def make_batch(step: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    order = torch.rand(4, 5, 36, generator=generator).argsort(-1)
+    images = torch.randint(0, 256, (4, 48, 48, 3), generator=generator, dtype=torch.uint8)
+    targets = order[:, 1:, :6].sort(-1).values
+    return Batch(
+        images, torch.arange(4), order[:, 0, :11].sort(-1).values, targets, None, None, step
+    )
+
+
+def make_steps() -> tuple[PublishedStep, OurStep]:
+    config = step_config(TINY)
+    weights = {k: v.clone() for k, v in TrainModule(config).jepa.state_dict().items()}
+    generator = torch.Generator().manual_seed(1)
+    for name, value in weights.items():
+        if "pos_embed" not in name and value.dim() == 1:  # biases of zero would hide their order
+            value += 0.1 * torch.randn(value.shape, generator=generator)
+    published = PublishedStep(published_size(config), weights, CPU, low=False, compiled=False)
+    ours = OurStep(config, weights, CPU, low=False)
+    noise = torch.Generator().manual_seed(2)
+    with torch.no_grad():  # a target that differs from the context encoder
+        for (name, q), k in zip(
+            published.target.named_parameters(), ours.target.parameters(), strict=True
+        ):
+            if name != "pos_embed":
+                q += 0.05 * torch.randn(q.shape, generator=noise)
+                k.copy_(q)
+    return published, ours
+
+
+def published(batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """The batch as the published loader gives it: ToTensor, Normalize, lists of masks."""
+    data = step_config(TINY).data
+    mean, std = (torch.tensor(x)[:, None, None] for x in (data.mean, data.std))
+    images = (batch.images.permute(0, 3, 1, 2) / 255 - mean) / std
+    return images, [batch.context_idx], list(batch.target_idx.unbind(1))
+
+
+def test_loss_and_gradients():
+    theirs, ours = make_steps()
+    batch = make_batch()
+    expected = theirs.loss(*published(batch))
+    expected.backward()
+    with torch.no_grad():
+        h = ours.target(batch.images)
+    loss, _ = ours.module(batch, h)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    jepa = ours.module.jepa
+    for mine, other in ((jepa.encoder, theirs.encoder), (jepa.predictor, theirs.predictor)):
+        found = dict(mine.named_parameters())
+        for name, parameter in other.named_parameters():
+            if parameter.requires_grad:
+                error = (found[name].grad - parameter.grad).norm()
+                # The keys' bias has no gradient but rounding: measured against the whole bias.
+                assert error <= 2e-6 * parameter.grad.norm(), name
+            else:
+                assert found[name].grad is None
+
+
+def test_steps_stay_together():
+    """Optimizer groups, EMA and the zeroing of gradients included."""
+    theirs, ours = make_steps()
+    losses, before = [], [p.clone() for p in ours.target.parameters()]
+    for number in range(4):
+        batch = make_batch(number)
+        expected = theirs(*published(batch))
+        losses.append(ours(batch).item())
+        assert losses[-1] == pytest.approx(expected.item(), rel=1e-5)
+    assert len(set(losses)) == 4
+    pairs = zip(theirs.target.named_parameters(), ours.target.parameters(), before, strict=True)
+    for (name, expected), got, old in pairs:
+        moved, wanted = got - old, expected - old
+        if name == "pos_embed":  # equal on both sides; the published average rounds all the same
+            assert moved.abs().max() == 0
+            continue
+        if name.endswith("qkv.bias"):
+            # The keys' gradient is pure rounding, which Adam turns into full steps.
+            moved, wanted = (torch.cat((x.chunk(3)[0], x.chunk(3)[2])) for x in (moved, wanted))
+        assert (moved - wanted).norm() <= 0.03 * wanted.norm(), name
+        assert wanted.norm() > 0, name
+
+
+def test_collator_is_the_published_one():
+    """The same masks as the independent oracle from the same draws."""
+    collator, oracle = PublishedCollator(14), OracleSampler(MaskConfig(), (14, 14))
+    for step in range(3):
+        torch.manual_seed(step)
+        context, targets = collator(5)
+        torch.manual_seed(step)
+        expected_context, expected_targets, _ = oracle(5)
+        assert torch.equal(context[0], expected_context)
+        assert torch.equal(torch.stack(targets, dim=1), expected_targets)
+
+
+class Recorder(PhaseClock):
+    """Notes the phases in the order in which they begin, and refuses one inside another."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.entered: list[str] = []
+        self.inside = False
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        assert not self.inside, name
+        self.entered.append(name)
+        self.inside = True
+        with super().__call__(name):
+            yield
+        self.inside = False
+
+
+def test_phases_cover_the_step():
+    """Every phase of both steps is entered once, in order, and none inside another."""
+    batch = make_batch()
+    for step in make_steps():
+        clock = Recorder(CPU)
+        if isinstance(step, OurStep):
+            step(batch, clock)
+        else:
+            step(*published(batch), clock)
+        assert clock.entered == [
+            "target", "context", "predictor", "loss", "backward", "optimizer", "EMA"
+        ]  # fmt: skip
+        assert all(clock.seconds[name] > 0 for name in clock.entered)
+        if isinstance(step, OurStep):
+            assert not any(m._forward_hooks for m in step.module.modules())
+
+
+def test_race_of_a_small_size(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("bench.step_race.parse_case", lambda name: TINY._replace(batch=3))
+    race = Race("tiny-b3", CPU, rounds=2, warmup=1, phase_steps=1, only=["eager", "auto"])
+    rows = {name: race.row(name) for name in ("eager", "auto")}
+    for row in rows.values():
+        assert row["size"] == "tiny-b3"
+        assert row["rounds"] == 2
+        assert row["flops"] == rows["eager"]["flops"] > 0
+        assert row["compilations"] == 0
+        assert set(row["phases"]) == {"data", "target", "context", "predictor", "loss",
+                                      "backward", "optimizer", "EMA"}  # fmt: skip
+    ours, theirs = (race.runners[name].seconds for name in ("auto", "eager"))
+    ratios = sorted(a / b for a, b in zip(theirs, ours, strict=True))
+    assert rows["auto"]["faster_than_eager"] == pytest.approx(sum(ratios) / 2)
+    assert rows["eager"]["faster_than_eager"] == 1.0
+
+
+def test_a_wrong_variant_gets_no_number(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("bench.step_race.parse_case", lambda name: TINY)
+    right = PublishedStep.loss
+    monkeypatch.setattr(PublishedStep, "loss", lambda *args: 1.01 * right(*args))
+    with pytest.raises(AssertionError, match="eager"):
+        Race("tiny-b4", CPU, rounds=1, warmup=0, phase_steps=1, only=["eager", "auto"])
+
+
+def test_names_of_sizes():
+    case = parse_case("vitl16-224-b128")
+    config = step_config(case)
+    assert (config.model.encoder, config.model.predictor.depth, case.batch) == (
+        "vit_large",
+        12,
+        128,
+    )
+    assert math.prod(config.grid) == 196
+    assert parse_case("vith14-224-bmax").batch is None
+    with pytest.raises(ValueError, match="vits16-224-b8 or vitl16-224-bmax, got 'vitx16'"):
+        parse_case("vitx16")
+    assert {"eager", "compile", "reference", "auto"} <= variants().keys()
