@@ -99,6 +99,11 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     return raw
 
 
+def zero_stage(ds: dict[str, Any]) -> int:
+    """ZeRO stage of a file that ``load_ds_config`` has checked."""
+    return int(ds.get("zero_optimization", {}).get("stage", 0))
+
+
 def resolve_batch(ds: dict[str, Any], world: int) -> BatchSizes:
     """The three batch numbers of the file for this many ranks.
 
@@ -148,7 +153,8 @@ def build_engine(
 ) -> Any:
     """The DeepSpeed engine around the one module that holds everything with a gradient.
 
-    ``"auto"`` in ``torch_autocast.enabled`` means bf16 on CUDA and fp32 on a CPU.
+    ``"auto"`` in ``torch_autocast.enabled`` means bf16 on CUDA and fp32 on a CPU. No
+    ``gradient_clipping`` in the file means none.
     """
     import deepspeed
 
@@ -157,8 +163,18 @@ def build_engine(
         # compiler); gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=engine_config(ds, sizes, device)
+    )
+    return engine
+
+
+def engine_config(ds: dict[str, Any], sizes: BatchSizes, device: torch.device) -> dict[str, Any]:
+    """The file as DeepSpeed gets it, with what it leaves open filled in."""
     config = {
         "steps_per_print": 10**9,
+        "gradient_clipping": 0.0,  # DeepSpeed's own default is 1.0 since 0.19
         **ds,
         "train_micro_batch_size_per_gpu": sizes.micro,
         "gradient_accumulation_steps": sizes.accumulation,
@@ -170,11 +186,7 @@ def build_engine(
         if autocast.get("enabled") == "auto":
             autocast["enabled"] = device.type == "cuda"
         config["torch_autocast"] = {"dtype": "bfloat16", **autocast}
-    optimizer = torch.optim.AdamW(
-        groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=device.type == "cuda"
-    )
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-    return engine
+    return config
 
 
 def set_rates(engine: Any, lr: float, weight_decay: float) -> None:

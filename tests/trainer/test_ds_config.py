@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from njepa.config import ConfigError
-from njepa.ds_engine import load_ds_config, resolve_batch
+from njepa.ds_engine import BatchSizes, engine_config, load_ds_config, resolve_batch
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,3 +100,12 @@ def test_batch_arithmetic(ds, world, expected):
 def test_batch_errors_show_the_numbers(ds, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         resolve_batch(ds, 3)
+
+
+@pytest.mark.parametrize(("ds", "limit"), [({}, 0.0), ({"gradient_clipping": 0.5}, 0.5)])
+def test_nothing_is_clipped_unless_the_file_says_so(ds, limit):
+    """DeepSpeed itself reads a file without the key as 1.0."""
+    from deepspeed.runtime.config import get_gradient_clipping
+
+    config = engine_config(ds, BatchSizes(4, 1, 1), torch.device("cpu"))
+    assert get_gradient_clipping(config) == limit
