@@ -47,11 +47,15 @@ def check(context: np.ndarray, targets: np.ndarray, side: int, batch: int, keep:
         assert not np.isin(kept, held).any()
 
 
-@pytest.mark.parametrize("impl", ["eager", "upstream", "fixed"])
+@pytest.mark.parametrize("impl", ["eager", "upstream", "fixed", "static"])
 @pytest.mark.parametrize(("side", "batch"), SIZES, ids=[f"{s}x{s}-b{b}" for s, b in SIZES])
 def test_masks(benchmark: Any, side: int, batch: int, impl: str) -> None:
-    """``eager``: per sample, as published; ``upstream`` and ``fixed``: ours, by ``mask.compat``."""
-    config = MaskConfig(compat="fixed" if impl == "fixed" else "upstream")
+    """``eager``: per sample, as published; ``upstream`` and ``fixed``: ours, by ``mask.compat``;
+    ``static``: ``fixed`` with ``mask.static_shapes``."""
+    config = MaskConfig(
+        compat="fixed" if impl in ("fixed", "static") else "upstream",
+        static_shapes=impl == "static",
+    )
     steps = itertools.count()
     draw: Callable[[], tuple[np.ndarray, np.ndarray]]
     if impl == "eager":
@@ -62,7 +66,7 @@ def test_masks(benchmark: Any, side: int, batch: int, impl: str) -> None:
             context, targets, _ = oracle(batch)
             return context.numpy(), targets.numpy()
     else:
-        sampler = MaskSampler(config, (side, side), seed=0)
+        sampler = MaskSampler(config, (side, side), seed=0, batch=batch)
         ids = np.arange(batch, dtype=np.int64)
 
         def draw() -> tuple[np.ndarray, np.ndarray]:

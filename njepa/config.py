@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Method = Literal["ijepa", "cjepa", "njepa", "ncjepa"]
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Range = tuple[float, float]
+#: YAML reads a bare ``off`` as false.
+_Off = BeforeValidator(lambda value: "off" if value is False else value)
 
 #: What the DeepSpeed file owns. Named here so that a recipe that sets one of them gets told where.
 DS_OWNED = {
@@ -122,12 +124,21 @@ class MaskConfig(Section):
     ragged: bool = False
     """Every image keeps all of its context patches, instead of as many as the image of the batch
     with the fewest. More tokens per step, and per image another number (docs/running.md)."""
+    static_shapes: bool = False
+    """Fix the number of context patches beforehand for each pair of block sizes, at its mean, so
+    that a run has few shapes; images with too short a context (about one in a batch) are drawn
+    anew. For ``run.compile``. Not with ``ragged``."""
 
     @model_validator(mode="after")
     def _check(self) -> MaskConfig:
         _increasing("mask.context_scale", self.context_scale, low=0.0, high=1.0)
         _increasing("mask.target_scale", self.target_scale, low=0.0, high=1.0)
         _increasing("mask.aspect_ratio", self.aspect_ratio, low=0.0)
+        if self.ragged and self.static_shapes:
+            raise ValueError(
+                "mask.static_shapes gives every image the same number of context patches and "
+                "mask.ragged gives each its own, got both true; set one of them to false"
+            )
         return self
 
 
@@ -179,6 +190,10 @@ class ModelConfig(Section):
     re-draws every linear layer, so its effective value is false."""
     pos_scale: Annotated[float, Field(gt=0)] = 1.0
     """Factor on the encoder's and predictors' frozen sin-cos tables (published: 1)."""
+    checkpoint_blocks: bool = False
+    """Keep only the input of each block of the context encoder and the predictors for the backward,
+    and compute the rest again there: the same gradients, less memory, about a third more
+    arithmetic."""
 
 
 class NoiseConfig(Section):
@@ -335,6 +350,11 @@ class RunConfig(Section):
     """Checkpoints kept; older ones are removed once a newer one is complete."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: CUDA where there is one."""
+    compile: Annotated[Literal["auto", "off", "blocks"], _Off] = "auto"
+    """``blocks``: compile each transformer block by torch.compile, once for each shape.
+    ``auto``: on CUDA with ``mask.static_shapes``, but not under ZeRO 3. ``off``: nothing."""
+    cuda_graphs: Annotated[Literal["off", "target"], _Off] = "off"
+    """``target``: replay the target encoder's forward pass from a CUDA graph."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
     progress: bool = True

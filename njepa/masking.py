@@ -15,14 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from njepa.config import MaskConfig, Range
-from njepa.randomness import Int64Array, uniform_of_step, words
+from njepa.randomness import Float64Array, Int64Array, stream_seed, uniform_of_step, words
 
 BoolArray = npt.NDArray[np.bool_]
 Size = tuple[int, int]
+Sizes = tuple[Size, Size]
 _Steps = tuple[int, int, int]
 
 _log = logging.getLogger(__name__)
 _FAILURES = 20  # draws of an image before it has to respect one target block less
+_EFFORT = 2**30  # nanoseconds, roughly, for the lengths behind static shapes
+_CHUNK = 4096  # images at a time: their patches stay in the cache
 
 
 class Masks(NamedTuple):
@@ -79,20 +82,35 @@ class MaskSampler:
     Both: after 20 failures of an image its context need not avoid the last target block, after 40
     the last two, and so on, so the sampler always ends. The first time is logged as a warning.
 
+    With ``static_shapes`` the two sizes of a step fix Kc beforehand (``context_counts``), so that
+    (Kc, Kt) takes one value for each pair of sizes. An image with a shorter context, about one in a
+    batch, gets all its blocks anew; places of the others are those without ``static_shapes``.
+
+    Args:
+        batch: how many ids a call will get; needed by ``static_shapes`` only.
+
+    Attributes:
+        counts: Kc of each pair of sizes (target, context); empty without ``static_shapes``.
+
     Raises:
         ValueError: when built, if a block that these settings can draw has no more than
             ``min_keep`` patches, or (fixed) if two sizes leave no such context however they lie.
     """
 
-    def __init__(self, config: MaskConfig, grid: Size, seed: int) -> None:
+    def __init__(self, config: MaskConfig, grid: Size, seed: int, batch: int | None = None) -> None:
         self.config, self.grid, self.seed = config, grid, seed
         self._spare = 1 if config.compat == "fixed" else 0
         self._largest = (grid[0] - 1 + self._spare, grid[1] - 1 + self._spare)
         self._patches = grid[0] * grid[1]
         self.overlapped = False  # whether a context ever had to share patches with targets
         self._check()
+        self.counts: dict[Sizes, int] = {}
+        if config.static_shapes:
+            if batch is None or batch < 1:
+                raise ValueError(f"mask.static_shapes needs batch >= 1, got batch={batch}")
+            self.counts = context_counts(config, grid, batch)
 
-    def block_sizes(self, micro_step: int) -> tuple[Size, Size]:
+    def block_sizes(self, micro_step: int) -> Sizes:
         """(h, w) of the target blocks and of the context block in this step, for any ids."""
         c = self.config
         r_target, r_context, *_ = uniform_of_step(self.seed, "mask_size", micro_step)
@@ -110,27 +128,34 @@ class MaskSampler:
         if len(sample_ids) == 0:
             raise ValueError("masks need at least one sample id, got an empty array")
         sizes = self.block_sizes(micro_step)
-        corners, keys = self._place(micro_step, sample_ids, sizes, attempt=0)
-        kept = self._context(corners, sizes, self.config.n_targets)
+        corners, keys, kept = self._draw(micro_step, sample_ids, sizes)
         lengths = kept.sum(axis=1)
-        if lengths.min() <= self.config.min_keep:
-            self._redraw(micro_step, sample_ids, sizes, corners, kept)
-            lengths = kept.sum(axis=1)
         targets = self._targets(corners, sizes[0])
         if self.config.ragged:
             return Masks(_padded(kept, lengths), targets, lengths)
-        shortest = int(lengths.min())
+        count = self.counts.get(sizes) or int(lengths.min())
         if self.config.compat == "fixed":
-            chosen = choose_random(kept, shortest, keys)
+            chosen = choose_random(kept, count, keys)
         else:
-            chosen = kept & (kept.cumsum(axis=1, dtype=np.int32) <= shortest)
+            chosen = kept & (kept.cumsum(axis=1, dtype=np.int32) <= count)
         # Each row of ``chosen`` holds as many patches as any other.
-        flat = np.flatnonzero(chosen).reshape(len(sample_ids), shortest)
+        flat = np.flatnonzero(chosen).reshape(len(sample_ids), count)
         flat -= np.arange(0, len(flat) * self._patches, self._patches)[:, None]
         return Masks(flat, targets, lengths)
 
+    def _draw(
+        self, micro_step: int, ids: Int64Array, sizes: Sizes
+    ) -> tuple[Int64Array, Int64Array, BoolArray]:
+        """Corners and words as ``_place``, and the context patches [G, N], enough in each row."""
+        corners, keys = self._place(micro_step, ids, sizes, attempt=0)
+        kept = self._context(corners, sizes, self.config.n_targets)
+        least = self.counts.get(sizes, self.config.min_keep + 1)
+        if kept.sum(axis=1).min() < least:
+            self._redraw(micro_step, ids, sizes, corners, kept, least)
+        return corners, keys, kept
+
     def _place(
-        self, micro_step: int, ids: Int64Array, sizes: tuple[Size, Size], attempt: int
+        self, micro_step: int, ids: Int64Array, sizes: Sizes, attempt: int
     ) -> tuple[Int64Array, Int64Array]:
         """Corners [M+1, 2, G], (top, left) of the targets and the context, and a word [G]."""
         blocks = [sizes[0]] * self.config.n_targets + [sizes[1]]
@@ -138,9 +163,7 @@ class MaskSampler:
         draws = words(self.seed, "mask_place", micro_step, ids, room.size + 1, attempt).T
         return (draws[:-1] * room.reshape(-1, 1) >> 32).reshape(*room.shape, -1), draws[-1]
 
-    def _context(
-        self, corners: Int64Array, sizes: tuple[Size, Size], constraints: int
-    ) -> BoolArray:
+    def _context(self, corners: Int64Array, sizes: Sizes, constraints: int) -> BoolArray:
         """Patches [G, N] of the context block outside of the first ``constraints`` targets."""
         kept = self._inside(corners[-1], sizes[1])
         if not self.config.allow_overlap:
@@ -158,28 +181,32 @@ class MaskSampler:
         self,
         micro_step: int,
         ids: Int64Array,
-        sizes: tuple[Size, Size],
+        sizes: Sizes,
         corners: Int64Array,
         kept: BoolArray,
+        least: int,
     ) -> None:
-        """Draw the images with too short a context anew, in place."""
+        """Draw the images with fewer than ``least`` context patches anew, in place."""
         n_targets = self.config.n_targets
-        first = 0 if self.config.compat == "fixed" else n_targets  # block that is drawn anew
-        failed = np.flatnonzero(kept.sum(axis=1) <= self.config.min_keep)
+        # The first block that is drawn anew. A new context block alone may not help: upstream, the
+        # usual one has a single place. Published is what follows from min_keep only.
+        first = 0 if self.config.compat == "fixed" or self.counts else n_targets
+        failed = np.flatnonzero(kept.sum(axis=1) < least)
         for attempt in range(1, _FAILURES * n_targets + 1):
             if attempt == _FAILURES and not self.overlapped:
                 self.overlapped = True
                 _log.warning(
-                    "%d of %d images have %d context patches or fewer after %d draws on a grid of "
-                    "%dx%d and may share patches with their targets; lower mask.min_keep or "
-                    "mask.target_scale (said once)",
-                    len(failed), len(ids), self.config.min_keep, _FAILURES, *self.grid,
+                    "%d of %d images have fewer than %d context patches after %d draws on a grid "
+                    "of %dx%d and may share patches with their targets; lower mask.min_keep or "
+                    "mask.target_scale%s (said once)",
+                    len(failed), len(ids), least, _FAILURES, *self.grid,
+                    ", or set mask.static_shapes=false" if self.counts else "",
                 )  # fmt: skip
             again = corners[:, :, failed]
             again[first:] = self._place(micro_step, ids[failed], sizes, attempt)[0][first:]
             corners[:, :, failed] = again
             kept[failed] = self._context(again, sizes, n_targets - attempt // _FAILURES)
-            failed = failed[kept[failed].sum(axis=1) <= self.config.min_keep]
+            failed = failed[kept[failed].sum(axis=1) < least]
             if len(failed) == 0:
                 return
 
@@ -190,10 +217,17 @@ class MaskSampler:
         indices: Int64Array = np.ascontiguousarray(corner.T)[:, :, None] + block.ravel()
         return indices
 
+    def possible_blocks(self) -> tuple[set[Size], set[Size]]:
+        """Every size of the target blocks and of the context block that a step can draw."""
+        c = self.config
+        return (
+            possible_sizes(c.target_scale, c.aspect_ratio, self.grid, self._largest),
+            possible_sizes(c.context_scale, (1.0, 1.0), self.grid, self._largest),
+        )
+
     def _check(self) -> None:
         c, (rows, columns) = self.config, self.grid
-        targets = possible_sizes(c.target_scale, c.aspect_ratio, self.grid, self._largest)
-        contexts = possible_sizes(c.context_scale, (1.0, 1.0), self.grid, self._largest)
+        targets, contexts = self.possible_blocks()
         for key, sizes in (("target_scale", targets), ("context_scale", contexts)):
             h, w = min(sizes, key=math.prod)
             if h * w <= c.min_keep:
@@ -220,6 +254,41 @@ class MaskSampler:
                 f"mask.target_scale={list(c.target_scale)}, raise "
                 f"mask.context_scale={list(c.context_scale)}, or set mask.allow_overlap=true"
             )
+
+
+def context_counts(config: MaskConfig, grid: Size, batch: int) -> dict[Sizes, int]:
+    """The fixed Kc of each pair of sizes (target, context) under ``static_shapes``.
+
+    Kc = round(E[shortest context of ``batch`` images | sizes]) = round(sum_k P(length >= k)^batch):
+    the mean that the sampler has without ``static_shapes``. P is the share among images drawn by
+    that sampler from a stream of its own. It does not depend on the run's seed, so Kc is a function
+    of the arguments alone, on every rank and after a restart.
+    """
+    # A length k counts where all of the batch have at least k patches.
+    return {
+        sizes: max(round(float((survival**batch).sum())), config.min_keep + 1)
+        for sizes, survival in _survivals(config.model_copy(update={"static_shapes": False}), grid)
+    }
+
+
+@lru_cache(maxsize=16)
+def _survivals(config: MaskConfig, grid: Size) -> tuple[tuple[Sizes, Float64Array], ...]:
+    """For each pair of sizes: P(an image keeps at least k context patches), k = 1, ..., N."""
+    sampler = MaskSampler(config, grid, stream_seed(0, "mask_count"))
+    sampler.overlapped = True  # its warnings would speak of images that nobody trains on
+    targets, contexts = sampler.possible_blocks()
+    pairs = sorted((target, context) for target in targets for context in contexts)
+    patches = math.prod(grid)
+    images = max(_CHUNK, _EFFORT // (len(pairs) * (600 + 4 * patches)))
+    found = []
+    for number, sizes in enumerate(pairs):
+        histogram = np.zeros(patches + 1, dtype=np.int64)
+        for start in range(0, images, _CHUNK):
+            ids = np.arange(start, min(start + _CHUNK, images), dtype=np.int64)
+            kept = sampler._draw(number, ids, sizes)[2]
+            histogram += np.bincount(kept.sum(axis=1), minlength=patches + 1)
+        found.append((sizes, histogram[::-1].cumsum()[::-1][1:] / images))
+    return tuple(found)
 
 
 def choose_random(kept: BoolArray, count: int, keys: Int64Array) -> BoolArray:

@@ -20,7 +20,7 @@ Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
 
 #: The streams that exist; a misspelt name would silently be another stream. ``init/<module>`` too.
-STREAMS = ("order", "crop", "flip", "mask_size", "mask_place", "level", "noise")
+STREAMS = ("order", "crop", "flip", "mask_size", "mask_place", "mask_count", "level", "noise")
 _CHUNK = 1 << 14  # counters at a time: Philox runs inside the cache
 
 

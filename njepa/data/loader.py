@@ -119,8 +119,9 @@ class Loader:
         else:  # as published: every rank for itself
             masks = self._masks(micro_step, plan.ids)
             context_idx, target_idx, lengths = masks
-        context_lengths = None
+        context_lengths, kept = None, masks.context_idx.shape[1]
         if self._config.mask.ragged:
+            kept = masks.lengths.min()  # without ``ragged``
             context_idx = context_idx[:, : lengths.max()]  # another rank's may be longer
             if lengths.min() < lengths.max():
                 context_lengths = Lengths(tuple(lengths.tolist()), self._tensor(lengths))
@@ -139,7 +140,7 @@ class Loader:
             sigma,
             micro_step,
             context_lengths,
-            float(1.0 - masks.lengths.min() / masks.lengths.mean()),
+            float(1.0 - kept / masks.lengths.mean()),
         )
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> Tensor:

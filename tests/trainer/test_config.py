@@ -37,6 +37,7 @@ def test_every_recipe_reads_for_every_method_and_survives_a_round_trip(name, met
         ({"data": {"pth": 1}}, "data.pth: unknown key; did you mean 'path'?"),
         ({"data": {"eval_path": "test"}}, "data.eval_path=test needs data.path, got none"),
         ({"datas": {}}, "datas: unknown key; did you mean 'data'?"),
+        ({"mask": {"ragged": True, "static_shapes": True}}, "got both true; set one of them"),
         ({"model": {"lr": 1}}, "lr lives in section 'optim'"),
         ({"optim": {"batch_size": 8}}, "optim.batch_size: belongs to the DeepSpeed file"),
         ({"gradient_clipping": 1}, "gradient_clipping: belongs to the DeepSpeed file"),
@@ -118,3 +119,11 @@ def test_published_hyper_parameters():
     assert base.model.predictor.depth == 6
     assert base.optim.ema == (0.996, 1.0)
     assert yaml.safe_load(dump_config(base))["mask"]["min_keep"] == 10
+
+
+def test_a_bare_off_is_off():
+    """YAML reads it as false."""
+    config = load_config("shapes-tiny", ["run.compile=off", "run.cuda_graphs=off"])
+    assert (config.run.compile, config.run.cuda_graphs) == ("off", "off")
+    with pytest.raises(ConfigError, match=r"run\.compile: .*'blocks'.*, got True"):
+        load_config("shapes-tiny", ["run.compile=on"])
