@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,13 @@ from njepa_kernels._dispatch import choose
 from torch import Tensor
 
 from njepa import checkpointing, ds_engine
+from njepa.compilation import (
+    GraphedForward,
+    choose_compilation,
+    compilations,
+    compile_blocks,
+    eagerly,
+)
 from njepa.config import Config, ConfigError, dump_config
 from njepa.data.batch import Batch
 from njepa.data.decode import DecodeError, UnreadableImage
@@ -78,17 +85,22 @@ class Trainer:
                 ranks.device,
                 ds_engine.compute_dtype(ds, ranks.device),
             )
-            masks = MaskSampler(config.mask, config.grid, config.run.seed)
+            self.compilation = choose_compilation(config, ds_engine.zero_stage(ds), ranks.device)
+            # Kc is the minimum over all ranks, or, as published, over each on its own.
+            ranks_together = ranks.world if config.mask.compat == "fixed" else 1
+            self.masks = MaskSampler(
+                config.mask, config.grid, config.run.seed, self.sizes.micro * ranks_together
+            )
         self.evaluator: Evaluator | None = None  # rank 0, where there are labelled test images
         self.folder: RunFolder | None = None  # rank 0 only
         ranks.on_main(lambda: self._claim(ds))
         try:
-            self._build(ds, masks)
+            self._build(ds)
         except BaseException:
             self.close()
             raise
 
-    def _build(self, ds: dict[str, Any], masks: MaskSampler) -> None:
+    def _build(self, ds: dict[str, Any]) -> None:
         config, ranks = self.config, self.ranks
         with _as_config_error():
             self.index = open_source(
@@ -122,6 +134,8 @@ class Trainer:
         encoder = module.jepa.encoder
         self.target = make_target(encoder).to(ranks.device)
         self.online = ema_parameters(encoder)
+        if self.compilation.mode == "blocks":
+            compile_blocks((module, self.target), config.mask.static_shapes)
         self.engine = ds_engine.build_engine(
             module,
             param_groups(module, config.optim.weight_decay),
@@ -130,12 +144,18 @@ class Trainer:
             config.optim,
             ranks.device,
         )
+        self._target_forward: Callable[[Tensor], Tensor] = self.encode_target
+        if config.run.cuda_graphs == "target":
+            self._target_forward = GraphedForward(
+                self.target, lambda: ds_engine.autocast(self.engine, ranks.device)
+            )
+        self._compiled_before, self._compilations = compilations(), 0  # the second: in the log
         self._norm: Tensor | None = None
         self._tracker: Tracker | None = None  # rank 0, while running
         self._means, self._features, self._watch = MetricMeans(), FeatureMonitor(), Stopwatch()
         self.step = self._resume() if config.run.resume else 0
         self.loader = build_loader(
-            config, self.index, order, masks, noise, ranks.device, self.step, self.total_steps
+            config, self.index, order, self.masks, noise, ranks.device, self.step, self.total_steps
         )
 
     def close(self) -> None:
@@ -214,7 +234,7 @@ class Trainer:
         ds_engine.set_rates(self.engine, lr, weight_decay)
         for _ in range(self.sizes.accumulation):
             batch = next(batches)
-            h = self.encode_target(batch.images)
+            h = self._target_forward(batch.images)
             loss, metrics = self.engine(batch, h)
             self.engine.backward(loss)
             if self.engine.is_gradient_accumulation_boundary():
@@ -260,6 +280,7 @@ class Trainer:
                     "ema": momentum,
                     **({} if norm is None else {"grad_norm": norm}),
                     **self._features.read(),
+                    **self._new_compilations(),
                     "images_per_s": round(steps * self.sizes.total / seconds, 2),
                     "data_wait_frac": round(waited / seconds, 4),
                 },
@@ -271,6 +292,11 @@ class Trainer:
                 f"optim.lr, lengthen optim.warmup_epochs, or set gradient_clipping in the "
                 f"DeepSpeed file"
             )
+
+    def _new_compilations(self) -> dict[str, int]:
+        """``compilations`` so far, where there are more than in the last line."""
+        known, self._compilations = self._compilations, compilations() - self._compiled_before
+        return {"compilations": self._compilations} if self._compilations > known else {}
 
     def _save(self) -> None:
         norm = ds_engine.gradient_norm(self.engine, self._norm)
@@ -299,7 +325,9 @@ class Trainer:
 
     def _evaluate(self) -> None:
         if self.evaluator is not None and self._tracker is not None:
-            self._tracker.log(self.step, report("knn_top1", self.evaluator.knn(self.encode_target)))
+            with eagerly(self.compilation):
+                score = self.evaluator.knn(self.encode_target)
+            self._tracker.log(self.step, report("knn_top1", score))
         self.ranks.barrier()
 
     def _summarise(self, images: int, seconds: float) -> dict[str, Any] | None:
@@ -314,10 +342,11 @@ class Trainer:
         if self.evaluator is not None:
             self._say("evaluating: target encoder, untrained network, raw pixels")
             untrained = build_encoder(self.config).to(self.ranks.device).eval()
-            scores = {
-                **self.evaluator.final(self.encode_target),
-                **self.evaluator.floors(untrained),
-            }
+            with eagerly(self.compilation):
+                scores = {
+                    **self.evaluator.final(self.encode_target),
+                    **self.evaluator.floors(untrained),
+                }
         summary = {
             "recipe": self.config.recipe,
             "method": self.config.method,
@@ -331,6 +360,8 @@ class Trainer:
             "device": device_name(self.ranks.device),
             "impl": self.impl,
             "attention": str(self.attention),
+            "compile": self.compilation.mode,
+            "compilations": compilations() - self._compiled_before,
             "skipped_images": skipped,
             "seconds": round(seconds, 1),
         }
@@ -388,7 +419,13 @@ class Trainer:
             "device": device_name(self.ranks.device),
             "ops": ", ".join(f"{op}: {impl}" for op, impl in self.impl.items()),
             "attention": str(self.attention),
+            "compile": str(self.compilation),
         }
+        if config.mask.static_shapes:
+            rows["shapes"] = ", ".join(
+                f"{count} + {math.prod(target)}"
+                for count, target in sorted({(n, t) for (t, _), n in self.masks.counts.items()})
+            )
         return "\n".join(f"{name:>9}  {text}" for name, text in rows.items())
 
 

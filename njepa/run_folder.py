@@ -19,8 +19,9 @@ from njepa.config import Config, ConfigError, dump_config
 
 #: Settings that may change when a run is resumed; all others decide its result.
 FREE_ON_RESUME = (
-    "recipe", "run", "eval", "impl", "model.attention", "data.path", "data.eval_path",
-    "data.backend", "data.workers", "data.prefetch", "data.hw_decoder_load", "data.cache_dir",
+    "recipe", "run", "eval", "impl", "model.attention", "model.checkpoint_blocks",
+    "data.path", "data.eval_path", "data.backend", "data.workers", "data.prefetch",
+    "data.hw_decoder_load", "data.cache_dir",
 )  # fmt: skip
 FIXED_IN_RUN = ("run.seed", "run.max_steps")
 

@@ -20,6 +20,7 @@ from njepa.models.attention import SDPA, Attention, use_attention
 from njepa.models.init import init_generator, init_weights, rescale_by_depth
 from njepa.models.patch_projection import PatchProjection
 from njepa.models.positions import position_table
+from njepa.models.recompute import run_blocks
 
 
 class EncoderSize(NamedTuple):
@@ -103,6 +104,7 @@ class Encoder(VisionTransformer):
         mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
         std: tuple[float, float, float] = (0.229, 0.224, 0.225),
         attention: Attention = SDPA,
+        checkpoint_blocks: bool = False,
     ) -> None:
         """``mean``, ``std``: normalise bytes; see ``njepa.config.DataConfig``."""
         # The layers draw their own defaults first; init_weights replaces them all.
@@ -123,6 +125,7 @@ class Encoder(VisionTransformer):
             )
             self.patch_embed.proj = PatchProjection(size.width, patch_size, mean, std, impl)
         self.impl, self.attention = impl, attention
+        self.checkpoint_blocks = checkpoint_blocks
         use_attention(self.blocks, attention)
         table = position_table(size.width, (image_size // patch_size,) * 2, pos_scale)
         self.pos_embed: nn.Parameter = nn.Parameter(table.unsqueeze(0), requires_grad=False)
@@ -154,8 +157,7 @@ class Encoder(VisionTransformer):
             x = x + pos if idx is None else gather_tokens(x, idx, pos[0], impl=self.impl)
         sequences = self.attention.sequences(x.shape[0], x.shape[1], lengths)
         x = sequences.enter(x)
-        for block in self.blocks:
-            x = block(x, attn_mask=sequences)
+        x = run_blocks(self.blocks, x, self.checkpoint_blocks, attn_mask=sequences)
         return sequences.leave(self.norm(x))
 
 
@@ -171,6 +173,7 @@ def build_encoder(config: Config, attention: Attention = SDPA) -> Encoder:
         mean=config.data.mean,
         std=config.data.std,
         attention=attention,
+        checkpoint_blocks=model.checkpoint_blocks,
     )
     init_weights(encoder, model, init_generator(config.run.seed, "encoder"))
     if model.depth_rescaled_init:

@@ -19,6 +19,7 @@ from njepa.models.attention import SDPA, Attention, use_attention
 from njepa.models.encoder import BlockNorm, EncoderSize, check_heads, encoder_size
 from njepa.models.init import init_generator, init_weights, rescale_by_depth
 from njepa.models.positions import position_table, sincos
+from njepa.models.recompute import run_blocks
 from njepa.models.shared_context import Segments, share_context
 from njepa.randomness import stream_seed
 
@@ -49,11 +50,13 @@ class Predictor(nn.Module):
         shared_context: bool = False,
         impl: Impl = "auto",
         attention: Attention = SDPA,
+        checkpoint_blocks: bool = False,
     ) -> None:
         """``noise``: how sigma acts; None for a predictor that never gets one."""
         super().__init__()
         self.noise, self.noise_seed, self.impl = noise, noise_seed, impl
         self.shared_context, self.attention = shared_context, attention
+        self.checkpoint_blocks = checkpoint_blocks
         table = position_table(width, grid, pos_scale)
         # The layers draw their own defaults first; init_weights replaces them all.
         with torch.random.fork_rng(devices=[]):
@@ -135,16 +138,18 @@ class Predictor(nn.Module):
             kept = context + F.embedding(context_idx, pos)
             segments = Segments.of(self.attention, kept, target_idx, context_lengths)
             tokens = segments.join(kept, tokens)
-            for block in self.predictor_blocks:
-                tokens = block(tokens, attn_mask=segments)
+            tokens = run_blocks(
+                self.predictor_blocks, tokens, self.checkpoint_blocks, attn_mask=segments
+            )
             queries = segments.split(tokens)[1].flatten(0, 1)
         else:
             sequences = self.attention.sequences(
                 tokens.shape[0], tokens.shape[1], context_lengths, tail=n_targets
             )
             tokens = sequences.enter(tokens)
-            for block in self.predictor_blocks:
-                tokens = block(tokens, attn_mask=sequences)
+            tokens = run_blocks(
+                self.predictor_blocks, tokens, self.checkpoint_blocks, attn_mask=sequences
+            )
             queries = sequences.last(tokens, n_targets)
         features: Tensor = self.predictor_proj(self.predictor_norm(queries))
         return features
@@ -218,6 +223,7 @@ def build_predictor(
         shared_context=part.context == "shared",
         impl=config.impl.default,
         attention=attention,
+        checkpoint_blocks=model.checkpoint_blocks,
     )
     generator = init_generator(config.run.seed, name)
     nn.init.trunc_normal_(predictor.mask_token, std=0.02, generator=generator)

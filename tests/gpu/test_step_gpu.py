@@ -1,0 +1,128 @@
+"""The whole step on a GPU: no host sync, compiled blocks, the target's CUDA graph."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
+from jobs import TINY, make_images
+from tiny import tiny_config
+
+from njepa.compilation import GraphedForward, compile_blocks
+from njepa.ema import ema_parameters, make_target, update_target
+from njepa.loop import Trainer
+from njepa.models.encoder import build_encoder
+from njepa.ranks import Ranks, join_ranks, leave_ranks
+from njepa.recipes import load_config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+SHAPES = [
+    "mask.static_shapes=true", "mask.context_scale=[1.0, 1.0]", "mask.target_scale=[0.2, 0.2]",
+    "mask.aspect_ratio=[1.0, 1.0]",
+]  # fmt: skip
+VARIANTS: dict[str, list[str]] = {
+    "eager": ["run.compile=off"],
+    "compiled": ["run.compile=blocks"],
+    "recomputed": ["run.compile=off", "model.checkpoint_blocks=true"],
+    "compiled-and-recomputed": ["run.compile=blocks", "model.checkpoint_blocks=true"],
+    "graph": ["run.compile=off", "run.cuda_graphs=target"],
+    "compiled-graph": ["run.compile=blocks", "run.cuda_graphs=target"],
+}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    yield join_ranks("cuda")
+    leave_ranks()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("step")
+    make_images(folder / "images", 26)
+    return folder
+
+
+def build(folder: Path, ranks: Ranks, run: Path, overrides: list[str], ds: dict[str, Any]) -> Any:
+    config = load_config(
+        "shapes-tiny",
+        [
+            *TINY, *SHAPES, f"data.path={folder}/images", f"data.cache_dir={folder}/cache",
+            f"run.dir={run}", "method=ncjepa", "run.max_steps=12", *overrides,
+        ],
+    )  # fmt: skip
+    return Trainer(config, {"train_micro_batch_size_per_gpu": 4, **ds}, ranks)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_does_not_wait_for_the_gpu(
+    ranks: Ranks, images: Path, tmp_path: Path, variant: str, autocast: bool
+) -> None:
+    """Three steps after three of warm-up (compilation, capture, the optimizer's first state)."""
+    ds = {"torch_autocast": {"enabled": autocast}}
+    trainer = build(images, ranks, tmp_path / "run", VARIANTS[variant], ds)
+    batches = iter(trainer.loader)
+    try:
+        for step in range(6):
+            torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")
+            trainer._train_step(batches)
+            trainer.step += 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        trainer.loader.close()
+        trainer.close()
+        trainer.engine.destroy()
+
+
+def losses(trainer: Any) -> torch.Tensor:
+    batches, found = iter(trainer.loader), []
+    for _ in range(8):
+        trainer._train_step(batches)
+        trainer.step += 1
+        found.append(trainer._means.read()["loss"])
+    trainer.loader.close()
+    trainer.close()
+    trainer.engine.destroy()
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "eager"])
+def test_losses_are_the_eager_ones_up_to_rounding(
+    ranks: Ranks, images: Path, tmp_path: Path, variant: str
+) -> None:
+    expected = losses(build(images, ranks, tmp_path / "eager", VARIANTS["eager"], {}))
+    got = losses(build(images, ranks, tmp_path / variant, VARIANTS[variant], {}))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("enabled", [False, True], ids=["fp32", "bf16"])
+def test_the_graph_follows_parameters_that_change_in_place(compiled: bool, enabled: bool) -> None:
+    encoder = build_encoder(tiny_config())
+    target = make_target(encoder).cuda()
+    if compiled:
+        compile_blocks([target], static_shapes=True)
+    precision = partial(torch.autocast, "cuda", torch.bfloat16, enabled=enabled)
+    graphed = GraphedForward(target, precision)
+    generator = torch.Generator().manual_seed(0)
+    for momentum in (1.0, 0.5, 0.0):
+        images = torch.randn(4, 3, 48, 48, generator=generator).cuda()
+        moved = [p + 0.1 * torch.randn_like(p) for p in ema_parameters(target)]
+        update_target(target, moved, momentum)
+        with torch.no_grad(), precision():
+            expected = target(images)
+        torch.testing.assert_close(graphed(images), expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"captured for \[4, 3, 48, 48\].*got \[2, 3, 48, 48\]"):
+        graphed(images[:2])
