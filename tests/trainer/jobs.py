@@ -2,8 +2,8 @@
 
     python jobs.py JOBS.json OUT.pt        with RANK, WORLD_SIZE, ... in the environment
 
-Every job is {name, overrides, ds, grads}; all jobs of a call share the processes, because starting
-them costs more than training does. OUT.pt (rank 0) maps the name to what was recorded.
+Every job is {name, overrides, ds, grads, reads}; all jobs of a call share the processes, because
+starting them costs more than training does. OUT.pt (rank 0) maps the name to what was recorded.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from host_reads import reads_of
 from PIL import Image
 
 TINY = [
@@ -77,6 +78,10 @@ def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
 
     config = load_config("shapes-tiny", TINY + job["overrides"])
     trainer = Trainer(config, job["ds"], ranks)
+    if job.get("reads"):  # instead of a whole run
+        seen = reads_of(trainer, steps=2)
+        trainer.engine.destroy()
+        return {"reads": seen}
     record: dict[str, Any] = {"ids": [], "grads": [], "losses": []}
     engine = trainer.engine
     names = {p: n for n, p in engine.module.named_parameters() if p.requires_grad}
