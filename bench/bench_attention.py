@@ -104,7 +104,13 @@ LAYOUTS = [("target", "dense"), ("context", "dense"), ("context", "ragged"),
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("part", "layout"), LAYOUTS, ids=["-".join(p) for p in LAYOUTS])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model",
+    [
+        name if name == next(iter(MODELS)) else pytest.param(name, marks=pytest.mark.slow_on_cpu)
+        for name in MODELS
+    ],
+)
 def test_attention(benchmark: Any, model: str, part: str, layout: str, impl: str) -> None:
     sequences, shape, counts = case(model, part, layout, impl)
     rows, length, heads, head_width = shape

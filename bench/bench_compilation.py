@@ -1,6 +1,6 @@
 """What docs/performance.md, "Compilation", says: compiled blocks, AdamW, memory, shapes.
 
-    python -m pytest bench/bench_compilation.py --benchmark-only --benchmark-columns=median -s
+    python -m pytest bench/bench_compilation.py --benchmark-only --full --benchmark-columns=median -s
 
 ViT-S/16 at 224 pixels, batch 8, I-JEPA, fp32, on a CPU with one thread. ``eager`` and ``compile``
 take turns within a test, as do the forms of AdamW; their ratio is printed. Times are CPU time.
@@ -33,6 +33,9 @@ SIZE = "vits16-224-b8"
 BATCH, SIZES = 8, ((7, 5), (13, 13))  # of targets and context: the most frequent ones
 
 
+pytestmark = pytest.mark.slow_on_cpu
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -50,7 +53,7 @@ def make_batch(config: Config) -> Batch:
     masks = MaskSampler(config.mask, config.grid, 0, BATCH)
     step = next(step for step in range(1000) if masks.block_sizes(step) == SIZES)
     ids = np.arange(BATCH, dtype=np.int64)
-    context, targets = (torch.from_numpy(x) for x in masks(step, ids))
+    context, targets, _ = (torch.from_numpy(x) for x in masks(step, ids))
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (BATCH, 224, 224, 3), dtype=torch.uint8, generator=generator)
     return Batch(images, torch.from_numpy(ids), context, targets, None, None, step)

@@ -210,6 +210,7 @@ def test_loader(benchmark: Any, files: tuple[str, Path], impl: str) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("impl", ["torch", "dali"])
 def test_wait_of_a_run(benchmark: Any, files: tuple[str, Path], impl: str) -> None:
     """A short training in a process of its own; the share of the time that it waited for images.

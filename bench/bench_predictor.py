@@ -1,6 +1,6 @@
 """The predictor with a context per block and with a shared one; the ways to compute the latter.
 
-    python -m pytest bench/bench_predictor.py --benchmark-only
+    python -m pytest bench/bench_predictor.py --benchmark-only --full
 
 ``test_predictor``: forward and backward by ``model.predictor.context``, eager and compiled, of M
 blocks or (``noise.map=all``) of M blocks at each of 4 levels. ``test_attention``: the attention
@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "trainer"))
 from masked_predictor import dense_prediction, may_attend
 from published_ijepa import PublishedPredictor
 
+pytestmark = pytest.mark.slow_on_cpu
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
