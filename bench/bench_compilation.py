@@ -1,6 +1,6 @@
 """What docs/performance.md, "Compilation", says: compiled blocks, AdamW, memory, shapes.
 
-    python -m pytest bench/bench_compilation.py --benchmark-only --full --benchmark-columns=median -s
+    pytest bench/bench_compilation.py --benchmark-only --full --benchmark-columns=median -s
 
 ViT-S/16 at 224 pixels, batch 8, I-JEPA, fp32, on a CPU with one thread. ``eager`` and ``compile``
 take turns within a test, as do the forms of AdamW; their ratio is printed. Times are CPU time.
