@@ -245,7 +245,7 @@ def drawn_shapes(config: Config, sizes: BatchSizes) -> Counter[Shape]:
 
 @lru_cache(maxsize=256)
 def _drawn(mask: MaskConfig, grid: tuple[int, int], seed: int, images: int) -> Counter[Shape]:
-    sampler, ids = MaskSampler(mask, grid, seed), np.arange(images, dtype=np.int64)
+    sampler, ids = MaskSampler(mask, grid, seed, images), np.arange(images, dtype=np.int64)
     masks = (sampler(step, ids) for step in range(STEPS))
     return Counter(Shape(m.context_idx.shape[-1], m.target_idx.shape[-1]) for m in masks)
 

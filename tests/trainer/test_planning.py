@@ -19,6 +19,7 @@ from njepa import planning as plan
 from njepa.cli import main
 from njepa.ds_engine import BatchSizes
 from njepa.ema import make_target
+from njepa.masking import MaskSampler
 from njepa.models.encoder import Encoder, encoder_size
 from njepa.recipes import load_config
 from njepa.step import TrainModule
@@ -274,6 +275,15 @@ def test_a_giant_step_fits_on_one_h200():
     config = load_config("in1k-vith14", ["data.path=.", "model.encoder=vit_giant"])
     zero = plan.ZeroSettings(0, plan.AUTOCAST)
     assert plan.largest_micro_batch(config, zero, 1, 0.9 * plan.GPUS["h200"].memory, False) >= 128
+
+
+def test_static_shapes_are_those_that_the_sampler_fixes():
+    config = load_config("in1k-vitb16", ["data.path=.", "mask.static_shapes=true"])
+    shapes = plan.drawn_shapes(config, BatchSizes(16, 1, 8))
+    fixed = MaskSampler(config.mask, config.grid, config.run.seed, 128).counts
+    pairs = {(kc, target[0] * target[1]) for (target, _), kc in fixed.items()}
+    assert {tuple(shape) for shape in shapes} <= pairs
+    assert 1 < len(shapes) <= len(pairs) < 40
 
 
 def test_time_is_the_sum_of_its_ceilings():
