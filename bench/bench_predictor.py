@@ -108,7 +108,9 @@ def predictor_flops(size: Size, n_blocks: int, shared: bool) -> int:
     if shared:
         tokens, pairs = size.n_context + n_queries, size.n_context**2 + n_queries * length
     ends = 2 * WIDTH * size.encoder_width * (size.n_context + n_queries)
-    return 3 * size.batch * (ends + size.depth * (24 * WIDTH**2 * tokens + 4 * WIDTH * pairs))
+    layer = 24 * WIDTH**2 * tokens + 4 * WIDTH * pairs
+    last = WIDTH**2 * (6 * tokens + 18 * n_queries) + 4 * WIDTH * n_queries * length
+    return 3 * size.batch * (ends + (size.depth - 1) * layer + last)
 
 
 @each_size

@@ -1,8 +1,9 @@
 """What runs compiled or as a CUDA graph: the transformer blocks, and the target encoder's forward.
 
 Regional compilation: a transformer block is one compiled region, so all layers of one width share
-one compilation for each shape. Embeddings, the fused ops, the loss and the optimizer stay as they
-are: they are few, and their kernels are fused already.
+one compilation for each shape; the last of a predictor, which computes less, has its own.
+Embeddings, the fused ops, the loss and the optimizer stay as they are: they are few, and their
+kernels are fused already.
 """
 
 from __future__ import annotations

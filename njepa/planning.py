@@ -76,17 +76,21 @@ class Stack:
         """Two norms a block and the one behind the last."""
         return (2 * self.depth + 1) * 2 * self.width
 
-    def flops(self, tokens: int, pairs: int | None = None) -> float:
-        """Forward: 2n(4D^2 + 2DH) + 4D times the pairs of query and key, for each block.
+    def flops(self, tokens: int) -> float:
+        """Forward of all blocks, for one sequence."""
+        return self.depth * self.block_flops(tokens, tokens**2)
 
-        ``pairs``: None for one sequence, n^2.
+    def block_flops(self, tokens: int, pairs: int, queries: int | None = None) -> float:
+        """Forward of one block: 6nD^2 for qkv, 2n(D^2 + 2DH), and 4D for a pair of query and key.
+
+        ``queries``: how many tokens go on behind qkv; None: all.
         """
         d, h = self.width, self.hidden
-        attention = 4 * d * (tokens**2 if pairs is None else pairs)
-        return self.depth * (2 * tokens * (4 * d * d + 2 * d * h) + attention)
+        behind = tokens if queries is None else queries
+        return 6 * tokens * d * d + 2 * behind * (d * d + 2 * d * h) + 4 * d * pairs
 
-    def block_bytes(self, precision: Precision) -> int:
-        """Saved for the backward by one block, per token.
+    def block_bytes(self, precision: Precision, tokens: int, queries: int | None = None) -> int:
+        """Saved for the backward by one block; ``queries`` as in ``block_flops``.
 
         The inputs of both norms in the type of the residual stream; the inputs of the four linear
         layers, q, k and v, and the input of GELU in that of the matmuls; mean and reciprocal
@@ -95,18 +99,29 @@ class Stack:
         """
         r, c = precision
         d, h = self.width, self.hidden
-        return 2 * r * d + c * (6 * d + 2 * h) + 4 * (4 + self.heads)
+        behind = tokens if queries is None else queries
+        to_qkv = tokens * (r * d + 8 + c * 4 * d)
+        return to_qkv + behind * (r * d + 8 + c * (2 * d + 2 * h) + 4 * self.heads)
 
-    def saved_bytes(self, rows: int, precision: Precision, checkpointed: bool = False) -> int:
+    def saved_bytes(
+        self,
+        rows: int,
+        precision: Precision,
+        checkpointed: bool = False,
+        queries: int | None = None,
+    ) -> int:
         """Saved by all blocks for ``rows`` tokens, and by the norm behind them.
 
         ``checkpointed``: the input of every block, and everything of the one that is recomputed.
+        ``queries``: how many tokens leave the last block; None: all.
         """
         r, d = precision.parameter, self.width
-        blocks = self.depth * self.block_bytes(precision)
+        last = self.block_bytes(precision, rows, queries)
+        full = self.block_bytes(precision, rows) if self.depth > 1 else last
+        blocks = (self.depth - 1) * full + last
         if checkpointed:
-            blocks = self.depth * r * d + self.block_bytes(precision)
-        return rows * (blocks + r * d + 8)
+            blocks = self.depth * rows * r * d + full
+        return blocks + (rows if queries is None else queries) * (r * d + 8)
 
     def workspace_bytes(self, rows: int, precision: Precision) -> int:
         """Alive at once while one block runs, beyond what it saves: our estimate.
@@ -143,12 +158,12 @@ class Network:
         return kc + blocks * kt if self.shared_context else blocks * (kc + kt)
 
     def predictor_flops(self, shape: Shape, blocks: int) -> float:
-        """Forward of the predictor's blocks for one image."""
-        kc, kt = shape
-        if self.shared_context:
-            pairs = kc * kc + blocks * kt * (kc + kt)
-            return self.predictor.flops(self.predictor_rows(shape, blocks), pairs)
-        return blocks * self.predictor.flops(kc + kt)
+        """Forward of the predictor's blocks for one image; the queries alone leave the last."""
+        (kc, kt), p = shape, self.predictor
+        rows, queries = self.predictor_rows(shape, blocks), blocks * kt
+        asked = queries * (kc + kt)
+        pairs = asked + (kc * kc if self.shared_context else blocks * kc * (kc + kt))
+        return (p.depth - 1) * p.block_flops(rows, pairs) + p.block_flops(rows, asked, queries)
 
     @property
     def encoder_parameters(self) -> int:
@@ -356,14 +371,14 @@ def activation_bytes(
     for blocks in net.passes:
         predictor += kc * c * e.width  # input of predictor_embed
         rows = net.predictor_rows(shape, blocks)
-        predictor += p.saved_bytes(rows, precision, checkpointed)
+        predictor += p.saved_bytes(rows, precision, checkpointed, blocks * kt)
         if net.shared_context:
-            # The context's keys and values, copied beside each block's, and the joined results.
-            extra = c * p.width * (2 * blocks * (kc + kt) + rows)
-            predictor += extra * (1 if checkpointed else p.depth)
-            predictor -= kc * (8 + r * p.width)  # the last norm sees the targets alone
-        else:
-            predictor -= blocks * kc * 8  # as there, but it keeps all tokens
+            # The context's keys and values, copied beside each block's, and, but for the last
+            # layer, the joined results.
+            layers = min(p.depth, 2) if checkpointed else p.depth
+            joined = (layers - 1) * rows
+            copied = (1 if checkpointed else p.depth) * 2 * blocks * (kc + kt)
+            predictor += c * p.width * (copied + joined)
         predictor += blocks * kt * c * p.width  # input of predictor_proj
         loss += blocks * kt * 8 * e.width
     result = {

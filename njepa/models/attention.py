@@ -22,7 +22,8 @@ the predictor. Without lengths, or where they are all equal to L - tail, the seq
 mask, no packing, the same bits.
 
 From queries to keys of other lengths: ``queries.over(keys)``, two ``Sequences`` of equally many
-rows; the kernel then takes q as ``queries`` lie and k, v as ``keys`` lie.
+rows; the kernel then takes q as ``queries`` lie and k, v as ``keys`` lie. ``SelfAttention`` takes
+all tokens, as ``keys`` lie, and lets the last of each sequence ask.
 """
 
 from __future__ import annotations
@@ -102,11 +103,15 @@ class Sequences:
         return x
 
     def last(self, x: Tensor, n: int) -> Tensor:
-        """The last n tokens of each sequence, [R, n, D], where none of them is padding."""
+        """The last n tokens of each sequence, [R, n, ...], where none of them is padding."""
         if self.cu_seqlens is None:
             return x[:, self.length - n :]
         rows = self.cu_seqlens[1:, None] + torch.arange(-n, 0, device=x.device)
-        return x[0].index_select(0, rows.flatten()).view(self.rows, n, -1)
+        return x[0].index_select(0, rows.flatten()).view(self.rows, n, *x.shape[2:])
+
+    def take_queries(self, x: Tensor) -> Tensor:
+        """Of tokens as ``keys`` lie those that ask: the last of each sequence, [R, L, ...]."""
+        return x if self.keys is None else self.keys.last(x, self.length)
 
 
 @dataclass(frozen=True)
@@ -194,10 +199,14 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, attn_mask: Sequences | None = None, is_causal: bool = False
     ) -> Tensor:
-        """[R, L, D] or packed [1, T, D], as ``attn_mask`` says; None: dense. The name is timm's."""
+        """[R, L, D] or packed [1, T, D], as ``attn_mask`` says; None: dense. The name is timm's.
+
+        With keys of their own, ``x`` lies as they do, and the output [R, L, D] as the queries.
+        """
         assert not is_causal
         sequences = attn_mask or self.attention.sequences(*x.shape[:2])
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        q = sequences.take_queries(q)
         out: Tensor = self.proj(sequences.kernel(q, k, v, sequences).flatten(2))
         return out
 

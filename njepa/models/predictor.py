@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from njepa.config import Config, NoiseConfig
 from njepa.data.batch import Lengths
-from njepa.models.attention import SDPA, Attention, use_attention
+from njepa.models.attention import SDPA, Attention, Sequences, use_attention
 from njepa.models.encoder import BlockNorm, EncoderSize, check_heads, encoder_size
 from njepa.models.init import init_generator, init_weights, rescale_by_depth
+from njepa.models.last_block import LastBlock
 from njepa.models.positions import position_table, sincos
 from njepa.models.recompute import run_blocks
 from njepa.models.shared_context import Segments, share_context
@@ -52,8 +53,18 @@ class Predictor(nn.Module):
         attention: Attention = SDPA,
         checkpoint_blocks: bool = False,
     ) -> None:
-        """``noise``: how sigma acts; None for a predictor that never gets one."""
+        """A predictor with torch's default weights.
+
+        Args:
+            depth: blocks, at least 1; the last is a ``LastBlock``.
+            noise: how sigma acts; None for a predictor that never gets one.
+
+        Raises:
+            ValueError: ``depth`` below 1.
+        """
         super().__init__()
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1, got {depth}")
         self.noise, self.noise_seed, self.impl = noise, noise_seed, impl
         self.shared_context, self.attention = shared_context, attention
         self.checkpoint_blocks = checkpoint_blocks
@@ -64,7 +75,8 @@ class Predictor(nn.Module):
             self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
             self.predictor_pos_embed = nn.Parameter(table.unsqueeze(0), requires_grad=False)
             self.predictor_blocks = nn.ModuleList(
-                Block(width, heads, qkv_bias=True, norm_layer=BlockNorm) for _ in range(depth)
+                block(width, heads, qkv_bias=True, norm_layer=BlockNorm)
+                for block in (*[Block] * (depth - 1), LastBlock)
             )
             if shared_context:
                 share_context(self.predictor_blocks)
@@ -137,22 +149,26 @@ class Predictor(nn.Module):
         if shared:
             kept = context + F.embedding(context_idx, pos)
             segments = Segments.of(self.attention, kept, target_idx, context_lengths)
-            tokens = segments.join(kept, tokens)
-            tokens = run_blocks(
-                self.predictor_blocks, tokens, self.checkpoint_blocks, attn_mask=segments
+            tokens = self._run_blocks(
+                segments.join(kept, tokens), segments, segments.of_queries_alone()
             )
-            queries = segments.split(tokens)[1].flatten(0, 1)
+            queries = tokens.unflatten(0, (-1, n_targets))
         else:
             sequences = self.attention.sequences(
                 tokens.shape[0], tokens.shape[1], context_lengths, tail=n_targets
             )
-            tokens = sequences.enter(tokens)
-            tokens = run_blocks(
-                self.predictor_blocks, tokens, self.checkpoint_blocks, attn_mask=sequences
-            )
-            queries = sequences.last(tokens, n_targets)
+            last = self.attention.sequences(sequences.rows, n_targets).over(sequences)
+            queries = self._run_blocks(sequences.enter(tokens), sequences, last)
         features: Tensor = self.predictor_proj(self.predictor_norm(queries))
         return features
+
+    def _run_blocks(
+        self, tokens: Tensor, everything: Sequences | Segments, queries: Sequences | Segments
+    ) -> Tensor:
+        """All tokens in, the queries out: no block behind the last one reads its other tokens."""
+        *blocks, last = self.predictor_blocks
+        tokens = run_blocks(blocks, tokens, self.checkpoint_blocks, attn_mask=everything)
+        return run_blocks([last], tokens, self.checkpoint_blocks, attn_mask=queries)
 
     def _embed_with_noise(
         self, z: Tensor, target_idx: Tensor, sample_ids: Tensor, micro_step: int

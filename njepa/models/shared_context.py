@@ -9,14 +9,14 @@ All tokens of a batch are rows of one matrix, each of them once:
                               of block l of image b
 
 Norm, MLP and projections act on rows. Attention lets context b attend to itself, and block (l, b)
-to context b and to itself.
+to context b and to itself. Of the last layer the context needs keys and values only.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,8 +34,8 @@ class Segments:
     n_blocks: int
     n_context: int
     n_targets: int
-    context: Sequences
-    """The context of each image, over itself."""
+    context: Sequences | None
+    """The context of each image, over itself. None: it has keys and values only."""
     queries: Sequences
     """The queries of each block, over context and themselves."""
 
@@ -56,6 +56,14 @@ class Segments:
             attention.sequences(batch, n_context, lengths),
             attention.sequences(rows, n_targets).over(keys),
         )
+
+    def of_queries_alone(self) -> Segments:
+        """The same rows, of which the queries ask and the context is only asked."""
+        return replace(self, context=None)
+
+    def take_queries(self, rows: Tensor) -> Tensor:
+        """Rows [B*Kc + L*B*Kt, ...] to those of the queries, [L*B*Kt, ...]."""
+        return self.split(rows)[1].flatten(0, 2)
 
     def join(self, context: Tensor, queries: Tensor) -> Tensor:
         """[B, Kc, d] and [L*B, Kt, d] to rows [B*Kc + L*B*Kt, d]."""
@@ -81,13 +89,16 @@ def shared_context_attention(context: Tensor, queries: Tensor, segments: Segment
         queries: [L, B, Kt, 3, H, e], those of the queries.
 
     Returns:
-        [B*Kc + L*B*Kt, H*e], rows as in the head of this file.
+        [B*Kc + L*B*Kt, H*e], rows as in the head of this file; without ``segments.context`` those
+        of the queries, [L*B*Kt, H*e].
     """
-    of_context = _attend(segments.context, *context.unbind(2))
     repeated = context[:, :, 1:].expand(segments.n_blocks, *context[:, :, 1:].shape)
     keys_values = torch.cat((repeated, queries[:, :, :, 1:]), dim=2).flatten(0, 1)
     q = queries[:, :, :, 0].flatten(0, 1)
     of_queries = _attend(segments.queries, q, *keys_values.unbind(2))
+    if segments.context is None:
+        return of_queries
+    of_context = _attend(segments.context, *context.unbind(2))
     return torch.cat((of_context, of_queries))
 
 
@@ -109,7 +120,10 @@ class SharedContextAttention(nn.Module):
         self.qkv, self.proj = attn.qkv, attn.proj
 
     def forward(self, x: Tensor, attn_mask: Segments, is_causal: bool = False) -> Tensor:
-        """Rows [B*Kc + L*B*Kt, d] in and out. timm's ``Block`` hands ``attn_mask`` on."""
+        """Rows [B*Kc + L*B*Kt, d] in and out, or those of the queries out.
+
+        timm's ``Block`` hands ``attn_mask`` on.
+        """
         assert not is_causal
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         out: Tensor = self.proj(shared_context_attention(*attn_mask.split(qkv), attn_mask))

@@ -142,6 +142,28 @@ def test_all_layers_share_one_compilation_for_each_shape(fresh_dynamo, monkeypat
             assert compilations() - before == done
 
 
+@pytest.mark.parametrize("context", ["per_block", "shared"])
+def test_predictors_share_their_compilations_and_have_one_more_for_the_last_block(
+    fresh_dynamo, monkeypatch, context
+):
+    monkeypatch.setattr(torch.nn.Module, "compile", with_backend("aot_eager"))
+    part = {"width": 24, "depth": 3, "heads": 2, "context": context}
+    config = tiny_config("njepa", model={"predictor": part})
+    module, batch = TrainModule(config), make_batch(config)
+    with torch.no_grad():
+        h = make_target(module.jepa.encoder)(batch.images)
+    predictors = [module.jepa.predictor, module.jepa.noise_predictor]
+    expected = module(batch, h)[0]
+    compile_blocks(predictors, static_shapes=True)
+    before = compilations()
+    for _ in range(2):
+        torch.testing.assert_close(module(batch, h)[0], expected, rtol=1e-6, atol=0)
+        assert compilations() - before == 2
+    shorter = batch._replace(context_idx=batch.context_idx[:, 1:])
+    module(shorter, h)
+    assert compilations() - before == 4
+
+
 def test_without_static_shapes_two_compilations_serve_every_shape(fresh_dynamo, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", with_backend("aot_eager"))
     blocks = stack(2)
@@ -243,7 +265,8 @@ def test_compilations_stop_at_the_number_of_shapes(root, compiled):
     logged = [line.get("compilations") for line in lines(root, "blocks")]
     shapes = {(x["k_context"], x["k_target"]) for x in lines(root, "blocks")}
     contexts, queries = {c for c, _ in shapes}, {c + t for c, t in shapes}
-    # The target encoder has one shape; both predictors, as wide as each other, share theirs.
+    # The target encoder has one shape; both predictors, as wide as each other, share theirs, and
+    # their only block is their last.
     assert len(shapes) == 2
     expected = 1 + len(contexts) + len(queries)
     counts = [count for count in logged if count is not None]

@@ -43,6 +43,11 @@ CASES = {
 }
 SHARED = {"predictor": {"width": 24, "depth": 2, "heads": 2, "context": "shared"}}
 CASES["shared"] = {"method": "njepa", "model": SHARED}
+ONE_LAYER = {"predictor": {"width": 24, "depth": 1, "heads": 2}}
+CASES["one-layer"] = {"method": "njepa", "model": ONE_LAYER}
+CASES["shared-one-layer"] = {
+    "method": "njepa", "model": {"predictor": ONE_LAYER["predictor"] | {"context": "shared"}}
+}  # fmt: skip
 CASES["shared-all"] = {"method": "njepa", "model": SHARED, "noise": {"map": "all"}}
 
 
@@ -166,7 +171,7 @@ def test_activations_with_checkpointed_blocks():
     net = plan.network(config)
     rows = BATCH * SHAPE.context, BATCH * net.predictor_rows(SHAPE, 4)
     recomputed = sum(
-        count * stack.block_bytes(plan.FP32)
+        stack.block_bytes(plan.FP32, count)
         for count, stack in zip(rows, (net.encoder, net.predictor), strict=True)
     )
     computed = sum(plan.activation_bytes(config, SHAPE, BATCH, plan.FP32, True).values())

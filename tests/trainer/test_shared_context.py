@@ -204,16 +204,23 @@ def forward_flops(config: Config, n_blocks: int) -> int:
 
 @pytest.mark.parametrize("n_blocks", [N_BLOCKS, 4 * N_BLOCKS], ids=["one-level", "all-levels"])
 def test_operations_are_those_of_the_formula(n_blocks: int):
-    depth, d, encoder_width = 2, WIDTH, 32
-    n_queries = n_blocks * N_TARGETS
+    d, encoder_width = WIDTH, 32
+    n_queries, length = n_blocks * N_TARGETS, N_CONTEXT + N_TARGETS
     ends = 2 * d * encoder_width * (N_CONTEXT + n_queries)
     # Per token 12 d^2 multiplications (qkv 3, projection 1, MLP 8), per pair 2 d.
-    shared = 24 * d * d * (N_CONTEXT + n_queries)
-    shared += 4 * d * (N_CONTEXT**2 + n_queries * (N_CONTEXT + N_TARGETS))
-    length = N_CONTEXT + N_TARGETS
+    shared = 24 * d * d * (N_CONTEXT + n_queries) + 4 * d * (N_CONTEXT**2 + n_queries * length)
     per_block = n_blocks * (24 * d * d * length + 4 * d * length**2)
-    assert forward_flops(config_of("shared"), n_blocks) == BATCH * (ends + depth * shared)
-    assert forward_flops(config_of("per_block"), n_blocks) == BATCH * (ends + depth * per_block)
+    # In the last layer context tokens have keys and values (and queries that do not ask) only.
+    asked = 4 * d * n_queries * length
+    shared_last = 6 * d * d * (N_CONTEXT + n_queries) + 18 * d * d * n_queries + asked
+    per_block_last = 6 * d * d * n_blocks * length + 18 * d * d * n_queries + asked
+    for depth in (1, 2, 3):
+        for context, layer, last in (
+            ("shared", shared, shared_last),
+            ("per_block", per_block, per_block_last),
+        ):
+            expected = BATCH * (ends + (depth - 1) * layer + last)
+            assert forward_flops(config_of(context, depth=depth), n_blocks) == expected
 
 
 def test_compiles_as_one_graph():
