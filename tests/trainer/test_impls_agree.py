@@ -72,7 +72,7 @@ def _drift(curve: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _spread(config: Config, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+def _spread(config: Config, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference's curve, and the largest drift of its nudged copies after every step."""
     curve = _curve(config, "reference", device)
     nudged = [_drift(_curve(config, "reference", device, seed), curve) for seed in range(NUDGES)]
@@ -105,7 +105,7 @@ def test_fused_ops_stay_within_the_spread_of_rounding(method: str, impl: str, de
 @pytest.mark.parametrize("method", METHODS)
 def test_a_lost_gradient_is_far_outside_of_the_spread(method: str):
     """The test above can fail: one parameter vector that is not trained is seen at once."""
-    curve, spread = _spread(tiny_config(method))
+    curve, spread = _spread(tiny_config(method), "cpu")
     spoilt = _curve(
         tiny_config(method),
         "reference",
