@@ -13,7 +13,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--op-seconds",
         type=float,
-        help="op benchmarks: begin no further size after this time (CPU 130, GPU 420; with --full "
+        help="op benchmarks: begin no further size after this time (CPU 160, GPU 420; with --full "
         "no bound); what is left is skipped with that reason",
     )
     group.addoption(

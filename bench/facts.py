@@ -8,12 +8,45 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from functools import cache
 from importlib import metadata
+from typing import Any
 
 import torch
 from njepa_kernels import available_impls
 
 PACKAGES = ("torch", "triton", "timm", "torchvision", "deepspeed", "pydantic", "pytest-benchmark")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where a number comes from."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    name = _cpu_name()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        "device": name,
+        "kind": device.type,
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@cache
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1] for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.machine()
 
 
 def main() -> int:

@@ -253,13 +253,13 @@ def roofline(results: Results, path: Path) -> None:
             handles=handles,
             loc="lower center",
             bbox_to_anchor=(x, 0.0),
-            ncols=len(handles),
+            ncols=min(len(handles), 4),
             frameon=False,
             fontsize=9,
             columnspacing=1.2,
             handletextpad=0.4,
         )
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

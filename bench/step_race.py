@@ -6,7 +6,6 @@ What ``bench_step.py`` and ``profile_step.py`` share. DeepSpeed is not needed: o
 
 from __future__ import annotations
 
-import platform
 import re
 import statistics
 import time
@@ -19,6 +18,7 @@ import timm
 import torch
 from torch import Tensor
 
+from bench.facts import machine
 from bench.published_step import Phase, PublishedCollator, PublishedStep, Size, no_phase
 from njepa import planning
 from njepa.config import Config, PredictorConfig, RunConfig
@@ -27,7 +27,6 @@ from njepa.ema import ema_parameters, make_target, update_target
 from njepa.masking import MaskSampler
 from njepa.recipes import load_config
 from njepa.step import TrainModule, param_groups
-from njepa.summary import device_name
 
 #: Encoder and depth of the predictor by the letter in a size's name (published depths).
 LETTERS = {
@@ -405,13 +404,9 @@ class Race:
             "mfu_nominal": flops / seconds / nominal if nominal else None,
             "compilations": runner.graphs,
             "rounds": len(runner.seconds),
-            "device": device_name(self.device),
-            "threads": torch.get_num_threads(),
-            "versions": {
-                "torch": torch.__version__, "timm": timm.__version__,
-                "python": platform.python_version(),
-            },
+            "timm": timm.__version__,
             "matmul_ceiling": self.ceiling,
+            **machine(self.device),
         }  # fmt: skip
         for other in ("eager", "compile"):
             if other in self.runners:
