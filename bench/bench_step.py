@@ -42,7 +42,7 @@ ON_GPU = DEVICE.type == "cuda"
 SIZES = os.environ.get("NJEPA_BENCH_STEP_SIZES") or (
     "vits16-224-b128,vitb16-224-b128,vitl16-224-b128,vith14-224-b128" if ON_GPU else "vits16-224-b8"
 )
-# On a CPU compiling takes longer than all the rest together: only when asked for.
+# On a CPU compiling takes long: only when asked for.
 USUAL = [name for name, variant in variants().items() if ON_GPU or not variant.compiled]
 VARIANTS = [n for n in os.environ.get("NJEPA_BENCH_STEP_VARIANTS", "").split(",") if n] or USUAL
 ROUNDS = int(os.environ.get("NJEPA_BENCH_STEP_ROUNDS", "30" if ON_GPU else "3"))
