@@ -9,11 +9,13 @@ include its overhead, so read them as shares. Phases are timed without it.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench.measure import peak_bytes
 from bench.step_race import PHASES, Race, variants
 
 
@@ -31,6 +33,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     race = Race(args.size, device, rounds=1, warmup=1, phase_steps=args.steps, only=names)
     print(phase_table(race))
+    print(f"\npeak memory of a step, above what it keeps\n\n{memory_table(race)}")
     for name in names:
         print(f"\n{name}: operators by self time\n\n{operator_table(race, name, args)}")
 
@@ -48,6 +51,18 @@ def phase_table(race: Race) -> str:
         rows.append(cells)
     rows.append(["step", *(c for total in totals.values() for c in (f"{total:.2f}", "100.0"))])
     return markdown(head, rows)
+
+
+def memory_table(race: Race) -> str:
+    """Most memory held at a time during a step (gradients included, weights not), and its ratio."""
+    inputs = race.inputs(0, race.images)
+    peaks = {
+        name: peak_bytes(partial(runner.step, inputs), race.device)
+        for name, runner in race.runners.items()
+    }
+    first = next(iter(peaks.values()))
+    rows = [[n, f"{peak / 2**20:.0f}", f"{peak / first:.2f}"] for n, peak in peaks.items()]
+    return markdown(["step", "MiB", f"of {next(iter(peaks))}"], rows)
 
 
 def operator_table(race: Race, name: str, args: argparse.Namespace) -> str:
