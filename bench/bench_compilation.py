@@ -9,25 +9,21 @@ take turns within a test, as do the forms of AdamW; their ratio is printed. Time
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from bench.measure import peak_bytes
 from njepa.compilation import compile_blocks
 from njepa.config import Config, MaskConfig, parse_config
 from njepa.data.batch import Batch
 from njepa.ema import ema_parameters, make_target, update_target
 from njepa.masking import MaskSampler
 from njepa.step import TrainModule, param_groups
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "trainer"))
-from test_compilation import peak_bytes
 
 SIZE = "vits16-224-b8"
 BATCH, SIZES = 8, ((7, 5), (13, 13))  # of targets and context: the most frequent ones
@@ -149,7 +145,7 @@ def test_memory(benchmark: Any, checkpoint_blocks: bool) -> None:
         module.zero_grad(set_to_none=True)
         module(batch, h)[0].backward()
 
-    peak = peak_bytes(run)
+    peak = peak_bytes(run, torch.device("cpu"))
     module.zero_grad(set_to_none=True)
     benchmark.pedantic(run, rounds=2)
     impl = "recomputed" if checkpoint_blocks else "kept"

@@ -38,7 +38,7 @@ from njepa_kernels.testing import (
 )
 
 from bench.facts import machine
-from bench.measure import Call, Timing, ceilings, input_copies, interleaved, peak_bytes
+from bench.measure import Call, Replay, Timing, ceilings, input_copies, interleaved, peak_bytes
 
 #: Ops that a matrix product bounds; the others are bound by memory.
 COMPUTE_BOUND = {"vicreg"}
@@ -272,32 +272,6 @@ def measure(unit: Unit, device: torch.device) -> dict[tuple[str, str], Outcome]:
                 extra["compile_seconds"] = compile_seconds
             outcomes[impl, mode] = Result(timing, peaks[impl], extra)
     return outcomes
-
-
-class Replay:
-    """A clock that stands still but for the samples it is given.
-
-    All implementations of a row are timed in turn, before the first of their tests reports;
-    pytest-benchmark then reads each one's samples from this clock.
-    """
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def run(self, benchmark: Any, samples: list[float]) -> None:
-        # Counted from 0 in every sample: no rounding from a sum over many of them.
-        remaining = iter(samples)
-
-        def reset() -> None:
-            self.now = 0.0
-
-        def play() -> None:
-            self.now = next(remaining)
-
-        benchmark.pedantic(play, setup=reset, rounds=len(samples))
 
 
 CLOCK = Replay()

@@ -29,6 +29,7 @@ MISSING = [
 if MISSING:
     pytest.skip(f"the trainer needs {', '.join(MISSING)}", allow_module_level=True)
 
+from bench.measure import Replay  # noqa: E402
 from bench.step_race import Race, variants  # noqa: E402
 from njepa.data.loader import Loader  # noqa: E402
 from njepa.data.order import SampleOrder  # noqa: E402
@@ -49,16 +50,6 @@ ROUNDS = int(os.environ.get("NJEPA_BENCH_STEP_ROUNDS", "30" if ON_GPU else "3"))
 WARMUP, PHASE_STEPS = (10, 10) if ON_GPU else (1, 1)
 
 
-class Replay:
-    """A clock that has gone through the measured seconds, one for each call."""
-
-    def __init__(self, seconds: list[float]) -> None:
-        self.now, self._seconds = 0.0, iter(seconds)
-
-    def __call__(self) -> None:
-        self.now += next(self._seconds)
-
-
 @pytest.fixture(scope="module")
 def races() -> Iterator[dict[str, Race]]:
     """The race of a size, run when its first variant asks; only one is kept in memory."""
@@ -67,16 +58,12 @@ def races() -> Iterator[dict[str, Race]]:
     found.clear()
 
 
-CLOCK: list[Replay] = []
-
-
-def clock() -> float:
-    return CLOCK[-1].now if CLOCK else time.perf_counter()
+CLOCK = Replay()
 
 
 @pytest.mark.parametrize("impl", VARIANTS)
 @pytest.mark.parametrize("size", SIZES.split(","))
-@pytest.mark.benchmark(timer=clock, warmup=False, disable_gc=True)
+@pytest.mark.benchmark(timer=CLOCK, warmup=False, disable_gc=True)
 def test_step(benchmark: Any, races: dict[str, Race], size: str, impl: str) -> None:
     """``eager``, ``compile``: as published. ``reference``, ``auto``: ours by ``impl.default``.
 
@@ -88,9 +75,7 @@ def test_step(benchmark: Any, races: dict[str, Race], size: str, impl: str) -> N
         torch._dynamo.reset()
         races[size] = Race(size, DEVICE, ROUNDS, WARMUP, PHASE_STEPS, VARIANTS)
     race = races[size]
-    seconds = race.runners[impl].seconds
-    CLOCK[:] = [Replay(seconds)]
-    benchmark.pedantic(CLOCK[-1], rounds=len(seconds), iterations=1)
+    CLOCK.run(benchmark, race.runners[impl].seconds)
     benchmark.extra_info.update(race.row(impl))
 
 

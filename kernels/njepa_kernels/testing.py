@@ -214,3 +214,31 @@ def assert_within_baseline(
         f"RMS error is {ratio:.2f} x eager; worst at {index}: "
         f"got {float(got[index])!r}, expected {float(truth[index])!r}"
     )
+
+
+def assert_case_within_baseline(
+    case: OpCase,
+    function: Callable[..., Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    seeds: Sequence[int],
+    what: str = "",
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """``assert_within_baseline`` for all values and gradients of ``function`` over the seeds.
+
+    Returns:
+        Those of ``function`` and of ``eager``, stacked.
+    """
+    candidate, eager, exact = [], [], []
+    for seed in seeds:
+        inputs = case.make_inputs(device, dtype, seed)
+        candidate.append(evaluate(case, function, inputs, seed))
+        eager.append(evaluate(case, case.eager, inputs, seed))
+        exact.append(evaluate(case, case.reference, cast_inputs(inputs, torch.float64), seed))
+    got, base, truth = (stack_values(values) for values in (candidate, eager, exact))
+    assert got.keys() == base.keys() == truth.keys()
+    for name, value in truth.items():
+        # Rounded to the type of the result: fp32 for a loss, whatever type the inputs have.
+        label = " ".join(filter(None, (case.name, what, name)))
+        assert_within_baseline(got[name], base[name], value, got[name].dtype, label)
+    return got, base

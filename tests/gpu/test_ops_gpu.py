@@ -16,11 +16,9 @@ from njepa_kernels.predictor_tokens.cases import _case as predictor_case
 from njepa_kernels.testing import (
     OpCase,
     all_cases,
-    assert_within_baseline,
-    cast_inputs,
+    assert_case_within_baseline,
     copy_inputs,
     evaluate,
-    stack_values,
 )
 
 pytestmark = [
@@ -83,17 +81,8 @@ def test_the_native_library_runs_here(op: str) -> None:
 def test_values_and_gradients_are_within_the_baseline(
     case: OpCase, impl: str, dtype: torch.dtype
 ) -> None:
-    candidate, eager, exact = [], [], []
-    for seed in range(3):
-        inputs = case.make_inputs(CUDA, dtype, seed)
-        candidate.append(evaluate(case, partial(case.function, impl=impl), inputs, seed))
-        eager.append(evaluate(case, case.eager, inputs, seed))
-        exact.append(evaluate(case, case.reference, cast_inputs(inputs, torch.float64), seed))
-    got, base, truth = (stack_values(values) for values in (candidate, eager, exact))
-    assert got.keys() == base.keys() == truth.keys()
-    for name in truth:
-        what = f"{case.name} {impl} {name}"
-        assert_within_baseline(got[name], base[name], truth[name], got[name].dtype, what)
+    function = partial(case.function, impl=impl)
+    assert_case_within_baseline(case, function, CUDA, dtype, range(3), impl)
 
 
 @each_dtype

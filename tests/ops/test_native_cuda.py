@@ -28,10 +28,10 @@ from njepa_kernels.predictor_tokens.cases import _case as predictor_case
 from njepa_kernels.testing import (
     OpCase,
     all_cases,
+    assert_case_within_baseline,
     assert_within_baseline,
     cast_inputs,
     evaluate,
-    stack_values,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -89,18 +89,9 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 def _agree(case: OpCase, dtype: torch.dtype, seeds: range = SEEDS) -> None:
-    candidate, eager, exact = [], [], []
-    for seed in seeds:
-        inputs = case.make_inputs(CPU, dtype, seed)
-        candidate.append(evaluate(case, NATIVE[case.op], inputs, seed))
-        eager.append(evaluate(case, case.eager, inputs, seed))
-        exact.append(evaluate(case, case.reference, cast_inputs(inputs, torch.float64), seed))
-    got, base, truth = (stack_values(values) for values in (candidate, eager, exact))
-    assert got.keys() == base.keys() == truth.keys()
-    for name in truth:
-        assert got[name].dtype == base[name].dtype
-        what = f"{case.name} {name}"
-        assert_within_baseline(got[name], base[name], truth[name], got[name].dtype, what)
+    got, base = assert_case_within_baseline(case, NATIVE[case.op], CPU, dtype, seeds)
+    for name, value in got.items():
+        assert value.dtype == base[name].dtype
 
 
 def test_the_emulation_sees_missing_and_divergent_barriers(tmp_path: Path) -> None:

@@ -13,11 +13,10 @@ from njepa_kernels._dispatch import IMPLEMENTATIONS, choose
 from njepa_kernels.testing import (
     OpCase,
     all_cases,
-    assert_within_baseline,
+    assert_case_within_baseline,
     cast_inputs,
     copy_inputs,
     evaluate,
-    stack_values,
 )
 
 CPU = torch.device("cpu")
@@ -88,18 +87,8 @@ def _poisoned() -> Iterator[None]:
 def test_values_and_gradients_are_within_the_baseline(
     case: OpCase, impl: str, dtype: torch.dtype
 ) -> None:
-    candidate, eager, exact = [], [], []
-    for seed in SEEDS:
-        inputs = case.make_inputs(CPU, dtype, seed)
-        candidate.append(evaluate(case, partial(case.function, impl=impl), inputs, seed))
-        eager.append(evaluate(case, case.eager, inputs, seed))
-        exact.append(evaluate(case, case.reference, cast_inputs(inputs, torch.float64), seed))
-    got, base, truth = (stack_values(values) for values in (candidate, eager, exact))
-    assert got.keys() == base.keys() == truth.keys()
-    for name in truth:
-        # Rounded to the type of the result: fp32 for a loss, whatever type the inputs have.
-        what = f"{case.name} {impl} {name}"
-        assert_within_baseline(got[name], base[name], truth[name], got[name].dtype, what)
+    function = partial(case.function, impl=impl)
+    assert_case_within_baseline(case, function, CPU, dtype, SEEDS, impl)
 
 
 @each_case

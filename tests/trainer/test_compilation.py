@@ -4,7 +4,6 @@ does not (losses, gradients, a resumed run)."""
 from __future__ import annotations
 
 import json
-from itertools import accumulate
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from jobs import make_images, run_jobs
 from timm.models.vision_transformer import Block
 from tiny import make_batch, tiny_config
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
+from bench.measure import peak_bytes
 from njepa.compilation import Compilation, choose_compilation, compilations, compile_blocks, eagerly
 from njepa.config import ConfigError
 from njepa.ema import make_target
@@ -340,18 +339,8 @@ def test_recomputed_gradients_are_equal_and_peak_memory_is_lower(name):
     for recompute in (False, True):
         module, target, batch = parts(name, model=deep | {"checkpoint_blocks": recompute})
         h = target(batch.images)
-        peaks.append(peak_bytes(lambda: module(batch, h)[0].backward()))  # noqa: B023 (called here)
+        peaks.append(peak_bytes(lambda: module(batch, h)[0].backward(), CPU))  # noqa: B023 (called here)
         gradients.append({n: p.grad for n, p in module.named_parameters() if p.requires_grad})
     for n, gradient in gradients[0].items():
         assert torch.equal(gradients[1][n], gradient), n
     assert peaks[1] < 0.6 * peaks[0], peaks
-
-
-def peak_bytes(run):
-    """Most bytes that the CPU allocator held at once during ``run()``, above those at its start."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    results = profiler.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in results if e.name() == "[memory]"]
-    assert changes
-    return max(accumulate(change for _, change in sorted(changes, key=lambda x: x[0])))
