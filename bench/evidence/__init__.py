@@ -1,0 +1,1 @@
+"""The ablations of the papers, small: ``python -m bench.evidence list``."""

@@ -1,0 +1,172 @@
+"""The tables as data: what is varied, what the papers report, and our verdict in words.
+
+An arm is the full set of its overrides of the recipe, so that a later change of the recipe's noise
+or VICReg section moves no arm; arms with the same settings in two tables are run once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Settings = Mapping[str, Any]
+
+RECIPE = "shapes-tiny"
+#: What all arms have in common beside the recipe: a third of its length.
+BASE: Settings = {"run.max_steps": 512}
+SEEDS = (0, 1, 2)
+
+_OFF: Settings = {
+    "noise.weight": 0, "noise.consistency": 0, "noise.consistency_stop": "none",
+    "noise.sigma": 0.5, "noise.draw": "per_block", "noise.predictors": "unshared",
+    "noise.mask_token": "unshared", "noise.space": "predictor",
+    "vicreg.weight": 0, "vicreg.sim": 25, "vicreg.std": 25, "vicreg.cov": 1,
+    "vicreg.on": "pred_blocks",
+}  # fmt: skip
+IJEPA: Settings = {**_OFF, "method": "ijepa"}
+CJEPA: Settings = {**_OFF, "method": "cjepa", "vicreg.weight": 0.001}
+NJEPA: Settings = {**_OFF, "method": "njepa", "noise.weight": 0.1, "noise.consistency": 0.1}
+NCJEPA: Settings = {**NJEPA, "method": "ncjepa", "vicreg.weight": 0.001}
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    overrides: Settings
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str
+    title: str
+    paper: str
+    """What was published about it, with its numbers (top-1 in %, ImageNet-1K)."""
+    arms: tuple[Arm, ...]
+    baseline: str
+    """The arm that the others are compared with."""
+    verdict: str = ""
+    """One sentence, written by hand after the runs: supported, not supported or undecided at this
+    scale."""
+
+    def __post_init__(self) -> None:
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) < len(names) or self.baseline not in names:
+            raise ValueError(
+                f"table {self.name}: arms need names of their own, the baseline "
+                f"{self.baseline!r} among them; got {names}"
+            )
+
+
+def _arm(name: str, start: Settings, **changes: Any) -> Arm:
+    """``noise_weight=1`` becomes ``noise.weight=1``."""
+    return Arm(name, {**start, **{k.replace("_", ".", 1): v for k, v in changes.items()}})
+
+
+TABLES: tuple[Table, ...] = (
+    Table(
+        name="loss-terms",
+        title="N-JEPA table 1: which terms of the loss (weights 1)",
+        paper="100 epochs: CT 66.8; CT + NC 66.4; CT + NT 65.3; all three 67.2.",
+        arms=(
+            _arm("CT (I-JEPA)", IJEPA),
+            _arm("CT + NC", NJEPA, noise_weight=0, noise_consistency=1),
+            _arm("CT + NT", NJEPA, noise_weight=1, noise_consistency=0),
+            _arm("CT + NT + NC", NJEPA, noise_weight=1, noise_consistency=1),
+        ),
+        baseline="CT (I-JEPA)",
+    ),
+    Table(
+        name="weights",
+        title="N-JEPA table 2: weights of NT and NC",
+        paper="100 / 600 epochs: (1, 1) 67.2 / 72.5; (1, .1) 64.0 / 71.6; (.1, 1) 64.8 / 71.8; "
+        "(.1, .1) 67.9 / 73.4. I-JEPA: 66.8 / 72.1.",
+        arms=(
+            _arm("(1, 1)", NJEPA, noise_weight=1, noise_consistency=1),
+            _arm("(1, .1)", NJEPA, noise_weight=1, noise_consistency=0.1),
+            _arm("(.1, 1)", NJEPA, noise_weight=0.1, noise_consistency=1),
+            _arm("(.1, .1), published", NJEPA),
+            _arm("I-JEPA", IJEPA),
+        ),
+        baseline="(.1, .1), published",
+    ),
+    Table(
+        name="levels",
+        title="N-JEPA table 3: single-level or multi-level noise",
+        paper="100 / 600 epochs: single-level 67.9 / 73.4; multi-level 68.3 / 73.6. The rows with "
+        "another sigma are ours.",
+        arms=(
+            _arm("multi-level (a draw per block), published", NJEPA),
+            _arm("single-level (one draw for all blocks)", NJEPA, noise_draw="shared"),
+            _arm("sigma log-normal, as EDM trains", NJEPA, noise_sigma="edm"),
+            _arm("ladder .5, .25, .1, .05", NJEPA, noise_sigma=[0.5, 0.25, 0.1, 0.05]),
+        ),
+        baseline="multi-level (a draw per block), published",
+    ),
+    Table(
+        name="sharing",
+        title="N-JEPA tables 5b and 6a: mask token and predictors, shared or not",
+        paper="100 epochs: mask token shared 66.5, unshared 67.9; predictors shared 67.3, "
+        "unshared 67.9.",
+        arms=(
+            _arm("both unshared, published", NJEPA),
+            _arm("mask token shared", NJEPA, noise_mask_token="shared"),
+            _arm("predictors shared", NJEPA, noise_predictors="shared"),
+        ),
+        baseline="both unshared, published",
+    ),
+    Table(
+        name="controls",
+        title="Controls that the paper lacks: what is due to the noise, what to the rest",
+        paper="None of these rows is in the paper.",
+        arms=(
+            _arm("published N-JEPA", NJEPA),
+            _arm("two predictors, sigma 0", NJEPA, noise_sigma=0),
+            _arm(
+                "one predictor, noised",
+                NJEPA,
+                noise_predictors="single",
+                noise_weight=1,
+                noise_consistency=0,
+            ),
+            _arm("NC moves the noised predictor only", NJEPA, noise_consistency_stop="clean"),
+            _arm("NC moves the clean predictor only", NJEPA, noise_consistency_stop="noised"),
+            _arm("I-JEPA", IJEPA),
+        ),
+        baseline="published N-JEPA",
+    ),
+    Table(
+        name="cjepa",
+        title="C-JEPA: terms of VICReg and the two specifications",
+        paper="ViT-B/16, 100 epochs, reported second hand: I-JEPA 63.7; variance and covariance "
+        "68.3; invariance 67.6; both 69.5. The paper specifies the regulariser twice, differently "
+        "(Algorithm 1 and pseudo-code C.2), and does not compare the two.",
+        arms=(
+            _arm("I-JEPA", IJEPA),
+            _arm("variance and covariance", CJEPA, vicreg_sim=0),
+            _arm("invariance", CJEPA, vicreg_std=0, vicreg_cov=0),
+            _arm("both (Algorithm 1), published", CJEPA),
+            _arm("both, context against target (C.2)", CJEPA, vicreg_on="context_vs_target"),
+        ),
+        baseline="I-JEPA",
+    ),
+    Table(
+        name="combined",
+        title="The four methods, and N + C",
+        paper="600 epochs: I-JEPA 72.9, C-JEPA 73.7 (C-JEPA's paper); I-JEPA 72.1, N-JEPA 73.6 "
+        "(N-JEPA's paper). Nobody has published N + C.",
+        arms=(
+            _arm("I-JEPA", IJEPA),
+            _arm("C-JEPA", CJEPA),
+            _arm("N-JEPA", NJEPA),
+            _arm("N+C-JEPA", NCJEPA),
+            _arm("N+C-JEPA without NC", NCJEPA, noise_consistency=0),
+            _arm(
+                "N+C-JEPA, NC moves the noised predictor only",
+                NCJEPA,
+                noise_consistency_stop="clean",
+            ),
+        ),
+        baseline="I-JEPA",
+    ),
+)
