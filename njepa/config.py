@@ -365,6 +365,9 @@ class RunConfig(Section):
 
 
 class EvalConfig(Section):
+    which: Literal["target", "context", "both"] = "target"
+    """Encoder that kNN and linear probe look at. I-JEPA reports the target encoder, N-JEPA the
+    context encoder (its student). ``both``: keys of the context encoder end in ``_context``."""
     every: PositiveInt | None = None
     """Steps between two evaluations. None: at the end only."""
     knn_k: PositiveInt = 20
