@@ -15,7 +15,7 @@ from ._dispatch import Impl
 from .gather_tokens.op import gather_tokens
 from .integrations._forwards import Masks, as_list, encode, predict
 from .jepa_loss.op import jepa_loss
-from .jepa_loss.reference import JepaLoss
+from .jepa_loss.reference import JepaLoss, Stop
 from .predictor_tokens.op import Mix, predictor_tokens
 from .vicreg.op import vicreg
 from .vicreg.reference import VicregTerms
@@ -71,6 +71,9 @@ class PredictionLoss(nn.Module):
     """``njepa_kernels.jepa_loss``."""
 
     can_torch_compile = True
+    noise_weight: float
+    consistency: float
+    consistency_stop: Stop
     beta: float
     eps: float
     impl: Impl
@@ -80,9 +83,20 @@ class PredictionLoss(nn.Module):
         pred: torch.Tensor,
         h: torch.Tensor,
         target_idx: torch.Tensor,
-        weight: torch.Tensor | None = None,
+        noised: torch.Tensor | None = None,
     ) -> JepaLoss:
-        return jepa_loss(pred, h, target_idx, weight, self.beta, self.eps, impl=self.impl)
+        return jepa_loss(
+            pred,
+            h,
+            target_idx,
+            noised,
+            noise_weight=self.noise_weight,
+            consistency=self.consistency,
+            consistency_stop=self.consistency_stop,
+            beta=self.beta,
+            eps=self.eps,
+            impl=self.impl,
+        )
 
 
 class VICReg(nn.Module):

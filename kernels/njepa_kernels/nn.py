@@ -20,6 +20,7 @@ from torch import nn
 from . import layers
 from ._dispatch import IMPLEMENTATIONS, Impl
 from .ema_update_.op import ema_update_
+from .jepa_loss.reference import Stop
 from .predictor_tokens.op import Mix
 
 __all__ = ["Ema", "GatherTokens", "PredictionLoss", "PredictorTokens", "VICReg"]
@@ -102,25 +103,44 @@ class PredictorTokens(layers.PredictorTokens):
 
 
 class PredictionLoss(layers.PredictionLoss):
-    """mean of weight * smooth_l1_beta(pred - LayerNorm(h)[target_idx]).
+    """smooth_l1_beta(pred - LayerNorm(h)[target_idx]), and the terms of a noised prediction.
 
-    ``forward(pred, h, target_idx, weight=None)`` with pred [M*B, Kt, D] in rows m*B + b, h
-    [B, N, D], target_idx int64 [B, M, Kt], weight [B, M] or [B, M, Kt]; returns ``JepaLoss(loss,
-    per_token)``: a scalar and [B, M, Kt], fp32. The op: ``njepa_kernels.jepa_loss``.
+    ``forward(pred, h, target_idx, noised=None)`` with pred and noised [M*B, Kt, D] in rows m*B + b,
+    h [B, N, D], target_idx int64 [B, M, Kt]; returns ``JepaLoss(loss, clean, noised,
+    consistency)``: scalars, fp32. The op: ``njepa_kernels.jepa_loss``.
 
     Args:
+        noise_weight, consistency: weights of the loss of ``noised`` and of its distance to
+            ``pred``, >= 0.
+        consistency_stop: "clean" or "noised", which of the two is a constant in the distance.
         beta: where the square meets the line, >= 0; eps: of the LayerNorm, > 0.
         impl: which implementation runs.
     """
 
-    def __init__(self, beta: float = 1.0, eps: float = 1e-5, *, impl: Impl = "auto") -> None:
+    def __init__(
+        self,
+        *,
+        noise_weight: float = 0.1,
+        consistency: float = 0.1,
+        consistency_stop: Stop = "none",
+        beta: float = 1.0,
+        eps: float = 1e-5,
+        impl: Impl = "auto",
+    ) -> None:
         super().__init__()
+        self.noise_weight = noise_weight
+        self.consistency = consistency
+        self.consistency_stop = consistency_stop
         self.beta = beta
         self.eps = eps
         self.impl = _known("PredictionLoss", impl)
 
     def extra_repr(self) -> str:
-        return f"beta={self.beta}, eps={self.eps}, impl={self.impl!r}"
+        return (
+            f"noise_weight={self.noise_weight}, consistency={self.consistency}, "
+            f"consistency_stop={self.consistency_stop!r}, beta={self.beta}, eps={self.eps}, "
+            f"impl={self.impl!r}"
+        )
 
 
 class VICReg(layers.VICReg):
