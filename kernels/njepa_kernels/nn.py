@@ -11,7 +11,7 @@ The functions (``njepa_kernels.gather_tokens``, ...) have the full contract of a
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,6 @@ from . import layers
 from ._dispatch import IMPLEMENTATIONS, Impl
 from .ema_update_.op import ema_update_
 from .jepa_loss.reference import Stop
-from .predictor_tokens.op import Mix
 
 __all__ = ["Ema", "GatherTokens", "PredictionLoss", "PredictorTokens", "VICReg"]
 
@@ -51,16 +50,15 @@ class PredictorTokens(layers.PredictorTokens):
     """The predictor's input, [B, Kc, d] -> [M*B, Kc + Kt, d], row m*B + b.
 
         out[m*B + b, :Kc]    = context[b] + pos[context_idx[b]]
-        out[m*B + b, Kc + t] = mask_token + mix(pos[j], sigma, n),  j = target_idx[b, m, t]
+        out[m*B + b, Kc + t] = mask_token + pos[j] + sigma[b, m] n,  j = target_idx[b, m, t]
 
-    ``forward(context, context_idx, target_idx, sigma=None, seed=0, step=0, sample_ids=None)``. The
-    op: ``njepa_kernels.predictor_tokens``.
+    ``forward(context, context_idx, target_idx, sigma=None, noise=None)`` with sigma [B, M] and
+    ``noise=NoiseKey(seed, step, sample_ids)``. The op: ``njepa_kernels.predictor_tokens``.
 
     Args:
         width: d.
         pos: [N, d], the position table. A tensor becomes a buffer (it is in the state dict and gets
             no gradient), an ``nn.Parameter`` stays one.
-        mix: how position and noise combine, "ve", "vp" or "edm".
         impl: which implementation runs.
 
     ``mask_token`` [d] is a parameter, drawn from N(0, 0.02^2) cut at 2 (facebookresearch/ijepa,
@@ -68,12 +66,10 @@ class PredictorTokens(layers.PredictorTokens):
     and in the type of ``pos``.
 
     Raises:
-        TypeError, ValueError: a table of other type or shape, an unknown ``mix`` or ``impl``.
+        TypeError, ValueError: a table of other type or shape, an unknown ``impl``.
     """
 
-    def __init__(
-        self, width: int, pos: torch.Tensor, *, mix: Mix = "ve", impl: Impl = "auto"
-    ) -> None:
+    def __init__(self, width: int, pos: torch.Tensor, *, impl: Impl = "auto") -> None:
         super().__init__()
         if not isinstance(pos, torch.Tensor) or not pos.is_floating_point():
             kind = pos.dtype if isinstance(pos, torch.Tensor) else type(pos).__name__
@@ -84,11 +80,6 @@ class PredictorTokens(layers.PredictorTokens):
             raise ValueError(
                 f"PredictorTokens: pos must be [N,d] = [any, {width}], got {list(pos.shape)}"
             )
-        if mix not in get_args(Mix):
-            raise ValueError(
-                f"PredictorTokens: mix must be one of {', '.join(get_args(Mix))}, got {mix!r}"
-            )
-        self.mix = mix
         self.impl = _known("PredictorTokens", impl)
         if isinstance(pos, nn.Parameter):
             self.pos = pos
@@ -99,7 +90,7 @@ class PredictorTokens(layers.PredictorTokens):
 
     def extra_repr(self) -> str:
         n, width = self.pos.shape
-        return f"width={width}, n_patches={n}, mix={self.mix!r}, impl={self.impl!r}"
+        return f"width={width}, n_patches={n}, impl={self.impl!r}"
 
 
 class PredictionLoss(layers.PredictionLoss):
