@@ -30,6 +30,27 @@ DS_OWNED = {
 }  # fmt: skip
 
 
+#: Keys that the noise section had before the paper could be read: what took their place.
+RETIRED = {
+    "schedule": "noise.sigma takes a number, 'edm' or a list",
+    "levels": "noise.sigma takes a list with one number a level",
+    "sigma_min": "noise.sigma takes a number, 'edm' or a list",
+    "sigma_max": "noise.sigma takes a number, 'edm' or a list",
+    "sigmas": "noise.sigma takes the list",
+    "rho": "noise.sigma takes a list; write the values of the grid there",
+    "jitter": "noise.sigma=edm draws log-normal sigmas",
+    "anneal_to": "sigma is constant over the training, as published",
+    "unit": "sigma is in the unit of the position table; model.pos_scale scales that",
+    "map": "noise.draw says what blocks share; sigma belongs to a block",
+    "mix": "the noise is added to the position, which is not scaled, as published",
+    "level_weights": "all blocks weigh the same, as published",
+    "normalise": "the loss is the weighted sum of its terms, as published",
+    "level_embedding": "the predictor is not told sigma, as published",
+}  # fmt: skip
+
+#: sigma_data of EDM (arXiv 2206.00364), N-JEPA's standard deviation of the noise (Algorithm 1).
+SIGMA_DATA = 0.5
+
 #: In a recipe: the user must give this value.
 UNSET = "???"
 
@@ -196,89 +217,72 @@ class ModelConfig(Section):
     arithmetic."""
 
 
+def _read_sigma(value: Any) -> Any:
+    """A number >= 0, "edm" or a list of numbers >= 0; one message for everything else."""
+    numbers = list(value) if isinstance(value, list | tuple) else [value]
+    if value == "edm" or (numbers and all(_is_sigma(x) for x in numbers)):
+        return tuple(value) if isinstance(value, list) else value
+    raise ValueError(
+        f"noise.sigma must be a number >= 0, 'edm' or a list of numbers >= 0 (one or more, dealt "
+        f"over the target blocks), got {value!r}"
+    )
+
+
+def _is_sigma(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 <= value < math.inf
+
+
 class NoiseConfig(Section):
-    """Noise on the position embedding of masked tokens: N-JEPA, our reading (docs/method.md)."""
+    """N-JEPA's noise on the positions of masked tokens (arXiv 2507.15216; docs/method.md)."""
 
     weight: Annotated[float, Field(ge=0)] = 0.0
-    """λ, the weight of the noised loss beside the clean one. 0: no noise, no second predictor.
-    ``method`` sets 1 for njepa and ncjepa."""
-    predictors: Literal[1, 2] = 2
-    """2: predictor 1 is clean, predictor 2 sees the noise. 1: one predictor, all blocks noised,
-    no clean loss."""
-    levels: PositiveInt = 4
-    """K, the number of noise levels."""
-    schedule: Literal["karras", "edm_lognormal", "linear", "cosine", "vp", "fixed", "list"] = (
-        "karras"
+    """λ1, the weight of the noised predictor's loss. ``method`` sets 0.1 for njepa and ncjepa.
+    Without noise, that is with λ1 = λ2 = 0, nothing of this section is built."""
+    consistency: Annotated[float, Field(ge=0)] = 0.0
+    """λ2, the weight of the squared difference of both predictions. ``method`` sets 0.1 for njepa
+    and ncjepa."""
+    consistency_stop: Literal["none", "clean", "noised"] = "none"
+    """The prediction that is a constant in this difference. ``none``, as published: the gradient
+    goes into both."""
+    sigma: Annotated[float | Literal["edm"] | tuple[float, ...], BeforeValidator(_read_sigma)] = (
+        SIGMA_DATA
     )
-    """How the K standard deviations are spaced."""
-    sigma_min: Annotated[float, Field(ge=0)] = 0.05
-    """Smallest σ (karras, linear, cosine, vp)."""
-    sigma_max: Annotated[float, Field(ge=0)] = 2.0
-    """Largest σ (karras, linear, cosine, vp), and the value of ``fixed``."""
-    rho: Annotated[float, Field(gt=0)] = 7.0
-    """Curvature of the Karras grid."""
-    sigmas: tuple[Annotated[float, Field(ge=0)], ...] | None = None
-    """The values of ``schedule: list``."""
-    jitter: bool = False
-    """``edm_lognormal``: draw σ inside the level's quantile bin rather than at its middle, which
-    makes σ log-normal exactly."""
-    anneal_to: Annotated[float, Field(gt=0)] | None = None
-    """Final factor on all σ, reached linearly over the training; None: constant."""
-    unit: Literal["absolute", "relative"] = "absolute"
-    """``relative``: σ is in multiples of the RMS of the position table."""
-    map: Literal["per_block", "per_token", "per_sample", "per_batch", "all"] = "per_block"
-    """What shares a level. ``per_block``: the levels are permuted over the target blocks of each
-    image; ``all``: each block is predicted at every level (K times the queries)."""
-    mix: Literal["ve", "vp", "edm"] = "ve"
-    """``ve``: ψ + σn; ``vp``: (ψ + σn)/√(1+σ²); ``edm``: σ_d/√(σ²+σ_d²)·(ψ + σn), σ_d = 1/√2."""
+    """Standard deviation of the noise, in the unit of the position table: a number; ``edm``: ln σ ~
+    N(-1.2, 1.2²), one draw per image and block (per image where the noise is shared); or a list,
+    dealt over the blocks of each image."""
+    draw: Literal["per_block", "shared"] = "per_block"
+    """``per_block``: every target block has noise of its own (the paper's multi-level). ``shared``:
+    a patch has the same noise in all blocks of an image (single-level)."""
+    predictors: Literal["unshared", "shared", "single"] = "unshared"
+    """``unshared``: the noised predictor has weights of its own. ``shared``: one predictor makes
+    both predictions. ``single``: one predictor, all of its queries noised, no clean loss."""
+    mask_token: Literal["unshared", "shared"] = "unshared"
+    """Whether clean and noised queries start from one mask token."""
     space: Literal["predictor", "encoder_tied"] = "predictor"
     """``encoder_tied``: the noise is drawn in the encoder's width and projected by the predictor's
     own context projection without its bias (StoP)."""
-    level_weights: Literal["uniform", "inv", "edm"] | tuple[float, ...] = "uniform"
-    """w_k: 1, 1/(1+σ²/σ_d²), EDM's λ(σ) clamped to 10, or a list of K numbers."""
-    normalise: bool = False
-    """Divide the sum of the clean and the noised loss by 1 + λ."""
-    level_embedding: Literal["none", "add"] = "none"
-    """``add``: a zero-initialised projection of ln(σ)/4 is added to the queries."""
 
     @model_validator(mode="after")
     def _check(self) -> NoiseConfig:
-        if self.sigma_min > self.sigma_max:
+        if self.predictors == "single" and self.consistency > 0:
             raise ValueError(
-                f"noise.sigma_min must not exceed noise.sigma_max, "
-                f"got {self.sigma_min} > {self.sigma_max}"
+                f"noise.consistency={self.consistency:g} compares a clean and a noised prediction, "
+                f"but noise.predictors=single makes the noised one only; set noise.consistency=0 "
+                f"or noise.predictors=unshared"
             )
-        if self.schedule in ("karras", "cosine", "vp") and self.sigma_min == 0:
+        if isinstance(self.sigma, tuple) and self.draw == "shared":
             raise ValueError(
-                f"noise.schedule={self.schedule} needs noise.sigma_min > 0, got 0; "
-                f"use noise.schedule=linear or list for a level without noise"
-            )
-        if self.schedule == "list":
-            if self.sigmas is None or len(self.sigmas) != self.levels:
-                raise ValueError(
-                    f"noise.schedule=list needs noise.sigmas with noise.levels={self.levels} "
-                    f"numbers, got {self.sigmas}"
-                )
-        elif self.sigmas is not None:
-            raise ValueError(
-                f"noise.sigmas has an effect with noise.schedule=list only, "
-                f"got noise.schedule={self.schedule}"
-            )
-        if self.schedule == "fixed" and self.levels != 1:
-            raise ValueError(
-                f"noise.schedule=fixed has one level, got noise.levels={self.levels}; "
-                f"set noise.levels=1"
-            )
-        if self.jitter and self.schedule != "edm_lognormal":
-            raise ValueError(
-                f"noise.jitter needs noise.schedule=edm_lognormal, got {self.schedule}"
-            )
-        weights = self.level_weights
-        if isinstance(weights, tuple) and (len(weights) != self.levels or min(weights) < 0):
-            raise ValueError(
-                f"noise.level_weights needs noise.levels={self.levels} numbers >= 0, got {weights}"
+                f"noise.draw=shared gives a patch the same noise in all blocks, but the list "
+                f"noise.sigma={list(self.sigma)} gives the blocks different ones; set one number "
+                f"or noise.draw=per_block"
             )
         return self
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a noised prediction at all."""
+        return self.weight > 0 or self.consistency > 0
 
 
 class VicregConfig(Section):
@@ -296,9 +300,10 @@ class VicregConfig(Section):
     """Standard deviation that the hinge asks for."""
     eps: Annotated[float, Field(gt=0)] = 1e-4
     """Added to the variance inside the root."""
-    on: Literal["pred_blocks", "pred_vs_target", "context", "tokens"] = "pred_blocks"
-    """Which tensors: means of predicted blocks (as published), those against the target's block
-    means, means of context tokens, or all predicted tokens."""
+    on: Literal["pred_blocks", "context_vs_target"] = "pred_blocks"
+    """The paper's two specifications. ``pred_blocks`` (Algorithm 1): the mean predictions of the
+    target blocks of an image are its views. ``context_vs_target`` (pseudo-code C.2): the mean
+    context token against the mean target token, variance and covariance of the context alone."""
     projector: tuple[PositiveInt, ...] | Literal["identity"] | None = None
     """Widths of the Linear-BN-ReLU projector (last one linear). None: (D, D, D)."""
 
@@ -386,7 +391,7 @@ class Config(Section):
 
     method: Method = "njepa"
     """ijepa, cjepa (+ VICReg), njepa (+ noise) or ncjepa (both); sets the defaults of
-    ``noise.weight`` and ``vicreg.weight``, explicit values win."""
+    ``noise.weight``, ``noise.consistency`` and ``vicreg.weight``, explicit values win."""
     recipe: str = "custom"
     """Name of the recipe that this configuration came from."""
     data: DataConfig = DataConfig()
@@ -405,8 +410,11 @@ class Config(Section):
         if not isinstance(raw, dict):
             return raw
         method = raw.get("method", "njepa")
+        noise = raw.get("noise")
+        single = isinstance(noise, dict) and noise.get("predictors") == "single"
+        noised = 0.1 if method in ("njepa", "ncjepa") else 0.0
         defaults = {
-            "noise": {"weight": 1.0 if method in ("njepa", "ncjepa") else 0.0},
+            "noise": {"weight": noised, "consistency": 0.0 if single else noised},
             "vicreg": {"weight": 0.001 if method in ("cjepa", "ncjepa") else 0.0},
         }
         filled = dict(raw)
@@ -425,20 +433,13 @@ class Config(Section):
                 f"data.image_size must be a multiple of model.patch_size={patch}, got {size}; "
                 f"set data.image_size={below or patch} or {below + patch}"
             )
-        if self.noise.weight > 0 and self.noise.map == "per_block":
-            levels, blocks = self.noise.levels, self.mask.n_targets
-            if levels > blocks:
-                raise ValueError(
-                    f"noise.map=per_block places at most mask.n_targets={blocks} levels on an "
-                    f"image, got noise.levels={levels}; lower noise.levels, raise mask.n_targets, "
-                    f"or set noise.map=per_token, per_sample or all"
-                )
-        if (
-            self.vicreg.weight > 0
-            and self.vicreg.on == "pred_blocks"
-            and self.mask.n_targets < 2
-            and not (self.noise.predictors == 1 and self.noise.map == "all")
-        ):
+        sigma, blocks = self.noise.sigma, self.mask.n_targets
+        if self.noise.active and isinstance(sigma, tuple) and len(sigma) > blocks:
+            raise ValueError(
+                f"noise.sigma has {len(sigma)} values, {list(sigma)}, for mask.n_targets={blocks} "
+                f"blocks of an image; give at most {blocks} values or raise mask.n_targets"
+            )
+        if self.vicreg.weight > 0 and self.vicreg.on == "pred_blocks" and self.mask.n_targets < 2:
             raise ValueError(
                 f"vicreg.on=pred_blocks compares the target blocks of an image and needs "
                 f"mask.n_targets >= 2, got {self.mask.n_targets}"
@@ -475,6 +476,8 @@ def _explain(error: Any) -> str:
         key = location[-1]
         if key in DS_OWNED:
             return f"{where}: belongs to the DeepSpeed file (--ds_config), not to the recipe"
+        if location[:-1] == ["noise"] and key in RETIRED:
+            return f"{where}: gone, since the published method has no such thing; {RETIRED[key]}"
         known = list(_fields_at(location[:-1]))
         home = [s for s in _fields_at([]) if key in _fields_at([s])]
         moved = f"; {key} lives in section {home[0]!r}" if home else ""

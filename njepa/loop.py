@@ -37,7 +37,6 @@ from njepa.models.attention_kernels import choose_attention
 from njepa.models.encoder import build_encoder
 from njepa.models.predictor import check_sizes
 from njepa.monitors import FeatureMonitor, MetricMeans, Stopwatch
-from njepa.noise import NoiseLevels
 from njepa.ranks import Ranks
 from njepa.run_folder import RunFolder, run_dir
 from njepa.schedules import Schedules
@@ -123,13 +122,6 @@ class Trainer:
         with _as_config_error():
             self.schedules = Schedules(config.optim, self.total_steps, warmup)
 
-        noise = NoiseLevels(
-            config.noise,
-            config.mask.n_targets,
-            config.model.pos_scale / math.sqrt(2),
-            config.run.seed,
-            self.total_steps,
-        )
         module = TrainModule(config, ranks.group, self.attention)
         encoder = module.jepa.encoder
         self.target = make_target(encoder).to(ranks.device)
@@ -155,7 +147,7 @@ class Trainer:
         self._means, self._features, self._watch = MetricMeans(), FeatureMonitor(), Stopwatch()
         self.step = self._resume() if config.run.resume else 0
         self.loader = build_loader(
-            config, self.index, order, self.masks, noise, ranks.device, self.step, self.total_steps
+            config, self.index, order, self.masks, ranks.device, self.step, self.total_steps
         )
 
     def close(self) -> None:

@@ -51,10 +51,7 @@ def rankme(features: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 class MetricMeans:
-    """Means of 0-dim device tensors between two log lines; read once, in one transfer.
-
-    A NaN among ``loss_level_<k>`` means that no token had that level; it is left out of the mean.
-    """
+    """Means of 0-dim device tensors between two log lines; read once, in one transfer."""
 
     def __init__(self) -> None:
         self._clear()
@@ -63,22 +60,16 @@ class MetricMeans:
         self.steps = 0
         """Micro-batches added since the last reading."""
         self._sums: dict[str, Tensor] = {}
-        self._seen: dict[str, Tensor] = {}
         self._counts: dict[str, float] = {}
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         self.steps += 1
         for name, value in metrics.items():
             value = value.detach().float()
-            seen = torch.ones_like(value)
-            if name.startswith("loss_level_"):
-                seen = value.isnan().logical_not().float()
-                value = value.nan_to_num()
             if name in self._sums:
                 self._sums[name] += value
-                self._seen[name] += seen
             else:
-                self._sums[name], self._seen[name] = value.clone(), seen
+                self._sums[name] = value.clone()
 
     def add_counts(self, **counts: float) -> None:
         """Host numbers, averaged over micro-batches, not over ranks."""
@@ -98,13 +89,13 @@ class MetricMeans:
         """Means over micro-batches and ranks; starts anew."""
         if not self._sums:
             return {}
-        table = torch.stack([torch.stack(list(d.values())) for d in (self._sums, self._seen)])
-        if group is not None:
-            dist.all_reduce(table, group=group)
         names, steps, counts = list(self._sums), self.steps, self._counts
-        sums, seen = table.tolist()
+        sums = torch.stack([*self._sums.values(), torch.full_like(self._sums[names[0]], steps)])
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+        *totals, count = sums.tolist()
         self._clear()
-        means = {name: s / n for name, s, n in zip(names, sums, seen, strict=True) if n}
+        means = {name: total / count for name, total in zip(names, totals, strict=True)}
         return means | {name: value / steps for name, value in counts.items()}
 
 

@@ -144,13 +144,13 @@ class Network:
     passes: tuple[int, ...]
     """Blocks per image in each call of a predictor (one call each)."""
     predictors: int
+    mask_tokens: int
     projector: tuple[int, ...]
     """Widths from input to output; empty: none, or the identity."""
     shared_context: bool
     """The predictor computes the context once for all blocks."""
     tied_noise: bool
     """Noise of the encoder's width goes through the embedding of the last pass."""
-    level_embedding: bool
 
     def predictor_rows(self, shape: Shape, blocks: int) -> int:
         """Tokens in the predictor for one image."""
@@ -181,7 +181,6 @@ class Network:
             self.encoder_parameters
             - self.encoder.norm_parameters
             + self.predictors * predictor
-            + self.level_embedding * (d + 1) * d
             + sum(i * o for i, o in pairwise(self.projector))
         )
 
@@ -191,12 +190,12 @@ class Network:
         e, p = self.encoder, self.predictor
         blocks = [s.depth * (5 * s.width + s.hidden) for s in (e, p)]
         predictor = blocks[1] + p.width + e.width
-        return blocks[0] + e.width + self.predictors * predictor + self.level_embedding * p.width
+        return blocks[0] + e.width + self.predictors * predictor
 
     @property
     def trained_parameters(self) -> int:
         d = self.predictor.width
-        rest = self.predictors * (self.predictor.norm_parameters + d)  # norms and mask token
+        rest = self.predictors * self.predictor.norm_parameters + self.mask_tokens * d
         batch_norms = 2 * sum(self.projector[1:-1])
         return self.matrix_parameters + self.encoder.norm_parameters + rest + batch_norms
 
@@ -223,10 +222,11 @@ def network(config: Config) -> Network:
             "context tokens; plan with mask.ragged=false, where contexts are shorter"
         )
     size, part, noise = check_sizes(config), config.model.predictor, config.noise
-    noisy, second = noise.weight > 0, noise.weight > 0 and noise.predictors == 2
-    blocks = config.mask.n_targets
-    repeated = blocks * (noise.levels if noise.map == "all" else 1)
-    passes = ((blocks,) if second or not noisy else ()) + ((repeated,) if noisy else ())
+    blocks, noisy = config.mask.n_targets, noise.active
+    passes: tuple[int, ...] = (blocks,)
+    two = noisy and noise.predictors != "single"  # predictions
+    if two:
+        passes = (blocks, blocks) if noise.predictors == "unshared" else (2 * blocks,)
     widths = config.vicreg.projector
     projector: tuple[int, ...] = ()
     if config.vicreg.weight > 0 and widths != "identity":
@@ -238,10 +238,10 @@ def network(config: Config) -> Network:
         predictor=Stack(part.width, part.depth, part.heads or size.heads, 4 * part.width),
         passes=passes,
         predictors=len(passes),
+        mask_tokens=2 if two and noise.mask_token == "unshared" else 1,
         projector=projector,
         shared_context=part.context == "shared",
         tied_noise=noisy and noise.space == "encoder_tied",
-        level_embedding=noisy and noise.level_embedding == "add",
     )
 
 
@@ -288,14 +288,10 @@ def step_flops(config: Config, shape: Shape, batch: int, world: int = 1) -> dict
     predictor = Flops(0.0, 0.0)
     for number, blocks in enumerate(net.passes):
         noised = len(net.passes) - 1 == number
-        rows = kc + (blocks * kt + 1 if noised and net.tied_noise else 0)
+        rows = kc + (config.mask.n_targets * kt + 1 if noised and net.tied_noise else 0)
         products = 2.0 * rows * e.width * p.width
         products += net.predictor_flops(shape, blocks) + blocks * 2 * kt * p.width * e.width
-        sigmas = blocks * (kt if config.noise.map == "per_token" else 1)
-        level = 2 * sigmas * p.width**2 * (noised and net.level_embedding)
-        predictor = Flops(
-            predictor.forward + products + level, predictor.backward + 2 * products + level
-        )
+        predictor = Flops(predictor.forward + products, predictor.backward + 2 * products)
     result = {
         "patch embedding, target": Flops(net.patches * embed, 0.0),
         "target encoder": Flops(target, 0.0),
@@ -305,32 +301,29 @@ def step_flops(config: Config, shape: Shape, batch: int, world: int = 1) -> dict
     }
     result = {name: Flops(f.forward * batch, f.backward * batch) for name, f in result.items()}
     if config.vicreg.weight > 0:
-        result |= _vicreg_flops(config, net, kt, batch, world)
+        result |= _vicreg_flops(config, net, batch, world)
     return result
 
 
-def _vicreg_flops(
-    config: Config, net: Network, kt: int, batch: int, world: int
-) -> dict[str, Flops]:
+def _vicreg_flops(config: Config, net: Network, batch: int, world: int) -> dict[str, Flops]:
     """Projector, and the covariance of its output from the cheaper of the two products."""
     on = config.vicreg.on
-    views = {"pred_blocks": net.passes[0], "pred_vs_target": 2}.get(on, 1)
-    rows = _vicreg_rows(config, net, kt, batch)
+    views = config.mask.n_targets if on == "pred_blocks" else 1
+    rows = _vicreg_rows(config, batch)
     layer = sum(2 * i * o for i, o in pairwise(net.projector))
-    n = world * (batch if on == "pred_blocks" else rows)
+    n = world * batch
     width = net.projector[-1] if net.projector else net.encoder.width
     product = 2.0 * views * n * width * min(n, width)
-    without_gradient = rows * layer if on == "pred_vs_target" else 0
+    without_gradient = rows * layer if on == "context_vs_target" else 0
     return {
         "projector": Flops(rows * layer + without_gradient, 2 * rows * layer),
         "vicreg": Flops(product, 2 * product),
     }
 
 
-def _vicreg_rows(config: Config, net: Network, kt: int, batch: int) -> int:
-    """Rows that the projector sees with gradient: of the clean pass where there is one."""
-    blocks = net.passes[0]
-    return {"context": 1, "tokens": blocks * kt}.get(config.vicreg.on, blocks) * batch
+def _vicreg_rows(config: Config, batch: int) -> int:
+    """Rows that the projector sees with gradient."""
+    return (config.mask.n_targets if config.vicreg.on == "pred_blocks" else 1) * batch
 
 
 def mean_flops(config: Config, sizes: BatchSizes) -> dict[str, Flops]:
@@ -390,7 +383,7 @@ def activation_bytes(
     }
     if config.vicreg.weight > 0:
         widths = net.projector[1:] or (e.width,)
-        result["vicreg"] = _vicreg_rows(config, net, kt, batch) * 12 * sum(widths)
+        result["vicreg"] = _vicreg_rows(config, batch) * 12 * sum(widths)
     return result
 
 

@@ -1,4 +1,4 @@
-"""Randomness without state: order, crops, masks and levels as functions of (seed, step, sample id).
+"""Randomness without state: order, crops, masks and sigmas as functions of (seed, step, sample id).
 
 Every number is a word of Philox4x32-10 (``njepa_kernels``) whose key names the stream and the step
 and whose counter names the sample, so it does not depend on what else is drawn, on the rank, on the
@@ -20,7 +20,7 @@ Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
 
 #: The streams that exist; a misspelt name would silently be another stream. ``init/<module>`` too.
-STREAMS = ("order", "crop", "flip", "mask_size", "mask_place", "mask_count", "level", "noise")
+STREAMS = ("order", "crop", "flip", "mask_size", "mask_place", "mask_count", "sigma", "noise")
 _CHUNK = 1 << 14  # counters at a time: Philox runs inside the cache
 
 

@@ -43,12 +43,6 @@ inline Type type_of(const char* name, const Tensor& tensor) {
   }
 }
 
-inline Mix mix_of(const std::string& name) {
-  STD_TORCH_CHECK(name == "ve" || name == "vp" || name == "edm", "mix must be ve, vp or edm, got ",
-                  name);
-  return name == "ve" ? Mix::ve : name == "vp" ? Mix::vp : Mix::edm;
-}
-
 inline void check(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(is_here(tensor) && tensor.is_contiguous(), name, " must be a contiguous ", kPlace,
                   " tensor");

@@ -9,7 +9,4 @@ enum class Type { f32, bf16, f16 };
 
 static constexpr int64_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
-// mix(psi, s, n) = (psi + s n) / sqrt(1 + c s^2) with c = 0, 1, 2
-enum class Mix { ve, vp, edm };
-
 }  // namespace njepa

@@ -49,9 +49,8 @@ struct GatherBackward {  // rows: b*N + n for dx, n for dpos
 
 struct Noise {
   uint32_t seed, step;
-  const int64_t* sample_ids;  // [B]
-  const float* sigma;         // [B,M,K] or null
-  Mix mix;
+  const int64_t* sample_ids;  // [B] or null
+  bool shared;                // all blocks of an image have the noise of block 0
 };
 
 struct PredictorForward {  // rows of out: (m*B + b)*(Kc+Kt) + token
@@ -61,6 +60,7 @@ struct PredictorForward {  // rows of out: (m*B + b)*(Kc+Kt) + token
   const float* mask_token;
   const int64_t* context_idx;
   const int64_t* target_idx;
+  const float* sigma;  // [B,M] or null
   Noise noise;
   void* out;
   int64_t B, M, Kc, Kt, D;
@@ -69,14 +69,13 @@ struct PredictorForward {  // rows of out: (m*B + b)*(Kc+Kt) + token
 struct PredictorBackward {
   const void* grad;  // [M*B, Kc+Kt, D]
   Type type;
-  const float* pos;
   const int64_t* target_idx;
   Noise noise;
   Inverse inverse;      // of the patch; entries: b*Kc + k, then B*Kc + (b*M+m)*Kt + t
   void* dcontext;       // [B,Kc,D]
   float* dmask_blocks;  // [ceil(B*M*Kt / mask_rows), D]
   float* dpos;          // [N,D] or null
-  float* dsigma;        // [B,M,Kt] or null
+  float* dsigma;        // [B,M,Kt], to be summed over the tokens, or null
   int64_t B, M, Kc, Kt, D;
   static constexpr int64_t mask_rows = 32;
 };

@@ -39,13 +39,11 @@ std::tuple<Tensor, Tensor> gather_backward(
   return {dx, dpos};
 }
 
-Noise noise_of(const OptionalTensor& sigma, int64_t seed, int64_t step,
-               const OptionalTensor& sample_ids, const std::string& mix, int64_t B, int64_t M,
-               int64_t Kt) {
-  STD_TORCH_CHECK(!sigma || sample_ids, "sample_ids must be given with sigma");
+Noise noise_of(bool needed, const OptionalTensor& sample_ids, int64_t seed, int64_t step,
+               bool shared, int64_t B) {
+  STD_TORCH_CHECK(!needed || sample_ids, "sample_ids must be given with sigma");
   return {static_cast<uint32_t>(seed), static_cast<uint32_t>(step),
-          input<int64_t>("sample_ids", sample_ids, {B}), input<float>("sigma", sigma, {B, M, Kt}),
-          mix_of(mix)};
+          input<int64_t>("sample_ids", sample_ids, {B}), shared};
 }
 
 // Noise costs about as much as this many copies of an element.
@@ -54,7 +52,7 @@ constexpr int64_t kNoiseWork = 8;
 Tensor predictor_forward(const Tensor& context, const Tensor& pos, const Tensor& mask_token,
                          const Tensor& context_idx, const Tensor& target_idx,
                          const OptionalTensor& sigma, int64_t seed, int64_t step,
-                         const OptionalTensor& sample_ids, const std::string& mix) {
+                         const OptionalTensor& sample_ids, bool shared) {
   const int64_t B = context.size(0), Kc = context.size(1), D = context.size(2), N = pos.size(0);
   const int64_t M = target_idx.size(1), Kt = target_idx.size(2);
   check("context", context, {B, Kc, D});
@@ -65,7 +63,8 @@ Tensor predictor_forward(const Tensor& context, const Tensor& pos, const Tensor&
                               input<float>("mask_token", mask_token, {D}),
                               indices("context_idx", context_idx, {B, Kc}, N),
                               indices("target_idx", target_idx, {B, M, Kt}, N),
-                              noise_of(sigma, seed, step, sample_ids, mix, B, M, Kt),
+                              input<float>("sigma", sigma, {B, M}),
+                              noise_of(sigma.has_value(), sample_ids, seed, step, shared, B),
                               out.data_ptr(),
                               B,
                               M,
@@ -78,14 +77,13 @@ Tensor predictor_forward(const Tensor& context, const Tensor& pos, const Tensor&
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> predictor_backward(
-    const Tensor& grad, const Tensor& pos, const Tensor& context_idx, const Tensor& target_idx,
-    const OptionalTensor& sigma, int64_t seed, int64_t step, const OptionalTensor& sample_ids,
-    const std::string& mix, bool need_pos, bool need_sigma) {
+    const Tensor& grad, const Tensor& context_idx, const Tensor& target_idx,
+    const OptionalTensor& sample_ids, int64_t seed, int64_t step, bool shared, int64_t N,
+    bool need_pos, bool need_sigma) {
   const int64_t B = target_idx.size(0), M = target_idx.size(1), Kt = target_idx.size(2);
-  const int64_t Kc = context_idx.size(1), N = pos.size(0), D = pos.size(1);
+  const int64_t Kc = context_idx.size(1), D = grad.size(2);
   const int64_t targets = B * M * Kt;
   check("grad", grad, {M * B, Kc + Kt, D});
-  STD_TORCH_CHECK(sigma || !need_sigma, "the gradient of sigma needs sigma");
   const int64_t* context = indices("context_idx", context_idx, {B, Kc}, N);
   const int64_t* target = indices("target_idx", target_idx, {B, M, Kt}, N);
   std::vector<int64_t> patches;
@@ -103,9 +101,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> predictor_backward(
   Tensor dsigma = need_sigma ? floats({B, M, Kt}) : none();
   const PredictorBackward args{grad.data_ptr(),
                                type_of("grad", grad),
-                               input<float>("pos", pos, {N, D}),
                                target,
-                               noise_of(sigma, seed, step, sample_ids, mix, B, M, Kt),
+                               noise_of(need_sigma, sample_ids, seed, step, shared, B),
                                inverted.get(),
                                dcontext.data_ptr(),
                                mask_blocks.data(),
@@ -140,11 +137,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(njepa_native, m) {
       "(Tensor dx, Tensor dpos)");
   m.def(
       "predictor_tokens_forward(Tensor context, Tensor pos, Tensor mask_token, Tensor context_idx, "
-      "Tensor target_idx, Tensor? sigma, int seed, int step, Tensor? sample_ids, str mix) "
+      "Tensor target_idx, Tensor? sigma, int seed, int step, Tensor? sample_ids, bool shared) "
       "-> Tensor");
   m.def(
-      "predictor_tokens_backward(Tensor grad, Tensor pos, Tensor context_idx, Tensor target_idx, "
-      "Tensor? sigma, int seed, int step, Tensor? sample_ids, str mix, bool need_pos, "
+      "predictor_tokens_backward(Tensor grad, Tensor context_idx, Tensor target_idx, "
+      "Tensor? sample_ids, int seed, int step, bool shared, int n, bool need_pos, "
       "bool need_sigma) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -64,19 +64,10 @@ inline void gather_backward_pos(
   }
 }
 
-// mix(psi, s, n) = (psi + s n) / sqrt(1 + c s^2)
-NJEPA_INLINE float mix_factor(Mix mix) {
-  return mix == Mix::ve ? 0.0f : mix == Mix::vp ? 1.0f : 2.0f;
-}
-
-NJEPA_INLINE float mix_scale(Mix mix, float s) {
-  return 1.0f / __builtin_sqrtf(1.0f + mix_factor(mix) * s * s);
-}
-
 NJEPA_INLINE void token_normals(
     const Noise& noise, int64_t b, int64_t m, int64_t patch, int64_t d, float* out) {
   normals(noise.seed, noise.step, static_cast<uint32_t>(noise.sample_ids[b]),
-          static_cast<uint32_t>(m), static_cast<uint32_t>(patch), d, out);
+          noise.shared ? 0 : static_cast<uint32_t>(m), static_cast<uint32_t>(patch), d, out);
 }
 
 inline void predictor_forward(
@@ -96,17 +87,16 @@ inline void predictor_forward(
     } else {
       const int64_t target = (b * p.M + m) * p.Kt + token - p.Kc, patch = p.target_idx[target];
       const float* pos = p.pos + patch * D;
-      const float s = p.noise.sigma ? p.noise.sigma[target] : 0.0f;
+      const float s = p.sigma ? p.sigma[b * p.M + m] : 0.0f;
       if (s == 0.0f) {
         each_vector(D, [&](int64_t i, int lanes) {
           store(out + i, load(p.mask_token + i, lanes) + load(pos + i, lanes), lanes);
         });
       } else {
         token_normals(p.noise, b, m, patch, D, draw);
-        const float scale = mix_scale(p.noise.mix, s);
         each_vector(D, [&](int64_t i, int lanes) {
           const vf noised = load(pos + i, lanes) + s * load(draw + i);
-          store(out + i, load(p.mask_token + i, lanes) + noised * scale, lanes);
+          store(out + i, load(p.mask_token + i, lanes) + noised, lanes);
         });
       }
     }
@@ -144,17 +134,9 @@ inline void predictor_backward_targets(
       const float* grad = read(p.grad, p.type, row * D, D, scratch);
       add_row(sums, grad, D, target == first);
       if (!p.dsigma) continue;
-      const int64_t patch = p.target_idx[target];
-      const float* pos = p.pos + patch * D;
-      token_normals(p.noise, b, m, patch, D, draw);
-      const float by_noise = sum_over(
+      token_normals(p.noise, b, m, p.target_idx[target], D, draw);
+      p.dsigma[target] = sum_over(
           D, [&](int64_t i, int lanes) { return load(grad + i, lanes) * load(draw + i); });
-      const float by_pos = sum_over(
-          D, [&](int64_t i, int lanes) { return load(grad + i, lanes) * load(pos + i, lanes); });
-      // d/ds (psi + s n)(1 + c s^2)^(-1/2) = n q - c s (psi + s n) q^3
-      const float s = p.noise.sigma[target], q = mix_scale(p.noise.mix, s);
-      p.dsigma[target] = by_noise * q -
-          mix_factor(p.noise.mix) * s * q * q * q * (by_pos + s * by_noise);
     }
   }
 }
@@ -177,11 +159,7 @@ inline void predictor_backward_pos(
         const int64_t target = entry - kept;
         const int64_t t = target % p.Kt, m = target / p.Kt % p.M, b = target / p.Kt / p.M;
         const int64_t row = (m * p.B + b) * tokens + p.Kc + t;
-        const float* grad = read(p.grad, p.type, row * D, D, scratch);
-        const float q = p.noise.sigma ? mix_scale(p.noise.mix, p.noise.sigma[target]) : 1.0f;
-        each_vector(D, [&](int64_t i, int lanes) {
-          store(out + i, load(out + i, lanes) + q * load(grad + i, lanes), lanes);
-        });
+        add_row(out, read(p.grad, p.type, row * D, D, scratch), D, false);
       }
     }
   }

@@ -22,9 +22,8 @@ struct Sizes {
 
 struct Noise {
   uint32_t seed, step;
-  const int64_t* sample_ids;  // [B]
-  const float* sigma;         // [B,M,Kt] or null
-  float factor;               // c of the mix
+  const int64_t* sample_ids;  // [B] or null
+  bool shared;                // all blocks of an image have the noise of block 0
 };
 
 struct PredictorForward {
@@ -33,6 +32,7 @@ struct PredictorForward {
   const float* mask_token;
   const int64_t* context_idx;
   const int64_t* target_idx;
+  const float* sigma;  // [B,M] or null
   Noise noise;
   void* out;  // [M*B,Kc+Kt,D]
   Sizes size;
@@ -48,10 +48,9 @@ Error context_gradient(const ContextGradient& args, Type type, bool vector, void
 
 struct SigmaGradient {
   const void* grad;
-  const float* pos;
   const int64_t* target_idx;
   Noise noise;
-  float* dsigma;  // [B,M,Kt]
+  float* dsigma;  // [B,M,Kt], to be summed over the tokens
   Sizes size;
 };
 Error sigma_gradient(const SigmaGradient& args, Type type, bool vector, void* stream);
@@ -60,7 +59,6 @@ struct PosGradient {  // a warp owns a patch, for the samples of one chunk
   const void* grad;
   const int64_t* context_idx;
   const int64_t* target_idx;
-  Noise noise;
   float* partial;  // [chunks,N,D]
   uint32_t per_chunk, chunks;
   Sizes size;

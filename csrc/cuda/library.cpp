@@ -80,13 +80,11 @@ Sizes sizes(
   return {narrow(B), narrow(M), narrow(Kc), narrow(Kt), narrow(N), narrow(D)};
 }
 
-Noise noise_of(const OptionalTensor& sigma, int64_t seed, int64_t step,
-               const OptionalTensor& sample_ids, const std::string& mix, int64_t B, int64_t M,
-               int64_t Kt) {
-  STD_TORCH_CHECK(!sigma || sample_ids, "sample_ids must be given with sigma");
+Noise noise_of(bool needed, const OptionalTensor& sample_ids, int64_t seed, int64_t step,
+               bool shared, int64_t B) {
+  STD_TORCH_CHECK(!needed || sample_ids, "sample_ids must be given with sigma");
   return {static_cast<uint32_t>(seed), static_cast<uint32_t>(step),
-          input<int64_t>("sample_ids", sample_ids, {B}), input<float>("sigma", sigma, {B, M, Kt}),
-          static_cast<float>(mix_of(mix))};
+          input<int64_t>("sample_ids", sample_ids, {B}), shared};
 }
 
 constexpr const char* kPredictor = "predictor_tokens";
@@ -94,7 +92,7 @@ constexpr const char* kPredictor = "predictor_tokens";
 Tensor predictor_tokens_forward(const Tensor& context, const Tensor& pos, const Tensor& mask_token,
                                 const Tensor& context_idx, const Tensor& target_idx,
                                 const OptionalTensor& sigma, int64_t seed, int64_t step,
-                                const OptionalTensor& sample_ids, const std::string& mix) {
+                                const OptionalTensor& sample_ids, bool shared) {
   const int64_t B = context.size(0), Kc = context.size(1), D = context.size(2), N = pos.size(0);
   const int64_t M = target_idx.size(1), Kt = target_idx.size(2);
   check("context", context, {B, Kc, D});
@@ -105,7 +103,8 @@ Tensor predictor_tokens_forward(const Tensor& context, const Tensor& pos, const 
                               input<float>("mask_token", mask_token, {D}),
                               input<int64_t>("context_idx", context_idx, {B, Kc}),
                               input<int64_t>("target_idx", target_idx, {B, M, Kt}),
-                              noise_of(sigma, seed, step, sample_ids, mix, B, M, Kt),
+                              input<float>("sigma", sigma, {B, M}),
+                              noise_of(sigma.has_value(), sample_ids, seed, step, shared, B),
                               out.data_ptr(),
                               sizes(kPredictor, B, M, Kc, Kt, N, D)};
   const bool wide = vector(D, {args.context, args.pos, args.mask_token, args.out});
@@ -146,19 +145,17 @@ void sum_rows(const Place& place, const void* in, Type type, const Rows& rows, i
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> predictor_tokens_backward(
-    const Tensor& grad, const Tensor& pos, const Tensor& context_idx, const Tensor& target_idx,
-    const OptionalTensor& sigma, int64_t seed, int64_t step, const OptionalTensor& sample_ids,
-    const std::string& mix, bool need_pos, bool need_sigma) {
+    const Tensor& grad, const Tensor& context_idx, const Tensor& target_idx,
+    const OptionalTensor& sample_ids, int64_t seed, int64_t step, bool shared, int64_t N,
+    bool need_pos, bool need_sigma) {
   const int64_t B = target_idx.size(0), M = target_idx.size(1), Kt = target_idx.size(2);
-  const int64_t Kc = context_idx.size(1), N = pos.size(0), D = pos.size(1);
+  const int64_t Kc = context_idx.size(1), D = grad.size(2);
   check("grad", grad, {M * B, Kc + Kt, D});
-  STD_TORCH_CHECK(sigma || !need_sigma, "the gradient of sigma needs sigma");
   const Place place(grad);
   void* stream = place.stream();
   const Type type = type_of("grad", grad);
   const Sizes size = sizes(kPredictor, B, M, Kc, Kt, N, D);
-  const Noise noise = noise_of(sigma, seed, step, sample_ids, mix, B, M, Kt);
-  const float* positions = input<float>("pos", pos, {N, D});
+  const Noise noise = noise_of(need_sigma, sample_ids, seed, step, shared, B);
   const int64_t* context = input<int64_t>("context_idx", context_idx, {B, Kc});
   const int64_t* target = input<int64_t>("target_idx", target_idx, {B, M, Kt});
 
@@ -178,10 +175,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> predictor_tokens_backward(
     const int64_t per_chunk = std::max<int64_t>(1, ceil_div(B, wanted));
     const int64_t chunks = ceil_div(B, per_chunk);
     Tensor partial = place.floats({chunks, N, D});
-    const PosGradient to_pos{grad.data_ptr(), context,
-                             target,          noise,
-                             data(partial),   static_cast<uint32_t>(per_chunk),
-                             static_cast<uint32_t>(chunks), size};
+    const PosGradient to_pos{grad.data_ptr(),
+                             context,
+                             target,
+                             data(partial),
+                             static_cast<uint32_t>(per_chunk),
+                             static_cast<uint32_t>(chunks),
+                             size};
     launched(kPredictor, pos_gradient(to_pos, type, vector(D, {grad.data_ptr(), data(partial)}),
                                       stream));
     sum_rows(place, data(partial), Type::f32, {chunks, chunks, 0, 0}, N * D, dpos);
@@ -189,9 +189,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> predictor_tokens_backward(
 
   Tensor dsigma = need_sigma ? place.floats({B, M, Kt}) : place.none();
   if (need_sigma) {
-    const SigmaGradient to_sigma{grad.data_ptr(), positions, target, noise, data(dsigma), size};
-    launched(kPredictor,
-             sigma_gradient(to_sigma, type, vector(D, {grad.data_ptr(), positions}), stream));
+    const SigmaGradient to_sigma{grad.data_ptr(), target, noise, data(dsigma), size};
+    launched(kPredictor, sigma_gradient(to_sigma, type, vector(D, {grad.data_ptr()}), stream));
   }
   return {dcontext, dmask, dpos, dsigma};
 }
@@ -289,11 +288,11 @@ STABLE_TORCH_LIBRARY(NJEPA_LIBRARY, m) {
   m.def("version() -> str");
   m.def(
       "predictor_tokens_forward(Tensor context, Tensor pos, Tensor mask_token, Tensor context_idx, "
-      "Tensor target_idx, Tensor? sigma, int seed, int step, Tensor? sample_ids, str mix) "
+      "Tensor target_idx, Tensor? sigma, int seed, int step, Tensor? sample_ids, bool shared) "
       "-> Tensor");
   m.def(
-      "predictor_tokens_backward(Tensor grad, Tensor pos, Tensor context_idx, Tensor target_idx, "
-      "Tensor? sigma, int seed, int step, Tensor? sample_ids, str mix, bool need_pos, "
+      "predictor_tokens_backward(Tensor grad, Tensor context_idx, Tensor target_idx, "
+      "Tensor? sample_ids, int seed, int step, bool shared, int n, bool need_pos, "
       "bool need_sigma) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "jepa_loss_forward(Tensor pred, Tensor h, Tensor target_idx, Tensor? weight, float beta, "

@@ -57,17 +57,12 @@ __device__ inline void normals(const Noise& noise, int64_t sample, uint32_t bloc
                                uint32_t column, float (&out)[kGroup]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    uint32_t words[4] = {static_cast<uint32_t>(sample), block, static_cast<uint32_t>(patch),
-                         column / 4 + half};
+    uint32_t words[4] = {static_cast<uint32_t>(sample), noise.shared ? 0 : block,
+                         static_cast<uint32_t>(patch), column / 4 + half};
     philox(words, noise.seed, noise.step);
     box_muller(words[0], words[1], out[4 * half], out[4 * half + 1]);
     box_muller(words[2], words[3], out[4 * half + 2], out[4 * half + 3]);
   }
-}
-
-// 1 / sqrt(1 + c s^2), exactly 1 where s = 0.
-__device__ inline float mix_scale(float factor, float s) {
-  return 1.0f / sqrtf(1.0f + factor * s * s);
 }
 
 }  // namespace njepa::cuda

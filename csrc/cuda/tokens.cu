@@ -54,13 +54,12 @@ __global__ __launch_bounds__(kThreads) void predictor_forward_kernel(
   const uint32_t t = target % s.Kt, m = target / s.Kt % s.M, b = target / s.Kt / s.M;
   const int64_t patch = p.target_idx[target];
   load<kVector>(p.pos + patch * s.D + column, n, psi);
-  const float sigma = p.noise.sigma ? p.noise.sigma[target] : 0.0f;
-  if (sigma != 0.0f) {  // clean tokens are common; they draw nothing
+  const float sigma = p.sigma ? p.sigma[b * s.M + m] : 0.0f;
+  if (sigma != 0.0f) {  // clean blocks draw nothing
     float noise[kGroup];
     normals(p.noise, p.noise.sample_ids[b], m, patch, column, noise);
-    const float q = mix_scale(p.noise.factor, sigma);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) psi[i] = (psi[i] + sigma * noise[i]) * q;
+    for (int i = 0; i < kGroup; ++i) psi[i] += sigma * noise[i];
   }
   load<kVector>(p.mask_token + column, n, value);
 #pragma unroll
@@ -97,22 +96,17 @@ __global__ __launch_bounds__(kThreads) void sigma_gradient_kernel(
   const uint32_t t = target % s.Kt, m = target / s.Kt % s.M, b = target / s.Kt / s.M;
   const int64_t patch = p.target_idx[target], sample = p.noise.sample_ids[b];
   const T* grad = static_cast<const T*>(p.grad) + output_row(s, m, b, s.Kc + t) * s.D;
-  const float* pos = p.pos + patch * s.D;
-  const float c = p.noise.factor, sigma = p.noise.sigma[target];
   float total = 0.0f;
   for (uint32_t column = threadIdx.x % kWarp * kGroup; column < s.D; column += kWarp * kGroup) {
     const int n = columns_left(column, s.D);
-    float g[kGroup], psi[kGroup], noise[kGroup];
+    float g[kGroup], noise[kGroup];
     load<kVector>(grad + column, n, g);  // zero beyond the edge, where the noise goes on
-    load<kVector>(pos + column, n, psi);
     normals(p.noise, sample, m, patch, column, noise);
-    // d/ds (psi + s n) (1 + c s^2)^(-1/2) = (n - c s psi) (1 + c s^2)^(-3/2)
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) total += g[i] * (noise[i] - c * sigma * psi[i]);
+    for (int i = 0; i < kGroup; ++i) total += g[i] * noise[i];
   }
   total = warp_sum(total);
-  const float variance = 1.0f + c * sigma * sigma;
-  if (threadIdx.x % kWarp == 0) p.dsigma[target] = total / (variance * sqrtf(variance));
+  if (threadIdx.x % kWarp == 0) p.dsigma[target] = total;
 }
 
 constexpr int kLaneGroups = 2;  // groups of columns of a lane
@@ -120,14 +114,14 @@ constexpr int kTile = kLaneGroups * kWarp * kGroup;
 
 template <class T, bool kVector>
 __device__ inline void add_row(
-    const T* row, uint32_t first, uint32_t D, float q, float (&total)[kLaneGroups][kGroup]) {
+    const T* row, uint32_t first, uint32_t D, float (&total)[kLaneGroups][kGroup]) {
 #pragma unroll
   for (int j = 0; j < kLaneGroups; ++j) {
     const uint32_t column = first + j * kWarp * kGroup;
     float part[kGroup];
     load<kVector>(row + column, columns_left(column, D), part);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) total[j][i] += q * part[i];
+    for (int i = 0; i < kGroup; ++i) total[j][i] += part[i];
   }
 }
 
@@ -153,7 +147,7 @@ __global__ __launch_bounds__(kThreads, 4) void pos_gradient_kernel(
       for (; found; found &= found - 1)
         for (uint32_t m = 0; m < s.M; ++m)
           add_row<T, kVector>(grad + output_row(s, m, b, start + __ffs(found) - 1) * s.D, first,
-                              s.D, 1.0f, total);
+                              s.D, total);
     }
     const int64_t first_target = static_cast<int64_t>(b) * targets;
     for (uint32_t start = 0; start < targets; start += kWarp) {
@@ -161,10 +155,8 @@ __global__ __launch_bounds__(kThreads, 4) void pos_gradient_kernel(
       const bool here = k < targets && p.target_idx[first_target + k] == patch;
       for (unsigned found = __ballot_sync(kAll, here); found; found &= found - 1) {
         const uint32_t target = start + __ffs(found) - 1;
-        const float q = p.noise.sigma
-            ? mix_scale(p.noise.factor, p.noise.sigma[first_target + target]) : 1.0f;
         const int64_t row = output_row(s, target / s.Kt, b, s.Kc + target % s.Kt);
-        add_row<T, kVector>(grad + row * s.D, first, s.D, q, total);
+        add_row<T, kVector>(grad + row * s.D, first, s.D, total);
       }
     }
   }

@@ -6,7 +6,7 @@ Needs torch and nothing else. Every op takes ``impl="auto"``; ``available_impls(
 from . import integrations, layers, nn
 from ._checks import debug_checks
 from ._dispatch import available_impls
-from ._philox import philox_normal
+from ._philox import NoiseKey, philox_normal
 from ._version import __version__
 from .ema_update_.op import ema_update_
 from .gather_tokens.op import gather_tokens
@@ -19,6 +19,7 @@ from .vicreg.reference import VicregTerms
 
 __all__ = [
     "JepaLoss",
+    "NoiseKey",
     "VicregTerms",
     "__version__",
     "available_impls",

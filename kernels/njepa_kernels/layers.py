@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import nn
 
 from ._dispatch import Impl
+from ._philox import NoiseKey
 from .gather_tokens.op import gather_tokens
 from .integrations._forwards import Masks, as_list, encode, predict
 from .jepa_loss.op import jepa_loss
-from .jepa_loss.reference import JepaLoss
-from .predictor_tokens.op import Mix, predictor_tokens
+from .jepa_loss.reference import JepaLoss, Stop
+from .predictor_tokens.op import predictor_tokens
 from .vicreg.op import vicreg
 from .vicreg.reference import VicregTerms
 
@@ -39,7 +40,6 @@ class PredictorTokens(nn.Module):
     can_torch_compile = True
     mask_token: torch.Tensor
     pos: torch.Tensor
-    mix: Mix
     impl: Impl
 
     def forward(
@@ -48,9 +48,7 @@ class PredictorTokens(nn.Module):
         context_idx: torch.Tensor,
         target_idx: torch.Tensor,
         sigma: torch.Tensor | None = None,
-        seed: int = 0,
-        step: int = 0,
-        sample_ids: torch.Tensor | None = None,
+        noise: NoiseKey | None = None,
     ) -> torch.Tensor:
         return predictor_tokens(
             context,
@@ -59,10 +57,7 @@ class PredictorTokens(nn.Module):
             context_idx,
             target_idx,
             sigma,
-            seed,
-            step,
-            sample_ids,
-            self.mix,
+            noise,
             impl=self.impl,
         )
 
@@ -71,6 +66,9 @@ class PredictionLoss(nn.Module):
     """``njepa_kernels.jepa_loss``."""
 
     can_torch_compile = True
+    noise_weight: float
+    consistency: float
+    consistency_stop: Stop
     beta: float
     eps: float
     impl: Impl
@@ -80,9 +78,20 @@ class PredictionLoss(nn.Module):
         pred: torch.Tensor,
         h: torch.Tensor,
         target_idx: torch.Tensor,
-        weight: torch.Tensor | None = None,
+        noised: torch.Tensor | None = None,
     ) -> JepaLoss:
-        return jepa_loss(pred, h, target_idx, weight, self.beta, self.eps, impl=self.impl)
+        return jepa_loss(
+            pred,
+            h,
+            target_idx,
+            noised,
+            noise_weight=self.noise_weight,
+            consistency=self.consistency,
+            consistency_stop=self.consistency_stop,
+            beta=self.beta,
+            eps=self.eps,
+            impl=self.impl,
+        )
 
 
 class VICReg(nn.Module):

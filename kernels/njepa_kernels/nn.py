@@ -11,7 +11,7 @@ The functions (``njepa_kernels.gather_tokens``, ...) have the full contract of a
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch import nn
 from . import layers
 from ._dispatch import IMPLEMENTATIONS, Impl
 from .ema_update_.op import ema_update_
-from .predictor_tokens.op import Mix
+from .jepa_loss.reference import Stop
 
 __all__ = ["Ema", "GatherTokens", "PredictionLoss", "PredictorTokens", "VICReg"]
 
@@ -50,16 +50,15 @@ class PredictorTokens(layers.PredictorTokens):
     """The predictor's input, [B, Kc, d] -> [M*B, Kc + Kt, d], row m*B + b.
 
         out[m*B + b, :Kc]    = context[b] + pos[context_idx[b]]
-        out[m*B + b, Kc + t] = mask_token + mix(pos[j], sigma, n),  j = target_idx[b, m, t]
+        out[m*B + b, Kc + t] = mask_token + pos[j] + sigma[b, m] n,  j = target_idx[b, m, t]
 
-    ``forward(context, context_idx, target_idx, sigma=None, seed=0, step=0, sample_ids=None)``. The
-    op: ``njepa_kernels.predictor_tokens``.
+    ``forward(context, context_idx, target_idx, sigma=None, noise=None)`` with sigma [B, M] and
+    ``noise=NoiseKey(seed, step, sample_ids)``. The op: ``njepa_kernels.predictor_tokens``.
 
     Args:
         width: d.
         pos: [N, d], the position table. A tensor becomes a buffer (it is in the state dict and gets
             no gradient), an ``nn.Parameter`` stays one.
-        mix: how position and noise combine, "ve", "vp" or "edm".
         impl: which implementation runs.
 
     ``mask_token`` [d] is a parameter, drawn from N(0, 0.02^2) cut at 2 (facebookresearch/ijepa,
@@ -67,12 +66,10 @@ class PredictorTokens(layers.PredictorTokens):
     and in the type of ``pos``.
 
     Raises:
-        TypeError, ValueError: a table of other type or shape, an unknown ``mix`` or ``impl``.
+        TypeError, ValueError: a table of other type or shape, an unknown ``impl``.
     """
 
-    def __init__(
-        self, width: int, pos: torch.Tensor, *, mix: Mix = "ve", impl: Impl = "auto"
-    ) -> None:
+    def __init__(self, width: int, pos: torch.Tensor, *, impl: Impl = "auto") -> None:
         super().__init__()
         if not isinstance(pos, torch.Tensor) or not pos.is_floating_point():
             kind = pos.dtype if isinstance(pos, torch.Tensor) else type(pos).__name__
@@ -83,11 +80,6 @@ class PredictorTokens(layers.PredictorTokens):
             raise ValueError(
                 f"PredictorTokens: pos must be [N,d] = [any, {width}], got {list(pos.shape)}"
             )
-        if mix not in get_args(Mix):
-            raise ValueError(
-                f"PredictorTokens: mix must be one of {', '.join(get_args(Mix))}, got {mix!r}"
-            )
-        self.mix = mix
         self.impl = _known("PredictorTokens", impl)
         if isinstance(pos, nn.Parameter):
             self.pos = pos
@@ -98,29 +90,48 @@ class PredictorTokens(layers.PredictorTokens):
 
     def extra_repr(self) -> str:
         n, width = self.pos.shape
-        return f"width={width}, n_patches={n}, mix={self.mix!r}, impl={self.impl!r}"
+        return f"width={width}, n_patches={n}, impl={self.impl!r}"
 
 
 class PredictionLoss(layers.PredictionLoss):
-    """mean of weight * smooth_l1_beta(pred - LayerNorm(h)[target_idx]).
+    """smooth_l1_beta(pred - LayerNorm(h)[target_idx]), and the terms of a noised prediction.
 
-    ``forward(pred, h, target_idx, weight=None)`` with pred [M*B, Kt, D] in rows m*B + b, h
-    [B, N, D], target_idx int64 [B, M, Kt], weight [B, M] or [B, M, Kt]; returns ``JepaLoss(loss,
-    per_token)``: a scalar and [B, M, Kt], fp32. The op: ``njepa_kernels.jepa_loss``.
+    ``forward(pred, h, target_idx, noised=None)`` with pred and noised [M*B, Kt, D] in rows m*B + b,
+    h [B, N, D], target_idx int64 [B, M, Kt]; returns ``JepaLoss(loss, clean, noised,
+    consistency)``: scalars, fp32. The op: ``njepa_kernels.jepa_loss``.
 
     Args:
+        noise_weight, consistency: weights of the loss of ``noised`` and of its distance to
+            ``pred``, >= 0.
+        consistency_stop: "clean" or "noised", which of the two is a constant in the distance.
         beta: where the square meets the line, >= 0; eps: of the LayerNorm, > 0.
         impl: which implementation runs.
     """
 
-    def __init__(self, beta: float = 1.0, eps: float = 1e-5, *, impl: Impl = "auto") -> None:
+    def __init__(
+        self,
+        *,
+        noise_weight: float = 0.1,
+        consistency: float = 0.1,
+        consistency_stop: Stop = "none",
+        beta: float = 1.0,
+        eps: float = 1e-5,
+        impl: Impl = "auto",
+    ) -> None:
         super().__init__()
+        self.noise_weight = noise_weight
+        self.consistency = consistency
+        self.consistency_stop = consistency_stop
         self.beta = beta
         self.eps = eps
         self.impl = _known("PredictionLoss", impl)
 
     def extra_repr(self) -> str:
-        return f"beta={self.beta}, eps={self.eps}, impl={self.impl!r}"
+        return (
+            f"noise_weight={self.noise_weight}, consistency={self.consistency}, "
+            f"consistency_stop={self.consistency_stop!r}, beta={self.beta}, eps={self.eps}, "
+            f"impl={self.impl!r}"
+        )
 
 
 class VICReg(layers.VICReg):

@@ -92,14 +92,13 @@ def _predictor_tokens(width: int, n: int, batch: int, dtype: torch.dtype) -> Non
     context_idx = _meta(batch, _CONTEXT, dtype=torch.int64)
     target_idx = _meta(batch, _BLOCKS, _TARGETS, dtype=torch.int64)
     ids = _meta(batch, dtype=torch.int64)
-    pos = _meta(n, width)
+    context = _meta(batch, _CONTEXT, width, dtype=dtype)
     grad = _meta(_BLOCKS * batch, _CONTEXT + _TARGETS, width, dtype=dtype)
-    for mix in (None, "ve", "edm"):
-        sigma = None if mix is None else _meta(*target_idx.shape)
-        rest = (sigma, 7, 1, ids, mix or "ve")
-        context = _meta(batch, _CONTEXT, width, dtype=dtype)
-        op.forward(context, pos, _meta(width), context_idx, target_idx, *rest)
-        op.backward(grad, pos, context_idx, target_idx, *rest, True, mix is not None)
+    for noisy, shared in ((False, False), (True, False), (True, True)):
+        sigma = _meta(batch, _BLOCKS) if noisy else None
+        tables = (_meta(n, width), _meta(width), context_idx, target_idx)
+        op.forward(context, *tables, sigma, 7, 1, ids, shared)
+        op.backward(grad, context_idx, target_idx, ids, 7, 1, shared, n, True, noisy)
 
 
 def _jepa_loss(width: int, n: int, batch: int, dtype: torch.dtype) -> None:

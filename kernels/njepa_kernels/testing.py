@@ -24,7 +24,7 @@ def result_tensors(result: Any, inputs: Inputs) -> dict[str, torch.Tensor]:
     """The tensors a call returned, by name."""
     if isinstance(result, torch.Tensor):
         return {"out": result}
-    return dict(result._asdict())
+    return {name: value for name, value in result._asdict().items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class OpCase:
     is that of the activations. ``bytes(dtype, mode)`` is the least memory traffic the op can have,
     ``flops(mode)`` its floating-point operations (without the integer work of the noise), forward
     or forward and backward. ``small`` cases are for tests, the others for benchmarks, on the types
-    of device in ``devices``.
+    of device in ``devices``. ``is_derivative``: whether the gradients are those of the outputs,
+    which a stopped gradient is not.
     """
 
     op: str
@@ -50,6 +51,7 @@ class OpCase:
     small: bool = True
     devices: tuple[str, ...] = ("cpu", "cuda")
     outputs: Callable[[Any, Inputs], dict[str, torch.Tensor]] = result_tensors
+    is_derivative: bool = True
 
     @property
     def name(self) -> str:

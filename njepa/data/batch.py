@@ -25,22 +25,20 @@ class Lengths:
 class Batch(NamedTuple):
     """A micro-batch of one rank.
 
-    B images of S x S pixels, Kc context patches, M target blocks of Kt patches, K noise levels.
+    B images of S x S pixels, Kc context patches, M target blocks of Kt patches.
     """
 
     images: Tensor
     """uint8 [B, S, S, 3], contiguous; the patch embedding normalises."""
     sample_ids: Tensor
-    """int64 [B]: the planned ids. They key crop, mask, level and noise, also where an unreadable
+    """int64 [B]: the planned ids. They key crop, mask, sigma and noise, also where an unreadable
     image was replaced by another one."""
     context_idx: Tensor
     """int64 [B, Kc]: row-major patch indices, ascending; with ``context_lengths`` padded by 0."""
     target_idx: Tensor
     """int64 [B, M, Kt]."""
-    levels: Tensor | None
-    """int64 [B, M], [B, M, Kt] or [B, K*M] (level-major): the noise level; None: no noise."""
     sigma: Tensor | None
-    """float32, shape of ``levels``: the standard deviation of that level."""
+    """float32 [B, M]: the standard deviation of each block's noise; None: no noise."""
     micro_step: int
     context_lengths: Lengths | None = None
     """Context patches of each image, Kc being the largest; None: Kc for all."""

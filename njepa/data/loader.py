@@ -1,4 +1,4 @@
-"""Batches for the training loop: pixels of a backend, masks and noise levels drawn beside it."""
+"""Batches for the training loop: pixels of a backend, masks and sigmas drawn beside it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from njepa.data.order import SampleOrder
 from njepa.data.pixels import PixelSource
 from njepa.data.torch_loader import TorchPixels
 from njepa.masking import MaskSampler
-from njepa.noise import NoiseLevels
+from njepa.noise import block_sigmas
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +42,13 @@ class Loader:
 
     def __init__(
         self, config: Config, index: ImageIndex, order: SampleOrder, masks: MaskSampler,
-        noise: NoiseLevels, device: torch.device, steps: range, pixels: PixelSource,
+        device: torch.device, steps: range, pixels: PixelSource,
         backend: str, backend_reason: str,
     ) -> None:  # fmt: skip
         self.backend, self.backend_reason = backend, backend_reason
         self.wait_s, self.skipped = 0.0, 0
         self._config, self._index, self._order = config, index, order
-        self._masks, self._noise, self._device, self._steps = masks, noise, device, steps
+        self._masks, self._device, self._steps = masks, device, steps
         self._pixels, self._warned = pixels, set[int]()
         self._ready: queue.Queue[Batch | Exception | None] = queue.Queue(config.data.prefetch)
         self._closed = threading.Event()
@@ -125,10 +125,10 @@ class Loader:
             context_idx = context_idx[:, : lengths.max()]  # another rank's may be longer
             if lengths.min() < lengths.max():
                 context_lengths = Lengths(tuple(lengths.tolist()), self._tensor(lengths))
-        levels = sigma = None
-        if self._noise.active:
-            drawn = self._noise.assign(plan.step, plan.global_ids, target_idx.shape[-1])
-            levels, sigma = self._tensor(drawn.levels[mine]), self._tensor(drawn.sigma[mine])
+        noise, sigma = self._config.noise, None
+        if noise.active:
+            blocks, seed = target_idx.shape[1], self._config.run.seed
+            sigma = self._tensor(block_sigmas(noise, blocks, seed, plan.step, plan.ids))
         if self._device.type == "cuda" and not images.is_cuda:
             images = images.pin_memory()
         return Batch(
@@ -136,7 +136,6 @@ class Loader:
             self._tensor(plan.ids),
             self._tensor(context_idx),
             self._tensor(target_idx),
-            levels,
             sigma,
             micro_step,
             context_lengths,
@@ -160,13 +159,13 @@ class Loader:
 
 
 def build_loader(
-    config: Config, index: ImageIndex, order: SampleOrder, masks: MaskSampler, noise: NoiseLevels,
+    config: Config, index: ImageIndex, order: SampleOrder, masks: MaskSampler,
     device: torch.device, start_step: int, total_steps: int,
 ) -> Loader:  # fmt: skip
     """Loader from optimizer step ``start_step`` up to ``total_steps`` (exclusive).
 
     Every step gives ``order.accumulation`` batches. A resumed run passes its step: nothing else is
-    needed to continue with the same samples, crops, masks and levels.
+    needed to continue with the same samples, crops, masks and sigmas.
 
     Raises:
         ValueError: ``data.backend=dali`` where DALI is not installed.
@@ -186,7 +185,7 @@ def build_loader(
     else:
         pixels = TorchPixels(config.data, config.run.seed, index, order, start, stop, workers)
     steps = range(start, stop)
-    return Loader(config, index, order, masks, noise, device, steps, pixels, backend, reason)
+    return Loader(config, index, order, masks, device, steps, pixels, backend, reason)
 
 
 def choose_backend(wanted: str, device: torch.device) -> tuple[str, str]:

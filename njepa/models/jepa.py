@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch.distributed as dist
+from njepa_kernels import NoiseKey
 from torch import Tensor, nn
 
 from njepa.config import Config
@@ -16,24 +17,22 @@ from njepa.models.projector import build_projector
 
 
 class JepaOutput(NamedTuple):
-    """B images, M target blocks, L = M or, where every block is predicted at every level, K*M."""
+    """B images, M target blocks."""
 
     context: Tensor
     """[B, Kc, D], the encoded context; zeros where there is padding."""
     clean: Tensor | None
-    """[M*B, Kt, D], row m*B + b: predictions without noise. None with one predictor and noise."""
+    """[M*B, Kt, D], row m*B + b: predictions without noise. None with a single, noised one."""
     noised: Tensor | None
-    """[L*B, Kt, D], row l*B + b: predictions from noised queries. None without noise."""
-    noised_idx: Tensor | None
-    """int64 [B, L, Kt]: the patches of ``noised``."""
+    """[M*B, Kt, D], row m*B + b: predictions from noised queries. None without noise."""
 
 
 class Jepa(nn.Module):
-    """One encoder pass; each predictor is called once.
+    """One encoder pass, then both predictions; the blocks of each predictor run once.
 
-    ``predictor`` is clean and ``noise_predictor`` gets the noise; without a ``noise_predictor`` a
-    noisy ``predictor`` has all queries noised. Two predictors are what the figure of N-JEPA (arXiv
-    2507.15216) shows; the rest is our reading (docs/method.md).
+    N-JEPA (arXiv 2507.15216, algorithm 1): ``predictor`` is clean, ``noise_predictor`` gets the
+    noise on the positions of its queries, and they differ in nothing else. Without a
+    ``noise_predictor``, ``predictor`` makes the noised prediction too.
     """
 
     def __init__(
@@ -42,15 +41,15 @@ class Jepa(nn.Module):
         predictor: Predictor,
         noise_predictor: Predictor | None = None,
         projector: nn.Module | None = None,
-        level_repeats: int = 1,
+        predicts: tuple[bool, bool] = (True, False),
     ) -> None:
-        """``level_repeats``: K where every block is predicted at all K levels, 1 otherwise."""
+        """``predicts``: whether there is a clean and a noised prediction."""
         super().__init__()
         self.encoder = encoder
         self.predictor = predictor
         self.noise_predictor = noise_predictor
         self.projector = projector
-        self.level_repeats = level_repeats
+        self.predicts = predicts
 
     def forward(
         self,
@@ -58,8 +57,7 @@ class Jepa(nn.Module):
         context_idx: Tensor,
         target_idx: Tensor,
         sigma: Tensor | None = None,
-        sample_ids: Tensor | None = None,
-        micro_step: int = 0,
+        noise: NoiseKey | None = None,
         context_lengths: Lengths | None = None,
     ) -> JepaOutput:
         """Predict the target blocks from the context.
@@ -67,30 +65,32 @@ class Jepa(nn.Module):
         Args:
             images: uint8 [B, S, S, 3], or normalised [B, 3, S, S]. context_idx: int64 [B, Kc].
             target_idx: int64 [B, M, Kt].
-            sigma: fp32 [B, M], [B, M, Kt], or [B, K*M] with block k*M + m at level k where every
-                block is predicted at every level; None exactly if no predictor is noisy.
-            sample_ids: int64 [B]. micro_step: both key the noise.
+            sigma: fp32 [B, M], and noise, its key; None exactly if no prediction is noised.
             context_lengths: of each image where Kc is padded; None: Kc for all.
 
         Raises:
             ValueError: sigma missing or unwanted.
         """
-        noisy = self.noise_predictor if self.noise_predictor is not None else self.predictor
-        if (sigma is None) != (noisy.noise is None):
+        wants_clean, wants_noised = self.predicts
+        if (sigma is not None) != wants_noised:
             raise ValueError(
-                "sigma must be given exactly if the model was built with noise (noise.weight > 0); "
-                f"got sigma={'None' if sigma is None else list(sigma.shape)} and "
-                f"{'no noise' if noisy.noise is None else 'noise'}"
+                "sigma must be given exactly if the model was built with noise (noise.weight or "
+                f"noise.consistency > 0); got sigma={None if sigma is None else list(sigma.shape)} "
+                f"and {'noise' if wants_noised else 'no noise'}"
             )
-        lengths = context_lengths
-        z = self.encoder(images, context_idx, lengths)
-        clean = noised = noised_idx = None
-        if noisy is not self.predictor or sigma is None:
-            clean = self.predictor(z, context_idx, target_idx, context_lengths=lengths)
-        if sigma is not None:
-            noised_idx = target_idx.repeat(1, self.level_repeats, 1)
-            noised = noisy(z, context_idx, noised_idx, sigma, sample_ids, micro_step, lengths)
-        return JepaOutput(z, clean, noised, noised_idx)
+        z = self.encoder(images, context_idx, context_lengths)
+        args = (z, context_idx, target_idx)
+        clean = noised = None
+        if self.noise_predictor is None and wants_clean and wants_noised:
+            both = self.predictor(*args, sigma, noise, context_lengths, with_clean=True)
+            clean, noised = both.chunk(2)
+        else:
+            if wants_clean:
+                clean = self.predictor(*args, context_lengths=context_lengths)
+            if wants_noised:
+                noisy = self.predictor if self.noise_predictor is None else self.noise_predictor
+                noised = noisy(*args, sigma, noise, context_lengths)
+        return JepaOutput(z, clean, noised)
 
 
 def build_jepa(
@@ -99,19 +99,25 @@ def build_jepa(
     """The network of a configuration, on CPU.
 
     Every module draws its weights from its own stream, so encoder and predictor are the same with
-    and without noise or VICReg. noise.weight=0 builds no second predictor, vicreg.weight=0 no
-    projector.
+    and without noise or VICReg. Without noise there is no second predictor, with vicreg.weight=0
+    no projector.
 
     Args:
         group: ranks that share the projector's statistics, None for a single process.
         attention: what runs the attention of encoder and predictors.
     """
     noise = config.noise
-    noisy, second = noise.weight > 0, noise.weight > 0 and noise.predictors == 2
+    own_token = noise.active and noise.predictors == "shared" and noise.mask_token == "unshared"
+    predictor = build_predictor(config, "predictor", attention, noise_mask_token=own_token)
+    noise_predictor = None
+    if noise.active and noise.predictors == "unshared":
+        noise_predictor = build_predictor(config, "noise_predictor", attention)
+        if noise.mask_token == "shared":  # one parameter of both modules
+            noise_predictor.mask_token = predictor.mask_token
     return Jepa(
         build_encoder(config, attention),
-        build_predictor(config, "predictor", noisy and not second, attention),
-        build_predictor(config, "noise_predictor", True, attention) if second else None,
+        predictor,
+        noise_predictor,
         build_projector(config, group) if config.vicreg.weight > 0 else None,
-        level_repeats=noise.levels if noise.map == "all" else 1,
+        (not noise.active or noise.predictors != "single", noise.active),
     )

@@ -1,4 +1,4 @@
-"""Sin-cos features: the frozen 2-D position tables, and the features of a noise level."""
+"""The frozen 2-D sin-cos position tables."""
 
 from __future__ import annotations
 

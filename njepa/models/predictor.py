@@ -7,22 +7,21 @@ width, d predictor width.
 from __future__ import annotations
 
 import torch
-from njepa_kernels import philox_normal, predictor_tokens
+from njepa_kernels import NoiseKey, philox_normal, predictor_tokens
 from njepa_kernels._dispatch import Impl
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from njepa.config import Config, NoiseConfig
+from njepa.config import Config
 from njepa.data.batch import Lengths
 from njepa.models.attention import SDPA, Attention, Sequences, use_attention
 from njepa.models.encoder import BlockNorm, EncoderSize, check_heads, encoder_size
 from njepa.models.init import init_generator, init_weights, rescale_by_depth
 from njepa.models.last_block import LastBlock
-from njepa.models.positions import position_table, sincos
+from njepa.models.positions import position_table
 from njepa.models.recompute import run_blocks
 from njepa.models.shared_context import Segments, share_context
-from njepa.randomness import stream_seed
 
 
 class Predictor(nn.Module):
@@ -32,7 +31,7 @@ class Predictor(nn.Module):
     is predicted on its own from the whole context by full self-attention. Architecture and names:
     facebookresearch/ijepa, src/models/vision_transformer.py (``VisionTransformerPredictor``).
 
-    With ``shared_context`` (our reading) the context attends to itself only. It then does not
+    With ``shared_context`` (ours) the context attends to itself only. It then does not
     depend on the queries, and all blocks share the one that is computed (``shared_context.py``).
     Parameters and their names are the same.
     """
@@ -46,8 +45,8 @@ class Predictor(nn.Module):
         heads: int,
         *,
         pos_scale: float = 1.0,
-        noise: NoiseConfig | None = None,
-        noise_seed: int = 0,
+        tied_noise: bool = False,
+        noise_mask_token: bool = False,
         shared_context: bool = False,
         impl: Impl = "auto",
         attention: Attention = SDPA,
@@ -57,7 +56,9 @@ class Predictor(nn.Module):
 
         Args:
             depth: blocks, at least 1; the last is a ``LastBlock``.
-            noise: how sigma acts; None for a predictor that never gets one.
+            tied_noise: draw the noise in the encoder's width and project it by
+                ``predictor_embed`` without its bias (StoP, arXiv 2308.00566).
+            noise_mask_token: noised queries start from a mask token of their own.
 
         Raises:
             ValueError: ``depth`` below 1.
@@ -65,7 +66,7 @@ class Predictor(nn.Module):
         super().__init__()
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
-        self.noise, self.noise_seed, self.impl = noise, noise_seed, impl
+        self.tied_noise, self.impl = tied_noise, impl
         self.shared_context, self.attention = shared_context, attention
         self.checkpoint_blocks = checkpoint_blocks
         table = position_table(width, grid, pos_scale)
@@ -84,9 +85,9 @@ class Predictor(nn.Module):
                 use_attention(self.predictor_blocks, attention)
             self.predictor_norm = BlockNorm(width)
             self.predictor_proj = nn.Linear(width, encoder_width)
-            self.level_embed = None
-            if noise is not None and noise.level_embedding == "add":
-                self.level_embed = nn.Linear(width, width)  # last: it shifts no other draw
+            self.noise_mask_token: nn.Parameter | None = None
+            if noise_mask_token:
+                self.noise_mask_token = nn.Parameter(torch.zeros(1, 1, width))
 
     def forward(
         self,
@@ -94,61 +95,42 @@ class Predictor(nn.Module):
         context_idx: Tensor,
         target_idx: Tensor,
         sigma: Tensor | None = None,
-        sample_ids: Tensor | None = None,
-        micro_step: int = 0,
+        noise: NoiseKey | None = None,
         context_lengths: Lengths | None = None,
+        with_clean: bool = False,
     ) -> Tensor:
         """Predicted features [M*B, Kt, D], row m*B + b.
 
         Args:
             z: [B, Kc, D], encoded context.
             context_idx: int64 [B, Kc]. target_idx: int64 [B, M, Kt].
-            sigma: fp32 [B, M] or [B, M, Kt], or None for clean queries.
-            sample_ids: int64 [B], needed with ``sigma``: the noise is a function of them, of
-                ``micro_step`` and of the patch.
+            sigma: fp32 [B, M], or None for clean queries. noise: what keys it; with ``sigma``.
             context_lengths: how many of the Kc are patches of each image; the rest is padding,
                 which no token attends to. None: all.
+            with_clean: both clean and noised predictions in one pass of the blocks: [2*M*B, Kt, D],
+                the clean ones first.
 
         Raises:
-            ValueError: sigma without sample_ids, or on a predictor built without noise.
+            ValueError: sigma without noise.
         """
-        if sigma is not None and (self.noise is None or sample_ids is None):
-            raise ValueError(
-                "sigma needs sample_ids and a predictor built with noise=NoiseConfig(...), "
-                f"got sample_ids={'None' if sample_ids is None else 'given'} and "
-                f"noise={'None' if self.noise is None else 'given'}"
-            )
-        pos = self.predictor_pos_embed[0]
         tied = None
-        if sigma is not None and self.noise is not None and self.noise.space == "encoder_tied":
-            assert sample_ids is not None
-            context, tied = self._embed_with_noise(z, target_idx, sample_ids, micro_step)
+        if sigma is not None and noise is not None and self.tied_noise:
+            context, tied = self._embed_with_noise(z, target_idx, noise)
         else:
             context = self.predictor_embed(z)
-        context = context.to(pos.dtype)  # as in the encoder: the residual stream is not autocast
-        shared = self.shared_context
-        direct = sigma is not None and tied is None
-        tokens = predictor_tokens(
-            context.new_empty(len(context), 0, pos.shape[1]) if shared else context,
-            pos,
-            self.mask_token.view(-1),
-            context_idx[:, :0] if shared else context_idx,
-            target_idx,
-            sigma if direct else None,
-            self.noise_seed,
-            micro_step,
-            sample_ids if direct else None,
-            self.noise.mix if self.noise is not None else "ve",
-            impl=self.impl,
-        )
+        context = context.to(self.predictor_pos_embed.dtype)  # the residual stream is not autocast
+        if with_clean or sigma is None:
+            tokens = self._tokens(context, context_idx, target_idx, self.mask_token)
+        if sigma is not None:
+            mask_token = self.mask_token if self.noise_mask_token is None else self.noise_mask_token
+            args = (context, context_idx, target_idx, mask_token)
+            noised = self._tokens(*args, sigma, noise, tied)
+            tokens = torch.cat((tokens, noised)) if with_clean else noised
         n_targets = target_idx.shape[2]
-        if sigma is not None and (tied is not None or self.level_embed is not None):
-            extra = self._query_terms(sigma, F.embedding(target_idx, pos), tied)
-            rows = extra.transpose(0, 1).flatten(0, 1).to(tokens.dtype)
-            tokens = tokens + F.pad(rows, (0, 0, tokens.shape[1] - n_targets, 0))
-        if shared:
-            kept = context + F.embedding(context_idx, pos)
-            segments = Segments.of(self.attention, kept, target_idx, context_lengths)
+        if self.shared_context:
+            kept = context + F.embedding(context_idx, self.predictor_pos_embed[0])
+            every = target_idx.repeat(1, 2, 1) if with_clean else target_idx
+            segments = Segments.of(self.attention, kept, every, context_lengths)
             tokens = self._run_blocks(
                 segments.join(kept, tokens), segments, segments.of_queries_alone()
             )
@@ -162,6 +144,36 @@ class Predictor(nn.Module):
         features: Tensor = self.predictor_proj(self.predictor_norm(queries))
         return features
 
+    def _tokens(
+        self,
+        context: Tensor,
+        context_idx: Tensor,
+        target_idx: Tensor,
+        mask_token: Tensor,
+        sigma: Tensor | None = None,
+        noise: NoiseKey | None = None,
+        tied: Tensor | None = None,
+    ) -> Tensor:
+        """The input of the blocks, [M*B, Kc+Kt, d]; with ``shared_context`` the queries alone.
+
+        ``tied``: W n [B, M, Kt, d] in the place of noise drawn in the predictor's width.
+        """
+        direct = tied is None
+        tokens = predictor_tokens(
+            context[:, :0] if self.shared_context else context,
+            self.predictor_pos_embed[0],
+            mask_token.view(-1),
+            context_idx[:, :0] if self.shared_context else context_idx,
+            target_idx,
+            sigma if direct else None,
+            noise if direct else None,
+            impl=self.impl,
+        )
+        if tied is None or sigma is None:
+            return tokens
+        rows = (sigma[..., None, None] * tied).transpose(0, 1).flatten(0, 1).to(tokens.dtype)
+        return tokens + F.pad(rows, (0, 0, tokens.shape[1] - rows.shape[1], 0))
+
     def _run_blocks(
         self, tokens: Tensor, everything: Sequences | Segments, queries: Sequences | Segments
     ) -> Tensor:
@@ -171,7 +183,7 @@ class Predictor(nn.Module):
         return run_blocks([last], tokens, self.checkpoint_blocks, attn_mask=queries)
 
     def _embed_with_noise(
-        self, z: Tensor, target_idx: Tensor, sample_ids: Tensor, micro_step: int
+        self, z: Tensor, target_idx: Tensor, noise: NoiseKey
     ) -> tuple[Tensor, Tensor]:
         """Embedded context [B, Kc, d], and W n [B, M, Kt, d] of the same layer, n ~ N(0, I_D).
 
@@ -179,30 +191,11 @@ class Predictor(nn.Module):
         [z, n, 0], so that its weight is only touched inside its own forward (ZeRO-3).
         """
         batch, n_context, width = z.shape
-        n = philox_normal(self.noise_seed, micro_step, sample_ids, target_idx, width)
+        n = philox_normal(noise, target_idx, width)
         zero = z.new_zeros(batch, 1, width)
         rows = self.predictor_embed(torch.cat((z, n.flatten(1, 2).to(z.dtype), zero), dim=1))
-        context, noise, bias = rows.split((n_context, rows.shape[1] - n_context - 1, 1), dim=1)
-        return context, (noise - bias).unflatten(1, target_idx.shape[1:])
-
-    def _query_terms(self, sigma: Tensor, psi: Tensor, tied: Tensor | None) -> Tensor:
-        """What is added to the queries beyond ``predictor_tokens``: [B, M, Kt, d], fp32."""
-        assert self.noise is not None
-        level = sigma.view(*sigma.shape, *([1] * (4 - sigma.dim())))
-        total = torch.zeros((), device=psi.device)
-        if tied is not None:
-            # mix(psi, sigma, Wn) - psi, the forms of predictor_tokens.
-            if self.noise.mix == "ve":
-                total = level * tied
-            else:
-                damped = level * level * (1.0 if self.noise.mix == "vp" else 2.0)
-                scale = 1.0 / (1.0 + damped).sqrt()  # exactly 1 at sigma = 0
-                total = (scale - 1.0) * psi + scale * level * tied
-        if self.level_embed is not None:
-            # c_noise of EDM (arXiv 2206.00364), ln(sigma)/4; the floor keeps sigma = 0 finite.
-            features = sincos(level.squeeze(-1).clamp(min=1e-3).log() / 4, psi.shape[-1])
-            total = total + self.level_embed(features.to(psi.dtype))
-        return total.expand_as(psi)
+        context, tied, bias = rows.split((n_context, rows.shape[1] - n_context - 1, 1), dim=1)
+        return context, (tied - bias).unflatten(1, target_idx.shape[1:])
 
 
 def check_sizes(config: Config) -> EncoderSize:
@@ -217,13 +210,14 @@ def check_sizes(config: Config) -> EncoderSize:
 
 
 def build_predictor(
-    config: Config, name: str, noisy: bool, attention: Attention = SDPA
+    config: Config, name: str, attention: Attention = SDPA, *, noise_mask_token: bool = False
 ) -> Predictor:
     """A predictor of the configuration, on CPU, with weights from stream ``init/<name>``.
 
     Args:
         name: "predictor" or "noise_predictor".
-        noisy: whether it gets sigma.
+        noise_mask_token: a second mask token, for noised queries, drawn like that of
+            "noise_predictor".
     """
     model, (width, _, heads, _) = config.model, check_sizes(config)
     part = model.predictor
@@ -234,8 +228,8 @@ def build_predictor(
         part.depth,
         part.heads or heads,
         pos_scale=model.pos_scale,
-        noise=config.noise if noisy else None,
-        noise_seed=stream_seed(config.run.seed, "noise"),
+        tied_noise=config.noise.space == "encoder_tied",
+        noise_mask_token=noise_mask_token,
         shared_context=part.context == "shared",
         impl=config.impl.default,
         attention=attention,
@@ -246,6 +240,7 @@ def build_predictor(
     init_weights(predictor, model, generator)
     if model.depth_rescaled_init:
         rescale_by_depth(predictor.predictor_blocks)
-    if predictor.level_embed is not None:
-        nn.init.zeros_(predictor.level_embed.weight)
+    if predictor.noise_mask_token is not None:
+        generator = init_generator(config.run.seed, "noise_predictor")
+        nn.init.trunc_normal_(predictor.noise_mask_token, std=0.02, generator=generator)
     return predictor

@@ -1,7 +1,7 @@
 """Attention of the predictor whose blocks share one context.
 
-Shapes: B images, L blocks of queries per image (all target blocks, at all noise levels), Kc context
-tokens, Kt queries per block, H heads of width e, d = H*e.
+Shapes: B images, L blocks of queries per image (its target blocks, twice where one predictor makes
+both predictions), Kc context tokens, Kt queries per block, H heads of width e, d = H*e.
 
 All tokens of a batch are rows of one matrix, each of them once:
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from njepa_kernels import JepaLoss, VicregTerms
+from njepa_kernels import JepaLoss, NoiseKey, VicregTerms
 from njepa_kernels.ema_update_ import native as ema_native
 from njepa_kernels.gather_tokens import native as gather_native
 from njepa_kernels.jepa_loss import native as loss_native
@@ -58,32 +58,22 @@ class _Predictor(torch.autograd.Function):
     def forward(
         ctx: Any, context: Tensor, pos: Tensor, mask: Tensor, sigma: Tensor | None, *rest: Any
     ) -> Tensor:
-        context_idx, target_idx, seed, step, sample_ids, mix = rest
-        ctx.save_for_backward(pos, context_idx, target_idx, sigma, sample_ids)
-        ctx.rest = seed, step, mix, mask.dtype
+        context_idx, target_idx, seed, step, sample_ids, shared = rest
+        ctx.save_for_backward(context_idx, target_idx, sample_ids)
+        ctx.key = seed, step, shared, pos.shape[0]
+        ctx.dtypes = pos.dtype, mask.dtype
         return predictor_native.forward(
-            context, pos, mask, context_idx, target_idx, sigma, seed, step, sample_ids, mix
+            context, pos, mask, context_idx, target_idx, sigma, seed, step, sample_ids, shared
         )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        pos, context_idx, target_idx, sigma, sample_ids = ctx.saved_tensors
-        seed, step, mix, mask_dtype = ctx.rest
         need = ctx.needs_input_grad
         dcontext, dmask, dpos, dsigma = predictor_native.backward(
-            grad.contiguous(),
-            pos,
-            context_idx,
-            target_idx,
-            sigma,
-            seed,
-            step,
-            sample_ids,
-            mix,
-            need[1],
-            need[3],
+            grad.contiguous(), *ctx.saved_tensors, *ctx.key, need[1], need[3]
         )
-        dpos = None if dpos is None else dpos.to(pos.dtype)
+        pos_dtype, mask_dtype = ctx.dtypes
+        dpos = None if dpos is None else dpos.to(pos_dtype)
         return dcontext, dpos, dmask.to(mask_dtype), dsigma, *[None] * 6
 
 
@@ -94,16 +84,10 @@ def predictor_tokens(
     context_idx: Tensor,
     target_idx: Tensor,
     sigma: Tensor | None = None,
-    seed: int = 0,
-    step: int = 0,
-    sample_ids: Tensor | None = None,
-    mix: str = "ve",
+    noise: NoiseKey | None = None,
 ) -> Tensor:
-    if sigma is not None and sigma.dim() == 2:
-        sigma = sigma.unsqueeze(-1).expand(target_idx.shape)
-    sigma = None if sigma is None else sigma.contiguous()
-    rest = context_idx, target_idx, seed, step, sample_ids, mix
-    out: Tensor = _Predictor.apply(context, pos, mask_token, sigma, *rest)
+    key = (0, 0, None, False) if noise is None else noise
+    out: Tensor = _Predictor.apply(context, pos, mask_token, sigma, context_idx, target_idx, *key)
     return out
 
 

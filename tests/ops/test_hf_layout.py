@@ -212,9 +212,10 @@ def test_layers_replace_forwards(folder: Path) -> None:
         context, target = style.draw_masks(3, 16, 7, 3)
         idx = torch.stack(target, 1)
         x, images = torch.randn(3, 16, 32), torch.randn(3, 3, 16, 16)
+        pred, noised = torch.randn(2, 12, 3, 32)
         args = dict(
             GatherTokens=(x, idx), PredictorTokens=(x[:, :7], context[0], idx),
-            PredictionLoss=(torch.randn(12, 3, 32), x, idx), VICReg=(x,),
+            PredictionLoss=(pred, x, idx, noised), VICReg=(x,),
             Encoder=(images, context), Predictor=(x[:, :7], context, target),
         )
         for name, host in hosts.items():

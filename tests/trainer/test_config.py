@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from njepa.config import Config, ConfigError, Section, dump_config, parse_config
+from njepa.config import RETIRED, Config, ConfigError, Section, dump_config, parse_config
 from njepa.recipes import load_config, recipe_names
 
 SMALL = {"data": {"image_size": 64}, "model": {"patch_size": 8}}
@@ -13,13 +13,100 @@ SMALL = {"data": {"image_size": 64}, "model": {"patch_size": 8}}
 
 @pytest.mark.parametrize(
     ("method", "noise", "vicreg"),
-    [("ijepa", 0, 0), ("cjepa", 0, 0.001), ("njepa", 1, 0), ("ncjepa", 1, 0.001)],
+    [("ijepa", 0, 0), ("cjepa", 0, 0.001), ("njepa", 0.1, 0), ("ncjepa", 0.1, 0.001)],
 )
 def test_method_only_sets_defaults(method, noise, vicreg):
-    config = parse_config({"method": method})
-    assert (config.noise.weight, config.vicreg.weight) == (noise, vicreg)
-    explicit = parse_config({"method": method, "noise": {"weight": 0.5}, "vicreg": {"weight": 2}})
-    assert (explicit.noise.weight, explicit.vicreg.weight) == (0.5, 2)
+    def weights(**sections):
+        config = parse_config({"method": method, **sections})
+        return config.noise.weight, config.noise.consistency, config.vicreg.weight
+
+    assert weights() == (noise, noise, vicreg)
+    given = {"noise": {"weight": 0.5, "consistency": 0.25}, "vicreg": {"weight": 2}}
+    assert weights(**given) == (0.5, 0.25, 2)
+    assert weights(noise={"weight": 0.5}) == (0.5, noise, vicreg)
+    # A single predictor has no second prediction to be consistent with.
+    assert weights(noise={"predictors": "single"}) == (noise, 0, vicreg)
+    assert weights(noise={"predictors": "shared"}) == (noise, noise, vicreg)
+
+
+def test_the_defaults_of_the_noise_are_the_published_ones():
+    noise = parse_config({"method": "njepa"}).noise
+    assert noise.model_dump() == {
+        "weight": 0.1, "consistency": 0.1, "consistency_stop": "none", "sigma": 0.5,
+        "draw": "per_block", "predictors": "unshared", "mask_token": "unshared",
+        "space": "predictor",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("weight", "consistency", "active"),
+    [(0, 0, False), (0.1, 0, True), (0, 0.1, True), (0.1, 0.1, True)],
+)
+def test_noise_is_active_where_a_term_weighs(weight, consistency, active):
+    noise = {"weight": weight, "consistency": consistency}
+    assert parse_config({"method": "njepa", "noise": noise}).noise.active == active
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [(0, 0.0), (1, 1.0), (0.25, 0.25), ("edm", "edm"), ([1, 0.5], (1.0, 0.5)), ([0.1], (0.1,))],
+)
+def test_forms_of_sigma_survive_a_round_trip(given, read):
+    config = parse_config({"method": "njepa", "noise": {"sigma": given}})
+    assert config.noise.sigma == read
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    "value",
+    [-0.1, float("nan"), float("inf"), "half", "0.5", [], True, None, {}, [0.5, -1], [0.5, "edm"],
+     [0.5, True], [0.5, float("nan")], [[0.5]]],
+    ids=repr,
+)  # fmt: skip
+def test_what_is_no_sigma_gets_one_message(value):
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"method": "njepa", "noise": {"sigma": value}})
+    _, *lines = str(caught.value).splitlines()
+    expected = "noise.sigma must be a number >= 0, 'edm' or a list of numbers >= 0"
+    assert len(lines) == 1
+    assert expected in lines[0]
+    assert lines[0].endswith(f"got {value!r}")
+
+
+#: A value that each key had, as YAML.
+OLD_VALUES = {
+    "schedule": "karras", "levels": "4", "sigma_min": "0.05", "sigma_max": "2.0",
+    "sigmas": "[1.0, 0.5]", "rho": "7", "jitter": "true", "anneal_to": "0.5", "unit": "relative",
+    "map": "per_block", "mix": "ve", "level_weights": "uniform", "normalise": "true",
+    "level_embedding": "add",
+}  # fmt: skip
+
+
+def test_every_retired_key_is_gone_and_tried():
+    assert OLD_VALUES.keys() == RETIRED.keys()
+    assert not RETIRED.keys() & parse_config({}).noise.model_dump().keys()
+
+
+@pytest.mark.parametrize("key", RETIRED)
+def test_a_retired_key_gets_one_message_that_names_its_successor(key):
+    with pytest.raises(ConfigError) as caught:
+        load_config("shapes-tiny", [f"noise.{key}={OLD_VALUES[key]}"])
+    _, *lines = str(caught.value).splitlines()
+    assert len(lines) == 1
+    assert lines[0].strip().startswith(f"noise.{key}: gone, ")
+    assert lines[0].endswith(RETIRED[key])
+
+
+def test_a_retired_key_elsewhere_is_an_unknown_key():
+    with pytest.raises(ConfigError, match="optim.levels: unknown key"):
+        parse_config({"optim": {"levels": 4}})
+
+
+@pytest.mark.parametrize("old", ["pred_vs_target", "context", "tokens"])
+def test_old_tensors_of_vicreg_are_named(old):
+    message = f"vicreg.on: input should be 'pred_blocks' or 'context_vs_target', got '{old}'"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_config({"method": "cjepa", "vicreg": {"on": old}})
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -48,13 +135,21 @@ def test_every_recipe_reads_for_every_method_and_survives_a_round_trip(name, met
         ({"data": {"image_size": 65}}, "multiple of model.patch_size=16, got 65"),
         ({"data": {"crop_scale": [0.5, 0.2]}}, "data.crop_scale must be [low, high]"),
         ({"data": {"path": "???"}}, "data.path is not set"),
-        ({"noise": {"levels": 5}}, "at most mask.n_targets=4 levels"),
-        ({"noise": {"schedule": "fixed"}}, "has one level, got noise.levels=4"),
-        ({"noise": {"sigma_min": 3}}, "sigma_min must not exceed noise.sigma_max, got 3.0 > 2.0"),
-        ({"noise": {"sigmas": [1.0]}}, "noise.schedule=list only"),
-        ({"noise": {"level_weights": [1, 2]}}, "needs noise.levels=4 numbers >= 0, got (1.0, 2.0)"),
-        ({"vicreg": {"weight": 1}, "mask": {"n_targets": 1}, "noise": {"levels": 1}},
-         "needs mask.n_targets >= 2, got 1"),
+        ({"noise": {"sigma": [1, 2, 3, 4, 5]}}, "has 5 values, [1.0, 2.0, 3.0, 4.0, 5.0], for "
+         "mask.n_targets=4 blocks of an image; give at most 4 values or raise mask.n_targets"),
+        ({"noise": {"sigma": [1, 0.5], "draw": "shared"}},
+         "noise.draw=shared gives a patch the same noise in all blocks, but the list "
+         "noise.sigma=[1.0, 0.5] gives the blocks different ones"),
+        ({"noise": {"predictors": "single", "consistency": 0.1}},
+         "noise.consistency=0.1 compares a clean and a noised prediction, but "
+         "noise.predictors=single makes the noised one only; set noise.consistency=0"),
+        ({"noise": {"predictors": 2}}, "'unshared', 'shared' or 'single', got 2"),
+        ({"noise": {"weight": -1}}, "noise.weight: input should be greater than or equal to 0"),
+        ({"noise": {"consistency": -1}}, "noise.consistency: input should be greater than or"),
+        ({"noise": {"consistency_stop": "both"}}, "'none', 'clean' or 'noised', got 'both'"),
+        ({"noise": {"draw": "per_image"}}, "'per_block' or 'shared', got 'per_image'"),
+        ({"noise": {"mask_token": "single"}}, "'unshared' or 'shared', got 'single'"),
+        ({"vicreg": {"weight": 1}, "mask": {"n_targets": 1}}, "needs mask.n_targets >= 2, got 1"),
         ({"model": {"predictor": {"width": 30}}}, "must be a multiple of 4"),
     ],
 )  # fmt: skip
@@ -127,3 +222,11 @@ def test_a_bare_off_is_off():
     assert (config.run.compile, config.run.cuda_graphs) == ("off", "off")
     with pytest.raises(ConfigError, match=r"run\.compile: .*'blocks'.*, got True"):
         load_config("shapes-tiny", ["run.compile=on"])
+
+
+def test_options_that_have_nothing_to_act_on_are_allowed():
+    """A list longer than the blocks, and VICReg of one block, where their weights are 0."""
+    config = parse_config({"method": "ijepa", "noise": {"sigma": [1, 2, 3, 4, 5]}})
+    assert not config.noise.active
+    one = {"mask": {"n_targets": 1}, "vicreg": {"on": "context_vs_target"}}
+    assert parse_config({"method": "ncjepa", **one}).vicreg.weight == 0.001

@@ -52,6 +52,8 @@ def test_info_names_recipes_ops_and_keys(capsys):
     assert "shapes-tiny: njepa" in shown
     assert "vicreg: native: " in shown
     assert cli.main(["info", "--keys"]) == 0
-    assert "noise.sigma_max = 2.0" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "noise.sigma = 0.5" in shown
+    assert "noise.mask_token = 'unshared'" in shown
     assert cli.main(["trian"]) == 2
     assert "unknown command 'trian'" in capsys.readouterr().err

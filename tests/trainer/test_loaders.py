@@ -25,7 +25,7 @@ from njepa.data.loader import build_loader, choose_backend, default_workers
 from njepa.data.order import SampleOrder
 from njepa.data.sources import open_source
 from njepa.masking import MaskSampler
-from njepa.noise import NoiseLevels
+from njepa.noise import block_sigmas
 
 CPU = torch.device("cpu")
 SIZE = 48
@@ -70,10 +70,7 @@ class Case:
         self.config = config
         self.order = SampleOrder(self.index.n, micro, accumulation, world, rank, config.run.seed)
         self.masks = MaskSampler(config.mask, config.grid, config.run.seed)
-        self.noise = NoiseLevels(config.noise, config.mask.n_targets, 0.5, config.run.seed, 100)
-        return build_loader(
-            config, self.index, self.order, self.masks, self.noise, CPU, start, stop
-        )
+        return build_loader(config, self.index, self.order, self.masks, CPU, start, stop)
 
     def batches(self, *args, **kwargs):
         loader = self.loader(*args, **kwargs)
@@ -144,7 +141,7 @@ def test_backends_agree_on_real_images(tmp_path, dali, size, patch):
     theirs = case.batches("dali", micro=20, stop=3)
     gaps, inner_gaps = [], []
     for a, b in zip(ours, theirs, strict=True):
-        for name in ("sample_ids", "context_idx", "target_idx", "levels", "sigma"):
+        for name in ("sample_ids", "context_idx", "target_idx", "sigma"):
             assert torch.equal(getattr(a, name), getattr(b, name))
         gap = (case.pixels(a) - case.pixels(b)).abs()
         gaps += gap.mean((1, 2, 3)).tolist()
@@ -171,8 +168,9 @@ def test_file_names_that_are_not_unicode(tmp_path, backend):
     assert len(case.batches(backend, micro=4, stop=2)) == 2
 
 
-def test_batch_fields(tmp_path, backend):
-    case = Case(class_folders(tmp_path / "in", 12), tmp_path)
+@pytest.mark.parametrize("sigma", [0.5, "edm", [1.0, 0.25]], ids=["number", "edm", "list"])
+def test_batch_fields(tmp_path, backend, sigma):
+    case = Case(class_folders(tmp_path / "in", 12), tmp_path, noise={"sigma": sigma})
     batches = case.batches(backend, accumulation=2, stop=2)
     assert [b.micro_step for b in batches] == [0, 1, 2, 3]
     for batch in batches:
@@ -183,21 +181,27 @@ def test_batch_fields(tmp_path, backend):
         masks = case.masks(batch.micro_step, plan.global_ids)
         assert torch.equal(batch.context_idx, torch.from_numpy(masks.context_idx))
         assert torch.equal(batch.target_idx, torch.from_numpy(masks.target_idx))
-        levels = case.noise.assign(plan.step, plan.ids, masks.target_idx.shape[-1])
-        assert np.array_equal(batch.levels.numpy(), levels.levels)
-        assert np.array_equal(batch.sigma.numpy(), levels.sigma)
+        assert plan.step == batch.micro_step // 2
+        expected = block_sigmas(case.config.noise, 4, case.config.run.seed, plan.step, plan.ids)
+        assert np.array_equal(batch.sigma.numpy(), expected)
         assert batch.sigma.dtype == torch.float32
+        assert batch.sigma.is_contiguous()
         moved = batch.to("meta")
         assert moved.images.is_meta
+        assert moved.sigma.is_meta
         assert moved.micro_step == batch.micro_step
 
 
-def test_without_noise_there_are_no_levels(tmp_path):
-    case = Case(class_folders(tmp_path / "in", 12), tmp_path, method="ijepa")
+@pytest.mark.parametrize(
+    ("noise", "some"),
+    [({"weight": 0}, True), ({"consistency": 0}, True), ({"weight": 0, "consistency": 0}, False)],
+    ids=["consistency", "weight", "neither"],
+)
+def test_sigma_is_there_where_a_term_weighs(tmp_path, noise, some):
+    case = Case(class_folders(tmp_path / "in", 12), tmp_path, noise=noise)
     batch = case.batches("torch", stop=1)[0]
-    assert batch.levels is None
-    assert batch.sigma is None
-    assert batch.to(CPU).levels is None
+    assert (batch.sigma is not None) == some
+    assert (batch.to(CPU).sigma is not None) == some
 
 
 # ---- order, ranks, restarts ------------------------------------------------------------------
@@ -227,7 +231,7 @@ def test_two_ranks_see_what_one_sees(tmp_path, backend, compat):
     one = case.batches(backend, micro=4)
     two = [case.batches(backend, micro=2, world=2, rank=rank) for rank in range(2)]
     for whole, *parts in zip(one, *two, strict=True):
-        for name in ("images", "sample_ids", "levels", "sigma"):
+        for name in ("images", "sample_ids", "sigma"):
             joined = torch.cat([getattr(part, name) for part in parts])
             assert torch.equal(joined, getattr(whole, name))
         if compat == "fixed":  # upstream cuts the contexts of each rank to their own length

@@ -39,17 +39,20 @@ def test_collapse_shows():
     assert collapsed.read()["rankme"] < 2
 
 
-def test_means_leave_out_absent_levels_and_notice_bad_losses():
+def test_means_and_bad_losses():
     means = MetricMeans()
     nan = torch.tensor(float("nan"))
-    means.add({"loss": torch.tensor(1.0), "loss_level_0": torch.tensor(4.0), "loss_level_1": nan})
-    means.add({"loss": torch.tensor(3.0), "loss_level_0": nan, "loss_level_1": nan})
+    means.add({"loss": torch.tensor(1.0), "loss_noise": torch.tensor(4.0)})
+    means.add({"loss": torch.tensor(3.0), "loss_noise": torch.tensor(6.0)})
     means.add_counts(k_context=10)
     means.add_counts(k_context=20)
     assert means.finite()
     assert means.steps == 2
-    assert means.read() == {"loss": 2.0, "loss_level_0": 4.0, "k_context": 15.0}
+    assert means.read() == {"loss": 2.0, "loss_noise": 5.0, "k_context": 15.0}
     assert means.read() == {}
-    means.add({"loss": nan})
+    means.add({"loss": nan, "loss_noise": torch.tensor(1.0)})
+    means.add({"loss": torch.tensor(1.0), "loss_noise": torch.tensor(1.0)})
     assert not means.finite()
-    assert math.isnan(means.read()["loss"])
+    read = means.read()
+    assert math.isnan(read["loss"])
+    assert read["loss_noise"] == 1.0

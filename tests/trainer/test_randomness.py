@@ -1,4 +1,4 @@
-"""The counter-based generator behind order, crops, masks and levels."""
+"""The counter-based generator behind order, crops, masks and sigmas."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def test_known_values_never_change() -> None:
 )
 def test_a_row_depends_on_its_id_alone(ids: list[int], count: int, data: st.DataObject) -> None:
     batch = np.array(ids, dtype=np.int64)
-    full = uniform(1, "level", 5, batch, count)
+    full = uniform(1, "sigma", 5, batch, count)
     rows = np.array(data.draw(st.lists(st.integers(0, len(ids) - 1), max_size=10)), dtype=np.int64)
-    np.testing.assert_array_equal(uniform(1, "level", 5, batch[rows], count), full[rows])
-    np.testing.assert_array_equal(uniform(1, "level", 5, batch, count + 3)[:, :count], full)
+    np.testing.assert_array_equal(uniform(1, "sigma", 5, batch[rows], count), full[rows])
+    np.testing.assert_array_equal(uniform(1, "sigma", 5, batch, count + 3)[:, :count], full)
 
 
 def test_long_id_lists_are_drawn_in_chunks_without_a_seam() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from njepa_kernels import NoiseKey
 
 from njepa.config import Config, parse_config
 from njepa.data.batch import Batch
+from njepa.randomness import stream_seed
 
 SIDE, N_BLOCKS, N_CONTEXT, N_TARGETS = 6, 4, 10, 5
-SIGMAS = (2.0, 0.716, 0.215, 0.05)
+SIGMAS = (1.5, 0.5, 0.25, 0.1)
 
 
 def tiny_config(method: str = "ijepa", **sections: dict[str, Any]) -> Config:
@@ -39,7 +41,7 @@ def normalised(images: torch.Tensor, config: Config, dtype: torch.dtype = torch.
 def make_batch(
     config: Config, batch: int = 4, step: int = 0, sigmas: tuple[float, ...] = SIGMAS
 ) -> Batch:
-    """Random images and masks; levels and sigma in the layout that ``config.noise`` asks for."""
+    """Random images and masks; where there is noise, ``sigmas`` over the blocks of each image."""
     g = torch.Generator().manual_seed(1000 + step)
     n = SIDE * SIDE
 
@@ -49,16 +51,17 @@ def make_batch(
 
     images = torch.randint(0, 256, (batch, 8 * SIDE, 8 * SIDE, 3), generator=g, dtype=torch.uint8)
     context, target = patches(batch, N_CONTEXT), patches(batch, N_BLOCKS, N_TARGETS)
-    levels = sigma = None
-    if config.noise.weight > 0:
-        k = config.noise.levels
-        if config.noise.map == "per_block":
-            levels = torch.rand(batch, N_BLOCKS, generator=g).argsort(-1) % k
-        elif config.noise.map == "all":
-            levels = torch.arange(k).repeat_interleave(N_BLOCKS).repeat(batch, 1)
-        elif config.noise.map == "per_token":
-            levels = torch.randint(0, k, target.shape, generator=g)
-        else:
-            levels = torch.randint(0, k, (batch, 1), generator=g).repeat(1, N_BLOCKS)
-        sigma = torch.tensor(sigmas)[levels]
-    return Batch(images, torch.arange(batch) + 7, context, target, levels, sigma, step)
+    sigma = None
+    if config.noise.active:
+        order = torch.rand(batch, N_BLOCKS, generator=g).argsort(-1)
+        sigma = torch.tensor(sigmas)[order % len(sigmas)]
+    return Batch(images, torch.arange(batch) + 7, context, target, sigma, step)
+
+
+def key_of(config: Config, batch: Batch, rows: slice = slice(None)) -> NoiseKey | None:
+    """What keys the noise of a batch, as the step has it."""
+    if batch.sigma is None:
+        return None
+    shared = config.noise.draw == "shared"
+    seed = stream_seed(config.run.seed, "noise")
+    return NoiseKey(seed, batch.micro_step, batch.sample_ids[rows], shared)

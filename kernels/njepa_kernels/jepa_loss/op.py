@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from .._checks import INDEX, check_index_range, check_per_block, check_tensor
+from .._checks import INDEX, check_index_range, check_like, check_tensor
 from .._dispatch import Impl, backend, choose
 from .._library import refuse_vmap, register
-from .reference import JepaLoss, jepa_loss_reference
+from .reference import JepaLoss, Stop, jepa_loss_reference
 
 _OP = "jepa_loss"
 
@@ -18,37 +18,28 @@ def _forward(
     pred: torch.Tensor,
     h: torch.Tensor,
     target_idx: torch.Tensor,
-    weight: torch.Tensor | None,
     beta: float,
     eps: float,
     need_grad: bool,
     impl: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    loss, per_token, slope = backend(_OP, impl, pred).forward(
-        pred.contiguous(),
-        h.contiguous(),
-        target_idx.contiguous(),
-        None if weight is None else weight.contiguous(),
-        beta,
-        eps,
-        need_grad,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    loss, _, slope = backend(_OP, impl, pred).forward(
+        pred.contiguous(), h.contiguous(), target_idx.contiguous(), None, beta, eps, need_grad
     )
-    return loss, per_token, pred.new_empty(0) if slope is None else slope
+    return loss, pred.new_empty(0) if slope is None else slope
 
 
 def _forward_fake(
     pred: torch.Tensor,
     h: torch.Tensor,
     target_idx: torch.Tensor,
-    weight: torch.Tensor | None,
     beta: float,
     eps: float,
     need_grad: bool,
     impl: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     loss = pred.new_empty((), dtype=torch.float32)
-    slope = pred.new_empty(pred.shape if need_grad else (0,))
-    return loss, pred.new_empty(target_idx.shape, dtype=torch.float32), slope
+    return loss, pred.new_empty(pred.shape if need_grad else (0,))
 
 
 def _backward(grad: torch.Tensor, slope: torch.Tensor, impl: str) -> torch.Tensor:
@@ -61,19 +52,15 @@ def _backward_fake(grad: torch.Tensor, slope: torch.Tensor, impl: str) -> torch.
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    _, per_token, slope = output
-    ctx.mark_non_differentiable(per_token, slope)
-    ctx.has_weight, ctx.impl = inputs[3] is not None, inputs[7]
-    ctx.save_for_backward(slope, per_token if ctx.has_weight else None)
+    ctx.mark_non_differentiable(output[1])
+    ctx.impl = inputs[6]
+    ctx.save_for_backward(output[1])
 
 
 def _gradients(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    slope, per_token = ctx.saved_tensors
+    (slope,) = ctx.saved_tensors
     dpred = _backward_op(grad, slope, ctx.impl) if ctx.needs_input_grad[0] else None
-    dweight = None
-    if ctx.needs_input_grad[3]:
-        dweight = per_token * (grad / per_token.numel())
-    return dpred, None, None, dweight, None, None, None, None
+    return dpred, *[None] * 6
 
 
 _backward_op = register(
@@ -82,8 +69,8 @@ _backward_op = register(
     _backward_fake,
 )
 _forward_op = register(
-    "jepa_loss(Tensor pred, Tensor h, Tensor target_idx, Tensor? weight, float beta, float eps,"
-    " bool need_grad, str impl) -> (Tensor loss, Tensor per_token, Tensor slope)",
+    "jepa_loss(Tensor pred, Tensor h, Tensor target_idx, float beta, float eps,"
+    " bool need_grad, str impl) -> (Tensor loss, Tensor slope)",
     _forward,
     _forward_fake,
     setup_context=_setup_context,
@@ -95,49 +82,55 @@ def jepa_loss(
     pred: torch.Tensor,
     h: torch.Tensor,
     target_idx: torch.Tensor,
-    weight: torch.Tensor | None = None,
+    noised: torch.Tensor | None = None,
+    *,
+    noise_weight: float = 0.1,
+    consistency: float = 0.1,
+    consistency_stop: Stop = "none",
     beta: float = 1.0,
     eps: float = 1e-5,
-    *,
     impl: Impl = "auto",
 ) -> JepaLoss:
-    """The prediction loss of I-JEPA, also per token (from which a loss per noise level follows).
+    """The prediction loss of I-JEPA; with a second prediction that of N-JEPA.
 
     B batch, M target blocks, Kt targets per block, N patches, D width:
 
         y[b, m, t] = LayerNorm(h[b, target_idx[b, m, t]])        no affine; only these rows
-        e = pred[m*B + b, t] - y[b, m, t]
         s(e) = e^2 / (2 beta) where |e| < beta, else |e| - beta/2         (beta = 0: |e|)
-        loss = mean over b, m, t, D of weight * s(e);   per_token = mean over D of s(e)
+        clean  = mean over b, m, t, D of s(pred[m*B + b, t] - y[b, m, t])
+        noised = mean of s(noised - y);   consistency = mean of (noised - pred)^2
+        loss   = clean + noise_weight * noised + consistency_weight * consistency
 
-    Without ``weight`` the reference is, bit for bit in fp32, what the published code computes
+    where consistency_weight is the argument ``consistency``. Without ``noised`` the loss is
+    ``clean``, and the reference is, bit for bit in fp32, what the published code computes
     (facebookresearch/ijepa, src/train.py: layer_norm of all tokens, gather, smooth_l1_loss).
 
     Args:
-        pred: [M*B, Kt, D], row m*B + b, fp32, bf16, fp16 or fp64.
+        pred: [M*B, Kt, D], row m*B + b, fp32, bf16, fp16 or fp64: the prediction from clean
+            queries.
         h: [B, N, D] of any floating type: the target encoder's features. A constant: it gets no
             gradient, even if it requires one.
         target_idx: int64 [B, M, Kt] in [0, N).
-        weight: floating [B, M] or [B, M, Kt], or None for 1. It may require a gradient.
+        noised: shape and type of ``pred``: the prediction from noised queries; or None.
+        noise_weight, consistency: weights of the other two terms, >= 0 (lambda1 and lambda2 of
+            N-JEPA). Without effect if ``noised`` is None.
+        consistency_stop: "clean": ``pred`` counts as a constant in the consistency term, whose
+            gradient then reaches ``noised`` alone; "noised": the reverse; "none": it reaches both.
         beta: where the square meets the line, in units of the normalised features, >= 0.
         eps: of the LayerNorm, > 0.
         impl: which implementation runs; see ``njepa_kernels.available_impls``.
 
     Returns:
-        JepaLoss(loss, per_token): a scalar and [B, M, Kt], both fp32 (fp64 if an input is fp64), as
-        are all sums inside. per_token is detached and unweighted. An empty batch gives nan.
-
-    The fused implementations write the slope weight * s'(e) of ``pred`` (in its type) in the
-    forward; the backward multiplies it by grad / (B M Kt D) in fp32. They take their inputs
-    contiguous (others are copied) and pay no heed to autocast, as the reference: the types are
-    those of the arguments. No fp64, no second derivative. Deterministic.
+        JepaLoss(loss, clean, noised, consistency): scalars, fp32 (fp64 if an input is fp64), as are
+        all sums inside. The terms are detached and unweighted; the last two are None without
+        ``noised``. An empty batch gives nan.
 
     Raises:
         TypeError, ValueError: wrong type, shape, device or number, or an index outside [0, N) (on
             an accelerator only under ``njepa_kernels.debug_checks()``, to spare a host sync).
     """
     op = _OP
-    refuse_vmap(op, pred, h, target_idx, weight)
+    refuse_vmap(op, pred, h, target_idx, noised)
     check_tensor(op, "h", h, "[B,N,D]")
     batch, n, width = h.shape
     device = h.device
@@ -148,21 +141,32 @@ def jepa_loss(
     check_tensor(
         op, "pred", pred, "[M*B,Kt,D]", (n_blocks * batch, n_targets, width), device=device
     )
-    if weight is not None:
-        check_per_block(op, "weight", weight, target_idx)
-    if not beta >= 0:
-        raise ValueError(f"{op}: beta must be at least 0, got {beta}")
+    if noised is not None:
+        check_like(op, "noised", noised, (pred.dtype,), pred)
+    weights = {"noise_weight": noise_weight, "consistency": consistency, "beta": beta}
+    for name, value in weights.items():
+        if not value >= 0:
+            raise ValueError(f"{op}: {name} must be at least 0, got {value}")
+    if consistency_stop not in ("none", "clean", "noised"):
+        raise ValueError(
+            f"{op}: consistency_stop must be none, clean or noised, got {consistency_stop!r}"
+        )
     if not eps > 0:
         raise ValueError(f"{op}: eps must be above 0, got {eps}")
     check_index_range(op, "target_idx", target_idx, n)
-    name = choose(op, impl, device, pred, h, weight)
-    if name == "reference":
-        return jepa_loss_reference(pred, h, target_idx, weight, beta, eps)
-    if weight is not None:
-        per_block = weight.dim() == 2
-        weight = (weight.unsqueeze(-1).expand(target_idx.shape) if per_block else weight).float()
+    name = choose(op, impl, device, pred, h, noised)
+    if name == "reference" or noised is not None:
+        return jepa_loss_reference(
+            pred,
+            h,
+            target_idx,
+            noised,
+            noise_weight=noise_weight,
+            consistency=consistency,
+            consistency_stop=consistency_stop,
+            beta=beta,
+            eps=eps,
+        )
     need_grad = pred.requires_grad and torch.is_grad_enabled()
-    loss, per_token, _ = _forward_op(
-        pred, h.detach(), target_idx, weight, float(beta), float(eps), need_grad, name
-    )
-    return JepaLoss(loss, per_token)
+    loss, _ = _forward_op(pred, h.detach(), target_idx, float(beta), float(eps), need_grad, name)
+    return JepaLoss(loss, loss.detach(), None, None)

@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from .._rows import compute_dtype, gather_rows
 
+#: Which prediction counts as a constant in the consistency term.
+Stop = Literal["none", "clean", "noised"]
+
 
 class JepaLoss(NamedTuple):
-    """loss: scalar, fp32. per_token: [B, M, Kt], fp32, unweighted mean over D, detached."""
+    """The loss and its terms: scalars, fp32; all but ``loss`` detached and unweighted."""
 
     loss: torch.Tensor
-    per_token: torch.Tensor
+    clean: torch.Tensor
+    noised: torch.Tensor | None
+    consistency: torch.Tensor | None
 
 
 def jepa_loss_reference(
     pred: torch.Tensor,
     h: torch.Tensor,
     target_idx: torch.Tensor,
-    weight: torch.Tensor | None = None,
+    noised: torch.Tensor | None = None,
+    *,
+    noise_weight: float = 0.1,
+    consistency: float = 0.1,
+    consistency_stop: Stop = "none",
     beta: float = 1.0,
     eps: float = 1e-5,
 ) -> JepaLoss:
-    """mean of weight * smooth_l1_beta(pred - LayerNorm(h)[target_idx]), in fp32."""
-    dtype = compute_dtype(pred, h, weight)
-    batch, n_blocks, n_targets = target_idx.shape
-    width = h.shape[2]
+    """smooth-L1 of both predictions to LayerNorm(h)[target_idx], and their distance, in fp32."""
+    dtype = compute_dtype(pred, h, noised)
     rows = gather_rows(h.detach(), target_idx, block_major=True).to(dtype)
-    target = F.layer_norm(rows, (width,), eps=eps)
-    blocks = pred.view(n_blocks, batch, n_targets, width).to(dtype)
-    elements = F.smooth_l1_loss(blocks, target, reduction="none", beta=beta)
-    per_token = elements.detach().mean(dim=-1).transpose(0, 1).contiguous()
-    if weight is not None:
-        per_row = weight if weight.dim() == 3 else weight.unsqueeze(-1)
-        elements = elements * per_row.to(dtype).transpose(0, 1).unsqueeze(-1)
-    return JepaLoss(elements.mean(), per_token)
+    target = F.layer_norm(rows, (h.shape[2],), eps=eps).view(pred.shape)
+    p = pred.to(dtype)
+    clean = F.smooth_l1_loss(p, target, beta=beta)
+    if noised is None:
+        return JepaLoss(clean, clean.detach(), None, None)
+    q = noised.to(dtype)
+    noise = F.smooth_l1_loss(q, target, beta=beta)
+    distance = F.mse_loss(
+        q.detach() if consistency_stop == "noised" else q,
+        p.detach() if consistency_stop == "clean" else p,
+    )
+    loss = clean + noise_weight * noise + consistency * distance
+    return JepaLoss(loss, clean.detach(), noise.detach(), distance.detach())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
-from .._philox import philox_normal
+from .._philox import NoiseKey, philox_normal
 from ..testing import Inputs, Mode, OpCase, draw_indices, vit_sizes
-from .op import Mix, predictor_tokens
+from .op import predictor_tokens
 from .reference import predictor_tokens_reference
 
 
@@ -17,10 +19,7 @@ def predictor_tokens_eager(
     context_idx: torch.Tensor,
     target_idx: torch.Tensor,
     sigma: torch.Tensor | None = None,
-    seed: int = 0,
-    step: int = 0,
-    sample_ids: torch.Tensor | None = None,
-    mix: str = "ve",
+    noise: NoiseKey | None = None,
 ) -> torch.Tensor:
     """As facebookresearch/ijepa does it, with noise on the gathered positions."""
     batch, n_blocks, n_targets = target_idx.shape
@@ -31,16 +30,11 @@ def predictor_tokens_eager(
     blocks = target_idx.unbind(1)
     psi = torch.cat([table.gather(1, j.unsqueeze(-1).repeat(1, 1, width)) for j in blocks])
     if sigma is not None:
-        assert sample_ids is not None
-        noise = philox_normal(seed, step, sample_ids, target_idx, width)
-        noise = noise.transpose(0, 1).reshape(n_blocks * batch, n_targets, width)
-        s = sigma if sigma.dim() == 3 else sigma.unsqueeze(-1).repeat(1, 1, n_targets)
-        s = s.transpose(0, 1).reshape(n_blocks * batch, n_targets, 1)
-        psi = psi + s * noise
-        if mix == "vp":
-            psi = psi / torch.sqrt(1 + s**2)
-        elif mix == "edm":
-            psi = psi * (0.5**0.5) / torch.sqrt(s**2 + 0.5)
+        assert noise is not None
+        n = philox_normal(noise, target_idx, width)
+        n = n.transpose(0, 1).reshape(n_blocks * batch, n_targets, width)
+        s = sigma.unsqueeze(-1).repeat(1, 1, n_targets)
+        psi = psi + s.transpose(0, 1).reshape(n_blocks * batch, n_targets, 1) * n
     queries = mask_token.view(1, 1, width).repeat(n_blocks * batch, n_targets, 1) + psi
     return torch.cat((x, queries), dim=1).to(context.dtype)
 
@@ -54,28 +48,25 @@ def _case(
     n: int,
     d: int,
     *,
-    mix: Mix = "ve",
-    sigma: str | None = "block",
+    noise: Literal["per_block", "shared"] | None = "per_block",
     small: bool = True,
     devices: tuple[str, ...] = ("cpu", "cuda"),
 ) -> OpCase:
     def make_inputs(device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
         g = torch.Generator().manual_seed(seed)
-        levels = None
-        if sigma is not None:
-            levels = torch.rand(b, m, *([kt] if sigma == "token" else []), generator=g) * 2.0
-            levels = levels.to(device)
         return {
             "context": torch.randn(b, kc, d, generator=g).to(device, dtype),
             "pos": torch.randn(n, d, generator=g).to(device),
             "mask_token": torch.randn(d, generator=g).to(device, dtype),
             "context_idx": draw_indices(b, n, kc, g).to(device),
             "target_idx": draw_indices(b * m, n, kt, g).view(b, m, kt).to(device),
-            "sigma": levels,
-            "seed": 7,
-            "step": seed,
-            "sample_ids": torch.randint(0, 2**31, (b,), generator=g).to(device),
-            "mix": mix,
+            "sigma": None if noise is None else (torch.rand(b, m, generator=g) * 2.0).to(device),
+            "noise": NoiseKey(
+                7,
+                seed,
+                torch.randint(0, 2**31, (b,), generator=g).to(device),
+                shared=noise == "shared",
+            ),
         }
 
     def traffic(dtype: torch.dtype, mode: Mode) -> int:
@@ -84,7 +75,7 @@ def _case(
         return (out + inputs) * (2 if mode == "fwdbwd" else 1)
 
     def flops(mode: Mode) -> int:
-        forward = b * kc * d + m * b * kt * d * (1 if sigma is None else 3)
+        forward = b * kc * d + m * b * kt * d * (1 if noise is None else 3)
         return forward + (m * b * (kc + kt) * d if mode == "fwdbwd" else 0)
 
     return OpCase(
@@ -103,12 +94,11 @@ def _case(
 
 
 CASES = [
-    _case("b3-m4-kc10-kt6-n36-d48-clean", 3, 4, 10, 6, 36, 48, sigma=None),
-    _case("b3-m4-kc10-kt6-n36-d48-ve", 3, 4, 10, 6, 36, 48),
-    _case("b2-m2-kc10-kt6-n36-d48-vp", 2, 2, 10, 6, 36, 48, mix="vp"),
-    _case("b2-m2-kc10-kt6-n36-d48-edm-token", 2, 2, 10, 6, 36, 48, mix="edm", sigma="token"),
+    _case("b3-m4-kc10-kt6-n36-d48-clean", 3, 4, 10, 6, 36, 48, noise=None),
+    _case("b3-m4-kc10-kt6-n36-d48-noise", 3, 4, 10, 6, 36, 48),
+    _case("b2-m3-kc10-kt6-n36-d48-shared", 2, 3, 10, 6, 36, 48, noise="shared"),
     _case("b2-m1-kc1-kt1-n197-d100", 2, 1, 1, 1, 197, 100),
-    _case("b2-m3-kc5-kt4-n16-d30-token", 2, 3, 5, 4, 16, 30, sigma="token"),
+    _case("b2-m3-kc5-kt4-n16-d30-shared", 2, 3, 5, 4, 16, 30, noise="shared"),
     _case("b2-m3-kc0-kt4-n16-d48", 2, 3, 0, 4, 16, 48),
     _case("b0-m4-kc10-kt6-n36-d48", 0, 4, 10, 6, 36, 48),
     *(
@@ -120,11 +110,11 @@ CASES = [
             vit.targets,
             vit.patches,
             vit.predictor_width,
-            sigma=sigma,
+            noise=noise,
             small=False,
             devices=on,
         )
         for size, vit, b, on in vit_sizes()
-        for suffix, sigma in (("", None), ("-ve", "block"))
+        for suffix, noise in (("", None), ("-noise", "per_block"))
     ),
 ]

@@ -23,9 +23,9 @@ def forward(
     seed: int,
     step: int,
     sample_ids: torch.Tensor | None,
-    mix: str,
+    shared: bool,
 ) -> torch.Tensor:
-    """[M*B, Kc+Kt, d] in the type of context; sigma is fp32 [B, M, Kt] or None."""
+    """[M*B, Kc+Kt, d] in the type of context; sigma is fp32 [B, M] or None."""
     out: torch.Tensor = ops(context.device.type).predictor_tokens_forward(
         context,
         pos.float(),
@@ -36,36 +36,35 @@ def forward(
         seed & MASK32,
         step & MASK32,
         sample_ids,
-        mix,
+        shared,
     )
     return out
 
 
 def backward(
     grad: torch.Tensor,
-    pos: torch.Tensor,
     context_idx: torch.Tensor,
     target_idx: torch.Tensor,
-    sigma: torch.Tensor | None,
+    sample_ids: torch.Tensor | None,
     seed: int,
     step: int,
-    sample_ids: torch.Tensor | None,
-    mix: str,
+    shared: bool,
+    n: int,
     need_pos: bool,
     need_sigma: bool,
 ) -> Gradients:
-    """dcontext in the type of grad; dmask_token, dpos and dsigma in fp32."""
-    dcontext, dmask_token, dpos, dsigma = ops(grad.device.type).predictor_tokens_backward(
+    """dcontext in the type of grad; dmask_token, dpos [n, d] and dsigma [B, M] in fp32."""
+    dcontext, dmask_token, dpos, per_token = ops(grad.device.type).predictor_tokens_backward(
         grad,
-        pos.float(),
         context_idx,
         target_idx,
-        sigma,
+        sample_ids,
         seed & MASK32,
         step & MASK32,
-        sample_ids,
-        mix,
+        shared,
+        n,
         need_pos,
         need_sigma,
     )
-    return dcontext, dmask_token, dpos if need_pos else None, dsigma if need_sigma else None
+    dsigma = per_token.sum(-1) if need_sigma else None
+    return dcontext, dmask_token, dpos if need_pos else None, dsigma

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
-from .._checks import INDEX, check_index_range, check_per_block, check_tensor
+from .._checks import INDEX, check_index_range, check_tensor
 from .._dispatch import Impl, backend, choose
 from .._library import refuse_vmap, register
+from .._philox import NoiseKey, check_noise
 from .reference import predictor_tokens_reference
-
-Mix = Literal["ve", "vp", "edm"]
 
 _OP = "predictor_tokens"
 _Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _forward(
@@ -27,7 +30,7 @@ def _forward(
     seed: int,
     step: int,
     sample_ids: torch.Tensor | None,
-    mix: str,
+    shared: bool,
     impl: str,
 ) -> torch.Tensor:
     out: torch.Tensor = backend(_OP, impl, context).forward(
@@ -36,11 +39,11 @@ def _forward(
         mask_token.contiguous(),
         context_idx.contiguous(),
         target_idx.contiguous(),
-        None if sigma is None else sigma.contiguous(),
+        _contiguous(sigma),
         seed,
         step,
-        None if sample_ids is None else sample_ids.contiguous(),
-        mix,
+        _contiguous(sample_ids),
+        shared,
     )
     return out
 
@@ -59,28 +62,26 @@ def _forward_fake(
 
 def _backward(
     grad: torch.Tensor,
-    pos: torch.Tensor,
     context_idx: torch.Tensor,
     target_idx: torch.Tensor,
-    sigma: torch.Tensor | None,
+    sample_ids: torch.Tensor | None,
     seed: int,
     step: int,
-    sample_ids: torch.Tensor | None,
-    mix: str,
+    shared: bool,
+    n: int,
     need_pos: bool,
     need_sigma: bool,
     impl: str,
 ) -> _Tensors:
     dcontext, dmask_token, dpos, dsigma = backend(_OP, impl, grad).backward(
         grad.contiguous(),
-        pos.contiguous(),
         context_idx.contiguous(),
         target_idx.contiguous(),
-        None if sigma is None else sigma.contiguous(),
+        _contiguous(sample_ids),
         seed,
         step,
-        None if sample_ids is None else sample_ids.contiguous(),
-        mix,
+        shared,
+        n,
         need_pos,
         need_sigma,
     )
@@ -95,54 +96,52 @@ def _backward(
 
 def _backward_fake(
     grad: torch.Tensor,
-    pos: torch.Tensor,
     context_idx: torch.Tensor,
     target_idx: torch.Tensor,
-    sigma: torch.Tensor | None,
+    sample_ids: torch.Tensor | None,
     seed: int,
     step: int,
-    sample_ids: torch.Tensor | None,
-    mix: str,
+    shared: bool,
+    n: int,
     need_pos: bool,
     need_sigma: bool,
     impl: str,
 ) -> _Tensors:
-    n, width = pos.shape
+    width = grad.shape[2]
     return (
         grad.new_empty(*context_idx.shape, width),
         grad.new_empty(width, dtype=torch.float32),
         grad.new_empty((n, width) if need_pos else (0,), dtype=torch.float32),
-        grad.new_empty(target_idx.shape if need_sigma else (0,), dtype=torch.float32),
+        grad.new_empty(target_idx.shape[:2] if need_sigma else (0,), dtype=torch.float32),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, pos, mask_token, context_idx, target_idx, sigma = inputs[:6]
-    ctx.seed, ctx.step, sample_ids, ctx.mix, ctx.impl = inputs[6:]
-    ctx.save_for_backward(pos, context_idx, target_idx, sigma, sample_ids)
-    ctx.mask_token_dtype = mask_token.dtype
+    _, pos, mask_token, context_idx, target_idx, _ = inputs[:6]
+    ctx.seed, ctx.step, sample_ids, ctx.shared, ctx.impl = inputs[6:]
+    ctx.save_for_backward(context_idx, target_idx, sample_ids)
+    ctx.n, ctx.pos_dtype, ctx.mask_token_dtype = pos.shape[0], pos.dtype, mask_token.dtype
 
 
 def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    pos, context_idx, target_idx, sigma, sample_ids = ctx.saved_tensors
+    context_idx, target_idx, sample_ids = ctx.saved_tensors
     need = ctx.needs_input_grad
     dcontext, dmask_token, dpos, dsigma = _backward_op(
         grad,
-        pos,
         context_idx,
         target_idx,
-        sigma,
+        sample_ids,
         ctx.seed,
         ctx.step,
-        sample_ids,
-        ctx.mix,
+        ctx.shared,
+        ctx.n,
         need[1],
         need[5],
         ctx.impl,
     )
     return (
         dcontext,
-        dpos.to(pos.dtype) if need[1] else None,
+        dpos.to(ctx.pos_dtype) if need[1] else None,
         dmask_token.to(ctx.mask_token_dtype),
         None,
         None,
@@ -152,15 +151,15 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 _backward_op = register(
-    "predictor_tokens_backward(Tensor grad, Tensor pos, Tensor context_idx, Tensor target_idx,"
-    " Tensor? sigma, SymInt seed, SymInt step, Tensor? sample_ids, str mix, bool need_pos,"
+    "predictor_tokens_backward(Tensor grad, Tensor context_idx, Tensor target_idx,"
+    " Tensor? sample_ids, SymInt seed, SymInt step, bool shared, SymInt n, bool need_pos,"
     " bool need_sigma, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
 _forward_op = register(
     "predictor_tokens(Tensor context, Tensor pos, Tensor mask_token, Tensor context_idx,"
-    " Tensor target_idx, Tensor? sigma, SymInt seed, SymInt step, Tensor? sample_ids, str mix,"
+    " Tensor target_idx, Tensor? sigma, SymInt seed, SymInt step, Tensor? sample_ids, bool shared,"
     " str impl) -> Tensor",
     _forward,
     _forward_fake,
@@ -176,39 +175,31 @@ def predictor_tokens(
     context_idx: torch.Tensor,
     target_idx: torch.Tensor,
     sigma: torch.Tensor | None = None,
-    seed: int = 0,
-    step: int = 0,
-    sample_ids: torch.Tensor | None = None,
-    mix: Mix = "ve",
+    noise: NoiseKey | None = None,
     *,
     impl: Impl = "auto",
 ) -> torch.Tensor:
     """The predictor's input: context tokens with clean positions, then one query per target.
 
-    B batch, M target blocks, Kc context tokens, Kt targets per block, N patches, d width. With
-    psi_j = pos[j] and s = sigma of the token:
+    B batch, M target blocks, Kc context tokens, Kt targets per block, N patches, d width:
 
-        out[m*B + b, :Kc]     = context[b] + psi_{context_idx[b]}            (the same for all m)
-        out[m*B + b, Kc + t]  = mask_token + mix(psi_j, s, n),  j = target_idx[b, m, t]
-        mix = "ve":  psi + s n
-              "vp":  (psi + s n) / sqrt(1 + s^2)
-              "edm": sigma_d / sqrt(s^2 + sigma_d^2) * (psi + s n),  sigma_d = 1/sqrt(2)
+        out[m*B + b, :Kc]     = context[b] + pos[context_idx[b]]             (the same for all m)
+        out[m*B + b, Kc + t]  = mask_token + pos[j] + sigma[b, m] n,  j = target_idx[b, m, t]
 
     n ~ N(0, I) is counter-based (``njepa_kernels.philox_normal``): a function of seed, step, sample
     id, block, patch j and channel only, so neither the batch layout, nor the number of ranks, nor
-    the implementation changes it. With ``sigma=None`` nothing is drawn; sigma = 0 gives the same
+    the implementation changes it. With ``noise.shared`` the block does not count: a patch has the
+    same n in all blocks of an image. With ``sigma=None`` nothing is drawn; sigma = 0 gives the same
     output. Without noise these are the tokens of I-JEPA, in its row order (facebookresearch/ijepa,
-    src/models/vision_transformer.py); noise on the positions of masked tokens is our reading of
-    N-JEPA (arXiv 2507.15216), whose code is not public.
+    src/models/vision_transformer.py), with it those of N-JEPA (arXiv 2507.15216, algorithm 1;
+    shared: its single level).
 
     Args:
         context: [B, Kc, d], fp32, bf16, fp16 or fp64.
         pos: [N, d] of any floating type. mask_token: [d], the same.
         context_idx: int64 [B, Kc] in [0, N). target_idx: int64 [B, M, Kt] in [0, N).
-        sigma: fp32 (or fp64) [B, M] or [B, M, Kt], in units of ``pos``, or None.
-        seed, step: Python ints; they count modulo 2^32.
-        sample_ids: int64 [B]; required with ``sigma``; they count modulo 2^32.
-        mix: how position and noise combine.
+        sigma: fp32 (or fp64) [B, M], in units of ``pos``, or None.
+        noise: what n is a function of; required with ``sigma``, without it not used.
         impl: which implementation runs; see ``njepa_kernels.available_impls``.
 
     Returns:
@@ -220,12 +211,12 @@ def predictor_tokens(
 
     The fused implementations take their inputs contiguous (others are copied) and pay no heed to
     autocast, as the reference: the types are those of the arguments. No fp64, no second derivative.
-    A captured CUDA graph keeps the ``seed`` and ``step`` of its capture.
+    A captured CUDA graph keeps the seed and step of its capture.
 
     Raises:
-        TypeError, ValueError: wrong type, shape or device, an unknown ``mix``, ``sigma`` without
-            ``sample_ids``, or an index outside [0, N) (on an accelerator only under
-            ``njepa_kernels.debug_checks()``, to spare a host sync).
+        TypeError, ValueError: wrong type, shape or device, ``sigma`` without ``noise``, or an index
+            outside [0, N) (on an accelerator only under ``njepa_kernels.debug_checks()``, to spare
+            a host sync).
     """
     op = _OP
     refuse_vmap(op, context, pos, mask_token, context_idx, target_idx, sigma)
@@ -240,33 +231,28 @@ def predictor_tokens(
     check_tensor(
         op, "target_idx", target_idx, "[B,M,Kt]", (batch, None, None), dtypes=INDEX, device=device
     )
-    if mix not in get_args(Mix):
-        raise ValueError(f"{op}: mix must be one of {', '.join(get_args(Mix))}, got {mix!r}")
+    if noise is not None:
+        check_noise(op, noise, batch, device)
     if sigma is not None:
-        check_per_block(op, "sigma", sigma, target_idx, (torch.float32, torch.float64))
-        if sample_ids is None:
-            raise ValueError(f"{op}: sample_ids (int64 [B]) must be given with sigma, got None")
-        check_tensor(op, "sample_ids", sample_ids, "[B]", (batch,), dtypes=INDEX, device=device)
+        wide = (torch.float32, torch.float64)
+        shape = target_idx.shape[:2]
+        check_tensor(op, "sigma", sigma, "[B,M]", shape, dtypes=wide, device=device)
+        if noise is None:
+            raise ValueError(
+                f"{op}: sigma needs noise, a NoiseKey(seed, step, sample_ids); "
+                "got sigma and noise=None"
+            )
     check_index_range(op, "context_idx", context_idx, pos.shape[0])
     check_index_range(op, "target_idx", target_idx, pos.shape[0])
     name = choose(op, impl, device, context, pos, mask_token, sigma)
     if name == "reference":
         return predictor_tokens_reference(
-            context, pos, mask_token, context_idx, target_idx, sigma, seed, step, sample_ids, mix
+            context, pos, mask_token, context_idx, target_idx, sigma, noise
         )
-    if sigma is not None and sigma.dim() == 2:
-        sigma = sigma.unsqueeze(-1).expand(target_idx.shape)
+    key: tuple[int, int, torch.Tensor | None, bool] = (0, 0, None, False)
+    if sigma is not None and noise is not None:
+        key = noise
     out: torch.Tensor = _forward_op(
-        context,
-        pos,
-        mask_token,
-        context_idx,
-        target_idx,
-        sigma,
-        seed,
-        step,
-        sample_ids,
-        mix,
-        name,
+        context, pos, mask_token, context_idx, target_idx, sigma, *key, name
     )
     return out

@@ -1,8 +1,7 @@
 """Triton kernels of predictor_tokens.
 
 B batch, M target blocks, Kc context tokens, Kt targets per block, N patches, D width. Rows are
-counted in int32 (a 64-bit division costs 100 instructions), addresses in int64. The factor C is
-0, 1, 2 for the mixes ve, vp, edm: query = mask_token + (psi + s n) / sqrt(1 + C s^2).
+counted in int32 (a 64-bit division costs 100 instructions), addresses in int64.
 """
 
 from __future__ import annotations
@@ -14,14 +13,7 @@ import triton.language as tl
 from .._blocks import SCATTER_REGISTERS, copy_tile, index_block, row_tile, scatter_tile, tuned
 from .._triton import add_matching_rows, as_int32, cdiv, launch, normals
 
-_FACTOR = {"ve": 0, "vp": 1, "edm": 2}
 _SCALARS = ["seed", "step", "batch", "n_blocks", "n_context", "n_targets", "context_tiles"]
-
-
-@triton.jit
-def _scale(s, C: tl.constexpr):
-    """1 / sqrt(1 + C s^2), exactly 1 where s = 0."""
-    return tl.div_rn(1.0, tl.sqrt_rn(1.0 + C * s * s))
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -42,8 +34,8 @@ def _predictor_tokens_fwd_kernel(
     n_targets,
     context_tiles,
     D: tl.constexpr,
-    C: tl.constexpr,
     HAS_SIGMA: tl.constexpr,
+    SHARED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -76,15 +68,14 @@ def _predictor_tokens_fwd_kernel(
         query = tl.load(pos_ptr + (patch * D)[:, None] + col[None, :], mask=mask, other=0.0)
         query = query.to(tl.float32)
         if HAS_SIGMA:
-            s = tl.load(sigma_ptr + row, mask=live, other=0.0)
+            s = tl.load(sigma_ptr + row // n_targets, mask=live, other=0.0)
             # Clean blocks are common; they draw nothing.
             if tl.max((s != 0.0).to(tl.int32), axis=0) > 0:
                 sample = tl.load(sample_ids_ptr + b, mask=live, other=0)
                 group = tl.program_id(1) * (BLOCK_D // 4)
-                noise = normals(sample, m, patch, seed, step, group, ROWS, BLOCK_D // 4)
+                block = m * 0 if SHARED else m
+                noise = normals(sample, block, patch, seed, step, group, ROWS, BLOCK_D // 4)
                 query += s[:, None] * noise
-                if C > 0:
-                    query *= _scale(s, C)[:, None]
         mask_token = tl.load(mask_token_ptr + col, mask=in_width, other=0.0).to(tl.float32)
         to = ((m * batch + b).to(tl.int64) * length + n_context + row % n_targets) * D
         tl.store(out_ptr + to[:, None] + col[None, :], mask_token[None, :] + query, mask=mask)
@@ -121,9 +112,7 @@ def _predictor_tokens_bwd_target_kernel(
     partial_ptr,
     dsigma_ptr,
     grad_ptr,
-    pos_ptr,
     target_idx_ptr,
-    sigma_ptr,
     sample_ids_ptr,
     seed,
     step,
@@ -133,12 +122,12 @@ def _predictor_tokens_bwd_target_kernel(
     n_targets,
     per_program,
     D: tl.constexpr,
-    C: tl.constexpr,
     NEED_SIGMA: tl.constexpr,
+    SHARED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """First stage of dmask_token: one partial sum per program; and dsigma, row by row."""
+    """First stage of dmask_token: one partial sum per program; and of dsigma: row by row."""
     pid = tl.program_id(0)
     col = tl.arange(0, BLOCK_D)
     in_width = col < D
@@ -156,16 +145,11 @@ def _predictor_tokens_bwd_target_kernel(
         grad = grad.to(tl.float32)
         total += tl.sum(grad, axis=0)
         if NEED_SIGMA:
-            s = tl.load(sigma_ptr + row, mask=live, other=0.0)
             patch = tl.load(target_idx_ptr + row, mask=live, other=0)
             sample = tl.load(sample_ids_ptr + b, mask=live, other=0)
-            slope = normals(sample, m, patch, seed, step, 0, ROWS, BLOCK_D // 4)
-            scale = _scale(s, C)
-            if C > 0:
-                # d/ds (psi + s n) (1 + C s^2)^(-1/2) = (n - C s psi) (1 + C s^2)^(-3/2)
-                psi = tl.load(pos_ptr + (patch * D)[:, None] + col[None, :], mask=mask, other=0.0)
-                slope -= (C * s)[:, None] * psi.to(tl.float32)
-            dsigma = tl.sum(grad * slope, axis=1) * scale * scale * scale
+            block = m * 0 if SHARED else m
+            noise = normals(sample, block, patch, seed, step, 0, ROWS, BLOCK_D // 4)
+            dsigma = tl.sum(grad * noise, axis=1)
             tl.store(dsigma_ptr + row, dsigma, mask=live)
     tl.store(partial_ptr + pid.to(tl.int64) * D + col, total, mask=in_width)
 
@@ -176,7 +160,6 @@ def _predictor_tokens_bwd_pos_kernel(
     grad_ptr,
     context_idx_ptr,
     target_idx_ptr,
-    sigma_ptr,
     batch,
     n_blocks,
     n,
@@ -184,15 +167,12 @@ def _predictor_tokens_bwd_pos_kernel(
     n_targets,
     per_chunk,
     D: tl.constexpr,
-    C: tl.constexpr,
-    HAS_SIGMA: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_KC: tl.constexpr,
     BLOCK_KT: tl.constexpr,
 ):
     """First stage of dpos: each program owns ROWS patches of the samples of one chunk."""
-    NONE: tl.constexpr = 2147483647
     tiles = tl.cdiv(n, ROWS)
     pid = tl.program_id(0)
     chunk = (pid // tiles).to(tl.int64)
@@ -212,18 +192,8 @@ def _predictor_tokens_bwd_pos_kernel(
             for start in range(0, n_targets, BLOCK_KT):
                 ks = start + tl.arange(0, BLOCK_KT)
                 ids = tl.load(target_idx_ptr + first_target + ks, mask=ks < n_targets, other=-1)
-                match = ids[None, :] == patch[:, None]
-                for _ in range(tl.max(tl.sum(match.to(tl.int32), axis=1), axis=0)):
-                    t = tl.min(tl.where(match, ks[None, :], NONE), axis=1)
-                    found = t != NONE
-                    rows = table + ((n_context + t.to(tl.int64)) * D)[:, None] + col[None, :]
-                    keep = found[:, None] & in_width[None, :]
-                    grad = tl.load(rows, mask=keep, other=0.0).to(tl.float32)
-                    if HAS_SIGMA and C > 0:
-                        s = tl.load(sigma_ptr + first_target + t, mask=found, other=0.0)
-                        grad *= _scale(s, C)[:, None]
-                    acc += grad
-                    match = match & (ks[None, :] > t[:, None])
+                targets = table + n_context.to(tl.int64) * D
+                acc = add_matching_rows(acc, targets, ids, ks, patch, col, in_width, D)
     rows = (chunk * n + patch) * D
     mask = (patch < n)[:, None] & in_width[None, :]
     tl.store(partial_ptr + rows[:, None] + col[None, :], acc, mask=mask)
@@ -239,15 +209,15 @@ def forward(
     seed: int,
     step: int,
     sample_ids: torch.Tensor | None,
-    mix: str,
+    shared: bool,
 ) -> torch.Tensor:
-    """[M*B, Kc+Kt, D] in the type of ``context``; all contiguous, sigma fp32 [B,M,Kt] or None."""
+    """[M*B, Kc+Kt, D] in the type of ``context``; all contiguous, sigma fp32 [B, M] or None."""
     batch, n_context, width = context.shape
     _, n_blocks, n_targets = target_idx.shape
     out = context.new_empty(n_blocks * batch, n_context + n_targets, width)
     # The noise needs registers: a smaller tile keeps more programs resident.
     tile = copy_tile(width, context.dtype, 8192 if sigma is None else 4096)
-    noisy = "clean" if sigma is None else mix
+    noisy = "clean" if sigma is None else "noise"
     tile = tuned("predictor_tokens_fwd", tile, width, context.dtype, noisy)
     context_tiles = cdiv(batch * n_context, tile.rows)
     target_tiles = cdiv(batch * n_blocks * n_targets, tile.rows)
@@ -261,7 +231,7 @@ def forward(
         context_idx,
         target_idx,
         sigma,
-        sample_ids if sigma is not None else None,
+        sample_ids,
         as_int32(seed),
         as_int32(step),
         batch,
@@ -270,8 +240,8 @@ def forward(
         n_targets,
         context_tiles,
         D=width,
-        C=_FACTOR[mix],
         HAS_SIGMA=sigma is not None,
+        SHARED=shared,
         ROWS=tile.rows,
         BLOCK_D=tile.block_d,
         num_warps=tile.num_warps,
@@ -281,23 +251,22 @@ def forward(
 
 def backward(
     grad: torch.Tensor,
-    pos: torch.Tensor,
     context_idx: torch.Tensor,
     target_idx: torch.Tensor,
-    sigma: torch.Tensor | None,
+    sample_ids: torch.Tensor | None,
     seed: int,
     step: int,
-    sample_ids: torch.Tensor | None,
-    mix: str,
+    shared: bool,
+    n: int,
     need_pos: bool,
     need_sigma: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """(dcontext [B,Kc,D], dmask_token [D] fp32, dpos [N,D] fp32, dsigma [B,M,Kt] fp32).
+    """(dcontext [B,Kc,D], dmask_token [D] fp32, dpos [n,D] fp32, dsigma [B,M] fp32).
 
     The last two are None unless needed. The noise is drawn again; deterministic.
     """
     batch, n_blocks, n_targets = target_idx.shape
-    n_context, (n, width) = context_idx.shape[1], pos.shape
+    n_context, width = context_idx.shape[1], grad.shape[2]
     sizes = (batch, n_blocks, n_context, n_targets)
     dcontext = grad.new_empty(batch, n_context, width)
     tile = tuned("predictor_tokens_bwd_context", copy_tile(width, grad.dtype), width, grad.dtype)
@@ -312,46 +281,38 @@ def backward(
         BLOCK_D=tile.block_d,
         num_warps=tile.num_warps,
     )
-    tile = tuned(
-        "predictor_tokens_bwd_target", row_tile(width), width, grad.dtype, mix if need_sigma else ""
-    )
+    noisy = "noise" if need_sigma else "clean"
+    tile = tuned("predictor_tokens_bwd_target", row_tile(width), width, grad.dtype, noisy)
     tiles = cdiv(batch * n_blocks * n_targets, tile.rows)
     per_program = max(1, cdiv(tiles, 1024))
     programs = cdiv(tiles, per_program)
     partial = grad.new_empty((programs, width), dtype=torch.float32)
-    dsigma = torch.empty_like(sigma) if need_sigma and sigma is not None else None
+    per_token = grad.new_empty(target_idx.shape, dtype=torch.float32) if need_sigma else None
     launch(
         _predictor_tokens_bwd_target_kernel,
         (programs,),
         partial,
-        dsigma,
+        per_token,
         grad,
-        pos,
         target_idx,
-        sigma,
         sample_ids,
         as_int32(seed),
         as_int32(step),
         *sizes,
         per_program,
         D=width,
-        C=_FACTOR[mix],
-        NEED_SIGMA=dsigma is not None,
+        NEED_SIGMA=need_sigma,
+        SHARED=shared,
         ROWS=tile.rows,
         BLOCK_D=tile.block_d,
         num_warps=tile.num_warps,
     )
-    dpos = _backward_pos(grad, context_idx, target_idx, sigma, mix, n) if need_pos else None
-    return dcontext, partial.sum(0), dpos, dsigma
+    dpos = _backward_pos(grad, context_idx, target_idx, n) if need_pos else None
+    return dcontext, partial.sum(0), dpos, None if per_token is None else per_token.sum(-1)
 
 
 def _backward_pos(
-    grad: torch.Tensor,
-    context_idx: torch.Tensor,
-    target_idx: torch.Tensor,
-    sigma: torch.Tensor | None,
-    mix: str,
-    n: int,
+    grad: torch.Tensor, context_idx: torch.Tensor, target_idx: torch.Tensor, n: int
 ) -> torch.Tensor:
     batch, n_blocks, n_targets = target_idx.shape
     n_context, width = context_idx.shape[1], grad.shape[2]
@@ -367,7 +328,6 @@ def _backward_pos(
         grad,
         context_idx,
         target_idx,
-        sigma,
         batch,
         n_blocks,
         n,
@@ -375,8 +335,6 @@ def _backward_pos(
         n_targets,
         per_chunk,
         D=width,
-        C=_FACTOR[mix],
-        HAS_SIGMA=sigma is not None,
         ROWS=tile.rows,
         BLOCK_D=tile.block_d,
         BLOCK_KC=index_block(n_context),
