@@ -1,13 +1,22 @@
-"""The N-JEPA step against an independent implementation of Algorithm 1, and that one itself."""
+"""The N-JEPA step against an independent implementation of Algorithm 1, and that one itself.
+
+``pytest -s`` prints the largest errors.
+"""
 
 from __future__ import annotations
 
 import math
+import zlib
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from njepa_kernels import available_impls
 from published_ijepa import PublishedEncoder, PublishedPredictor, published_loss
 from published_njepa import (
+    NJepaLoss,
     NoiseStream,
     encode,
     njepa_loss,
@@ -15,7 +24,23 @@ from published_njepa import (
     predict,
     standard_normals,
 )
+from scipy import stats
+from tiny import (
+    N_BLOCKS,
+    N_CONTEXT,
+    N_TARGETS,
+    SIDE,
+    key_of,
+    make_batch,
+    normalised,
+    tiny_config,
+)
 from torch.func import functional_call
+
+from njepa.config import Config
+from njepa.data.batch import Batch
+from njepa.noise import block_sigmas
+from njepa.step import TrainModule, param_groups
 
 # --- the oracle itself ---------------------------------------------------------------------------
 
@@ -192,3 +217,331 @@ def test_a_stop_of_the_oracle_ends_one_gradient_alone(stop: str) -> None:
     for name in clean:
         for got, expected in zip(constant, other, strict=True):
             torch.testing.assert_close(got[name], expected[name], rtol=1e-12, atol=1e-14)
+
+
+# --- the trainer's step --------------------------------------------------------------------------
+
+NATIVE = available_impls()["predictor_tokens"]["native"]
+WAYS = [
+    pytest.param("reference", torch.float64, 1e-13, id="reference-fp64"),
+    pytest.param("reference", torch.float32, 1e-6, id="reference-fp32"),
+    pytest.param(
+        "native", torch.float32, 1e-6, id="native-fp32",
+        marks=pytest.mark.skipif(NATIVE != "yes", reason=NATIVE),
+    ),
+]  # fmt: skip
+SHARING = [(p, m) for p in ("unshared", "shared") for m in ("unshared", "shared")]
+#: A list gives the blocks different deviations, so it has no shared draw.
+NOISES = [
+    (0.5, "per_block"), (0.5, "shared"), ("edm", "per_block"), ("edm", "shared"),
+    ([2.0, 0.7, 0.2, 0.0], "per_block"),
+]  # fmt: skip
+STOPS = [
+    ("none", [(0.1, 0.1), (1.0, 0.3)]), ("clean", [(1.0, 0.3)]), ("noised", [(1.0, 0.3)]),
+]  # fmt: skip
+
+
+def build(impl: str, batch: int = 2, step: int = 5, **noise: Any) -> tuple[Config, Batch]:
+    """A tiny configuration, and a batch with the sigmas that the trainer draws for it."""
+    config = tiny_config("njepa", noise=noise, impl={"default": impl}, run={"seed": 9})
+    made = make_batch(config, batch, step)
+    ids = torch.arange(batch) * 2**32 + 7 * torch.arange(1, batch + 1)  # more than 32 bits
+    sigma = None
+    if config.noise.active:
+        drawn = block_sigmas(config.noise, N_BLOCKS, config.run.seed, step, ids.numpy())
+        sigma = torch.tensor(drawn)
+    return config, made._replace(sample_ids=ids, sigma=sigma)
+
+
+def enlarge(module: TrainModule) -> None:
+    """Weights at which attention is far from uniform and both parts of smooth-L1 occur."""
+    g = torch.Generator().manual_seed(17)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                if parameter.dim() > 1:
+                    parameter.mul_(3.0)
+                else:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=g))
+
+
+def stream_of(config: Config, batch: Batch) -> NoiseStream:
+    """The key: a word of Philox for the stream's name and the seed of the run, and the step."""
+    word = philox4x32_10((zlib.crc32(b"noise"), 0, 0, 0), (config.run.seed, 0))[0]
+    shared = config.noise.draw == "shared"
+    return NoiseStream(word, batch.micro_step, batch.sample_ids.tolist(), shared)
+
+
+def twins(module: TrainModule) -> tuple[dict[int, torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """An fp64 copy of each parameter by its identity; encoder and two predictors made of copies."""
+    copies = {
+        id(p): p.detach().double().clone().requires_grad_(p.requires_grad)
+        for p in module.parameters()
+    }
+    jepa = module.jepa
+    noisy = jepa.predictor if jepa.noise_predictor is None else jepa.noise_predictor
+    parts = [
+        {name: copies[id(p)] for name, p in part.named_parameters(remove_duplicate=False)}
+        for part in (jepa.encoder, jepa.predictor, noisy)
+    ]
+    parts[1].pop("noise_mask_token", None)
+    token = parts[2].pop("noise_mask_token", None)
+    if token is not None:
+        parts[2]["mask_token"] = token
+    return copies, parts
+
+
+def target_of(module: TrainModule) -> dict[str, torch.Tensor]:
+    """A target that differs from the context encoder, as it does after the first step."""
+    g = torch.Generator().manual_seed(3)
+    return {
+        name: p.detach()
+        + (0.02 * torch.randn(p.shape, generator=g).to(p) if p.requires_grad else 0)
+        for name, p in module.jepa.encoder.named_parameters()
+    }
+
+
+def features(module: TrainModule, weights: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+    with torch.no_grad():
+        return functional_call(module.jepa.encoder, weights, (batch.images,))
+
+
+def oracle(config: Config, batch: Batch, parts: Any, target: dict[str, torch.Tensor]) -> NJepaLoss:
+    """Algorithm 1 in fp64, of weights that may be fp32 numbers: the rounding is the trainer's."""
+    noise = config.noise
+    target = {name: value.double() for name, value in target.items()}
+    return njepa_loss(
+        *parts, target, (2, 2), normalised(batch.images, config, torch.float64),
+        batch.context_idx, batch.target_idx, batch.sigma, stream_of(config, batch),
+        noise.weight, noise.consistency, noise.consistency_stop,
+    )  # fmt: skip
+
+
+LARGEST: dict[tuple[str, str], float] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def print_largest_errors() -> Iterator[None]:
+    yield
+    for (way, what), error in sorted(LARGEST.items()):
+        print(f"\nlargest relative error, {way}, {what}: {error:.2e}", end="")
+
+
+@pytest.mark.parametrize(("impl", "dtype", "tolerance"), WAYS)
+@pytest.mark.parametrize(("predictors", "mask_token"), SHARING)
+@pytest.mark.parametrize(("sigma", "draw"), NOISES, ids=lambda value: str(value))
+def test_loss_terms_and_all_gradients(
+    impl: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    predictors: str,
+    mask_token: str,
+    sigma: Any,
+    draw: str,
+) -> None:
+    """As in the test of I-JEPA, the norm of the error over the norm of the tensor is limited.
+
+    In fp64 so is the largest absolute error over the largest absolute value. In fp32 that one is
+    printed only: rounding alone comes close to 1e-6 in the gradients of LayerNorm's weights.
+    """
+
+    def check(what: str, name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
+        assert got.dtype == dtype
+        difference = got.double() - expected
+        by_norm = (difference.norm() / expected.norm()).item()
+        by_maximum = (difference.abs().max() / expected.abs().max()).item()
+        way = f"{impl} {str(dtype).removeprefix('torch.')}"
+        for kind, error in (("norm", by_norm), ("maximum", by_maximum)):
+            key = (way, f"{what}, by {kind}")
+            LARGEST[key] = max(LARGEST.get(key, 0.0), error)
+        assert by_norm <= tolerance, (what, name, by_norm)
+        if dtype == torch.float64:
+            assert by_maximum <= tolerance, (what, name, by_maximum)
+
+    for stop, weights in STOPS:
+        for lambda1, lambda2 in weights:
+            config, batch = build(
+                impl, weight=lambda1, consistency=lambda2, consistency_stop=stop, sigma=sigma,
+                draw=draw, predictors=predictors, mask_token=mask_token,
+            )  # fmt: skip
+            module = TrainModule(config)
+            enlarge(module)
+            module.to(dtype)
+            assert (module.jepa.noise_predictor is None) == (predictors == "shared")
+            copies, (encoder, predictor, noise_predictor) = twins(module)
+            for name, value in noise_predictor.items():
+                same = mask_token if name == "mask_token" else predictors
+                if not name.endswith("pos_embed"):
+                    assert (value is predictor[name]) == (same == "shared"), name
+
+            target = target_of(module)
+            loss, metrics = module(batch, features(module, target, batch))
+            loss.backward()
+            expected = oracle(config, batch, (encoder, predictor, noise_predictor), target)
+            expected.total.backward()
+
+            check("loss and terms", "loss", loss.detach(), expected.total.detach())
+            check("loss and terms", "L_CT", metrics["loss_clean"], expected.ct.detach())
+            check("loss and terms", "L_NT", metrics["loss_noise"], expected.nt.detach())
+            check("loss and terms", "L_CN", metrics["loss_consistency"], expected.cn.detach())
+            compared = 0
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    assert parameter.grad is not None, name
+                    check("gradients", name, parameter.grad, copies[id(parameter)].grad)
+                    compared += 1
+            assert compared > 50, "every tensor of the encoder and of at least one predictor"
+
+
+# --- reductions ----------------------------------------------------------------------------------
+
+
+def module_of(config: Config) -> TrainModule:
+    module = TrainModule(config)
+    enlarge(module)
+    return module
+
+
+def test_without_weights_it_is_published_ijepa() -> None:
+    """lambda1 = lambda2 = 0: bit for bit the module of method=ijepa, over updates; no noise."""
+    config, _ = build("reference", weight=0.0, consistency=0.0)
+    plain = tiny_config("ijepa", impl={"default": "reference"}, run={"seed": 9})
+    modules = [TrainModule(config), TrainModule(plain)]
+    assert modules[0].jepa.noise_predictor is None
+    assert list(modules[0].state_dict()) == list(modules[1].state_dict())
+    assert not any("noise" in name for name in modules[0].state_dict())
+    for module in modules:
+        enlarge(module)
+    optimizers = [torch.optim.AdamW(param_groups(module, 0.04), lr=1e-3) for module in modules]
+    encoder = PublishedEncoder(SIDE, patch=8, width=32, depth=2, heads=2)
+    predictor = PublishedPredictor(SIDE, encoder_width=32, width=24, depth=2, heads=2)
+    for step in range(3):
+        _, batch = build("reference", step=step, weight=0.0, consistency=0.0)
+        assert batch.sigma is None
+        encoder.load_state_dict(modules[0].jepa.encoder.state_dict())
+        predictor.load_state_dict(modules[0].jepa.predictor.state_dict())
+        target = {name: p.detach().clone() for name, p in encoder.named_parameters()}
+        losses = []
+        for module, optimizer in zip(modules, optimizers, strict=True):
+            loss, metrics = module(batch, features(module, target, batch))
+            assert set(metrics) == {"loss", "loss_clean"}
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        assert torch.equal(losses[0], losses[1])
+        for ours, theirs in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+        published = published_loss(
+            encoder, predictor, encoder, normalised(batch.images, config),
+            [batch.context_idx], list(batch.target_idx.unbind(1)),
+        )  # fmt: skip
+        assert losses[0].item() == pytest.approx(published.item(), rel=1e-6)
+
+
+def test_noise_moves_no_other_weight() -> None:
+    modules = [TrainModule(build("reference", weight=w, consistency=w)[0]) for w in (0.0, 0.1)]
+    for part in ("encoder", "predictor"):
+        without, with_noise = (getattr(module.jepa, part).state_dict() for module in modules)
+        assert without.keys() == with_noise.keys()
+        assert all(torch.equal(without[name], with_noise[name]) for name in without)
+
+
+@pytest.mark.parametrize("predictors", ["unshared", "shared"])
+def test_without_consistency_it_is_the_sum_of_two_branches(predictors: str) -> None:
+    config, batch = build("reference", weight=0.7, consistency=0.0, predictors=predictors)
+    module = module_of(config)
+    h = features(module, target_of(module), batch)
+    loss, _ = module(batch, h)
+    loss.backward()
+    got = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+    module.zero_grad()
+    output = module.jepa(
+        batch.images, batch.context_idx, batch.target_idx, batch.sigma, key_of(config, batch)
+    )
+    y = torch.nn.functional.layer_norm(h, (h.shape[-1],))
+    rows = torch.cat([gathered(y, idx) for idx in batch.target_idx.unbind(1)])
+    assert output.clean is not None
+    assert output.noised is not None
+    smooth_l1 = torch.nn.functional.smooth_l1_loss
+    branches = smooth_l1(output.clean, rows) + 0.7 * smooth_l1(output.noised, rows)
+    branches.backward()
+    assert torch.equal(loss, branches)
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            assert torch.equal(got[name], p.grad), name
+
+
+def gathered(y: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
+    return torch.stack([features[rows] for features, rows in zip(y, idx, strict=True)])
+
+
+@pytest.mark.parametrize(("impl", "dtype"), [way.values[:2] for way in WAYS])
+@pytest.mark.parametrize("draw", ["per_block", "shared"])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_shared_and_without_noise_both_predictions_are_one(
+    impl: str, dtype: torch.dtype, draw: str, batch: int
+) -> None:
+    if impl == "native" and NATIVE != "yes":
+        pytest.skip(NATIVE)
+    config, made = build(
+        impl, batch, sigma=0.0, draw=draw, predictors="shared", mask_token="shared"
+    )  # fmt: skip
+    module = module_of(config).to(dtype)
+    _, metrics = module(made, features(module, target_of(module), made))
+    assert metrics["loss_consistency"].item() == 0.0
+    assert metrics["loss_noise"].item() == metrics["loss_clean"].item() > 0
+
+
+# --- the noise that reaches the predictor --------------------------------------------------------
+
+
+def noise_in_the_step(draw: str, sigma: Any, batch: int = 96) -> tuple[torch.Tensor, torch.Tensor]:
+    """sigma n [M, B, Kt, d] of a step in which all blocks of an image have the same patches.
+
+    Taken from what enters the first block of the noised predictor.
+    """
+    config, made = build("auto", batch, sigma=sigma, draw=draw)
+    made = made._replace(target_idx=made.target_idx[:, :1].expand(-1, N_BLOCKS, -1).contiguous())
+    module = TrainModule(config)
+    predictor = module.jepa.noise_predictor
+    assert predictor is not None
+    seen: list[torch.Tensor] = []
+    hook = predictor.predictor_blocks[0].register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].detach())
+    )
+    with torch.no_grad():
+        module(made, features(module, target_of(module), made))
+    hook.remove()
+    tokens = seen[0].view(N_BLOCKS, batch, N_CONTEXT + N_TARGETS, -1)[:, :, N_CONTEXT:]
+    psi = predictor.predictor_pos_embed[0, made.target_idx].transpose(0, 1)
+    assert made.sigma is not None
+    return (tokens - psi - predictor.mask_token).detach(), made.sigma
+
+
+@pytest.mark.parametrize(("sigma", "draw"), NOISES, ids=lambda value: str(value))
+def test_statistics_of_the_noise(sigma: Any, draw: str) -> None:
+    """Standard deviation, distribution, independence; bounds are four standard errors."""
+    noise, sigmas = noise_in_the_step(draw, sigma)
+    scale = sigmas.t()[:, :, None, None]
+    assert (noise[(scale == 0).expand_as(noise)].abs() < 1e-6).all()
+    if draw == "shared":
+        # Subtracting psi and the mask token again leaves the same rounding in every block.
+        assert all(torch.equal(noise[0], block) for block in noise[1:])
+        noise, scale = noise[:1], scale[:1]
+    n = (noise / scale)[(scale > 0).expand_as(noise)].double()
+    assert n.std().item() == pytest.approx(1.0, abs=4 / math.sqrt(2 * len(n)))
+    assert n.mean().item() == pytest.approx(0.0, abs=4 / math.sqrt(len(n)))
+    assert stats.kstest(n.numpy(), "norm").pvalue > 1e-3
+    if isinstance(sigma, float):
+        assert noise.std().item() == pytest.approx(sigma, abs=4 * sigma / math.sqrt(2 * len(n)))
+        # Between blocks, images, patches and channels: every pair of each axis.
+        for axis in range(4):
+            rows = noise.movedim(axis, 0).flatten(1)
+            if len(rows) > 1:
+                pairs = np.corrcoef(rows.numpy())[np.triu_indices(len(rows), 1)]
+                # The largest of this many correlations, each with deviation 1/sqrt(n).
+                bound = stats.norm.isf(1e-4 / len(pairs)) / math.sqrt(rows.shape[1])
+                assert np.abs(pairs).max() < bound, axis
+    elif sigma == "edm" and draw == "shared":
+        assert (sigmas == sigmas[:, :1]).all()
