@@ -366,7 +366,7 @@ class RunConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
     progress: bool = True
-    """Progress bar on rank 0."""
+    """Show progress (rank 0): a bar on a terminal, else a line every ``log_every`` steps."""
 
 
 class EvalConfig(Section):
