@@ -96,9 +96,9 @@ def rows_of(
     return rows
 
 
-def floors(seeds: Sequence[int], base: Settings = BASE, folder: Path = FOLDER) -> Row:
+def floors(seeds: Sequence[int], folder: Path = FOLDER) -> Row:
     """The untrained network and raw pixels."""
-    arm = Arm("untrained", {**base, "method": "ijepa"})
+    arm = Arm("untrained", {"method": "ijepa"})
     found = {s: load(Task(arm.name, arm.overrides, s, floors=True), folder) for s in seeds}
     return Row(arm, {s: r for s, r in found.items() if r and r["status"] == "done"}, {})
 
@@ -192,7 +192,7 @@ def document(
     tables: Sequence[Table], seeds: Sequence[int], base: Settings = BASE, folder: Path = FOLDER
 ) -> str:
     """docs/evidence.md."""
-    floor = floors(seeds, base, folder)
+    floor = floors(seeds, folder)
     parts = [
         "# Evidence: the papers' ablations, small",
         _fill(
