@@ -78,8 +78,7 @@ def test_what_a_run_leaves(trained):
     runs, records = trained
     run = runs / "w1-z0-whole"
     expected = {
-        "step", "epoch", "loss", "loss_clean", "loss_noise", "loss_level_0", "loss_level_3",
-        "vicreg_inv", "vicreg_std", "vicreg_cov", "lr", "wd", "ema", "grad_norm", "k_context",
+        "step", "epoch", "loss", "loss_clean", "loss_noise", "loss_consistency", "vicreg_inv", "vicreg_std", "vicreg_cov", "lr", "wd", "ema", "grad_norm", "k_context",
         "k_target", "feature_std", "rankme", "images_per_s", "data_wait_frac",
     }  # fmt: skip
     lines = read_metrics(run)
