@@ -31,7 +31,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [
     *all_cases(small=True),
     *(predictor_case(f"b2-m2-kc3-kt2-n9-d{d}", 2, 2, 3, 2, 9, d) for d in (1, 5, 520, 2048)),
-    *(loss_case(f"b2-m2-kt2-n9-d{d}", 2, 2, 2, 9, d) for d in (1, 513, 2048, 2304)),
+    *(
+        loss_case(f"b2-m2-kt2-n9-d{d}" + "-noised" * noised, 2, 2, 2, 9, d, noised=noised)
+        for d in (1, 513, 2048, 2304)
+        for noised in (False, True)
+    ),
     ema_case("three-hundred", [(4097,), (12288,), *[(3, 5)] * 300]),
 ]
 FUSED = tuple(impl for impl in IMPLEMENTATIONS if impl != "reference")

@@ -40,6 +40,10 @@ CASES = [
     predictor_case("b2-m2-kc0-kt3", 2, 2, 0, 3, 9, 20),
     predictor_case("b2-m2-kc3-kt0", 2, 2, 3, 0, 9, 20),
     *(loss_case(f"b2-m2-kt2-n9-d{d}", 2, 2, 2, 9, d) for d in (1, 15, 17, 2048)),
+    *(
+        loss_case(f"b2-m2-kt2-n9-d{d}-noised", 2, 2, 2, 9, d, noised=True)
+        for d in (1, 17, 130, 2048)
+    ),
     # More than one tile, panel and block of columns; edges inside each of them.
     vicreg_case("m3-n70-d200", 3, 70, 200),
     vicreg_case("m2-n150-d70", 2, 150, 70),

@@ -21,6 +21,7 @@ def _inputs() -> dict[str, torch.Tensor]:
         "x": torch.randn(B, N, D, generator=draw),
         "pos": torch.randn(N, D, generator=draw),
         "pred": torch.randn(M * B, 3, D, generator=draw),
+        "noised": torch.randn(M * B, 3, D, generator=draw),
         "context_idx": idx[:, 0, :4].contiguous(),
         "target_idx": idx[:, 1:, :3].contiguous(),
         "sigma": torch.rand(B, M, generator=draw),
@@ -46,12 +47,12 @@ def test_modules_are_the_functions(impl: Any) -> None:
     assert torch.equal(got, want)
     assert not torch.equal(got, tokens(context, i["context_idx"], i["target_idx"]))
 
-    got = ops.PredictionLoss(0.3, 1e-3, impl=impl)(i["pred"], i["x"], i["target_idx"], i["sigma"])
-    want = njepa_kernels.jepa_loss(
-        i["pred"], i["x"], i["target_idx"], i["sigma"], 0.3, 1e-3, impl=impl
-    )
-    assert torch.equal(got.loss, want.loss)
-    assert torch.equal(got.per_token, want.per_token)
+    numbers = {"noise_weight": 0.7, "consistency": 0.4, "beta": 0.3, "eps": 1e-3}
+    loss = ops.PredictionLoss(**numbers, consistency_stop="clean", impl=impl)
+    args = i["pred"], i["x"], i["target_idx"], i["noised"]
+    want = njepa_kernels.jepa_loss(*args, **numbers, consistency_stop="clean", impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(loss(*args), want, strict=True))
+    assert torch.equal(loss(*args[:3]).loss, want.clean)
 
     got = ops.VICReg(0.8, 1e-2, impl=impl)(i["x"])
     want = njepa_kernels.vicreg(i["x"], 0.8, 1e-2, impl=impl)
@@ -81,7 +82,10 @@ def test_repr_names_what_was_chosen() -> None:
     assert repr(ops.PredictorTokens(D, pos, impl="reference")) == (
         "PredictorTokens(width=8, n_patches=9, mix='ve', impl='reference')"
     )
-    assert repr(ops.PredictionLoss(beta=0.5)) == "PredictionLoss(beta=0.5, eps=1e-05, impl='auto')"
+    assert repr(ops.PredictionLoss(beta=0.5)) == (
+        "PredictionLoss(noise_weight=0.1, consistency=0.1, consistency_stop='none', beta=0.5, "
+        "eps=1e-05, impl='auto')"
+    )
     assert repr(ops.VICReg()) == "VICReg(gamma=1.0, eps=0.0001, impl='auto')"
     assert "impl='reference'" in repr(ops.Ema(nn.Linear(2, 2), nn.Linear(2, 2), impl="reference"))
 

@@ -66,7 +66,8 @@ def _calls(
     result = case.function(**inputs, impl=impl)
     roots = [t for t in case.outputs(result, inputs).values() if t.requires_grad]
     if roots:
-        torch.autograd.backward([root.sum() for root in roots])
+        # A graph that is kept: the last backward of jepa_loss goes by its operator.
+        torch.autograd.backward([root.sum() for root in roots], retain_graph=True)
     return calls
 
 

@@ -71,7 +71,6 @@ def test_loss_keeps_nan_in_value_and_gradient(beta: float) -> None:
     h, idx = torch.randn(2, 4, 20), torch.zeros(2, 1, 1, dtype=torch.int64)
     result = jepa_loss(pred, h, idx, beta=beta, impl="triton")
     assert bool(result.loss.isnan())
-    assert result.per_token.isnan().flatten().tolist() == [True, False]
     result.loss.backward()
     assert pred.grad is not None
     assert bool(pred.grad[0, 0, 3].isnan())
