@@ -201,7 +201,7 @@ def test_layers_replace_forwards(folder: Path) -> None:
             LocalLayerRepository, Mode, kernelize, register_kernel_mapping,
             replace_kernel_forward_from_hub,
         )
-        from njepa_kernels import nn as ours
+        from njepa_kernels import NoiseKey, nn as ours
 
         table = torch.randn(16, 32)
         hosts = dict(
@@ -212,8 +212,10 @@ def test_layers_replace_forwards(folder: Path) -> None:
         context, target = style.draw_masks(3, 16, 7, 3)
         idx = torch.stack(target, 1)
         x, images = torch.randn(3, 16, 32), torch.randn(3, 3, 16, 16)
+        key = NoiseKey(1, 2, torch.arange(3))  # the class of the installed package
         args = dict(
-            GatherTokens=(x, idx), PredictorTokens=(x[:, :7], context[0], idx),
+            GatherTokens=(x, idx),
+            PredictorTokens=(x[:, :7], context[0], idx, torch.rand(3, 4), key),
             PredictionLoss=(torch.randn(12, 3, 32), x, idx), VICReg=(x,),
             Encoder=(images, context), Predictor=(x[:, :7], context, target),
         )
