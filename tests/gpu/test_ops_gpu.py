@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from njepa_kernels import debug_checks
+from njepa_kernels import debug_checks, predictor_tokens
 from njepa_kernels._dispatch import IMPLEMENTATIONS, choose
 from njepa_kernels.ema_update_.cases import _case as ema_case
 from njepa_kernels.jepa_loss.cases import _case as loss_case
@@ -20,6 +22,9 @@ from njepa_kernels.testing import (
     copy_inputs,
     evaluate,
 )
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+from noise_checks import check_draws, noise_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -96,6 +101,13 @@ def test_two_runs_give_the_same_bits(case: OpCase, impl: str, dtype: torch.dtype
     first, second = (evaluate(case, partial(case.function, impl=impl), inputs) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value.nan_to_num(7.0), second[name].nan_to_num(7.0)), name
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_noise_per_block_and_shared(impl: str) -> None:
+    if not _runs("predictor_tokens", impl):
+        pytest.skip(f"{impl} does not run here")
+    check_draws(noise_of(partial(predictor_tokens, impl=impl)), device="cuda")
 
 
 @each_fused_pair

@@ -17,7 +17,7 @@ import native_build
 import pytest
 import torch
 from native_adapters import NATIVE
-from njepa_kernels import _native, philox_normal
+from njepa_kernels import NoiseKey, _native, philox_normal
 from njepa_kernels.ema_update_ import native as ema_native
 from njepa_kernels.ema_update_.reference import ema_update_reference_
 from njepa_kernels.jepa_loss import native as loss_native
@@ -33,6 +33,7 @@ from njepa_kernels.testing import (
     cast_inputs,
     evaluate,
 )
+from noise_checks import check_draws, noise_of
 
 pytestmark = pytest.mark.skipif(
     native_build.no_compiler() is not None, reason="there is no C++ compiler"
@@ -45,7 +46,7 @@ CASES = [
     *(case for op in _native.CUDA_OPS for case in all_cases(op, small=True)),
     # Widths around those of a group, a warp and a tile; tokens and blocks of none and one.
     *(predictor_case(f"b2-m2-kc3-kt2-n9-d{d}", 2, 2, 3, 2, 9, d) for d in (1, 5, 256, 520, 2048)),
-    predictor_case("b2-m2-kc3-kt2-n9-d272-edm", 2, 2, 3, 2, 9, 272, mix="edm"),
+    predictor_case("b2-m2-kc3-kt2-n9-d272-shared", 2, 2, 3, 2, 9, 272, noise="shared"),
     predictor_case("b2-m2-kc0-kt3", 2, 2, 0, 3, 9, 20),
     predictor_case("b2-m2-kc3-kt0", 2, 2, 3, 0, 9, 24),
     # A row per warp, per 128 threads and per 512.
@@ -61,7 +62,7 @@ CASES = [
     loss_case("b3-m29-kt25-n30-d8-noised", 3, 29, 25, 30, 8, noised=True),
 ]
 #: Chunks of two samples for dpos, two stages for dmask_token, more tokens than a warp has lanes.
-CHUNKS = predictor_case("b5-m2-kc40-kt35-n2100-d8-vp", 5, 2, 40, 35, 2100, 8, mix="vp")
+CHUNKS = predictor_case("b5-m2-kc40-kt35-n2100-d8", 5, 2, 40, 35, 2100, 8)
 
 each_dtype = pytest.mark.parametrize(
     "dtype",
@@ -161,12 +162,11 @@ def test_addresses_that_are_not_aligned_give_the_same_bits(dtype: torch.dtype) -
         ours, theirs = (NATIVE[case.op](**given) for given in (inputs, shifted))
         if case.op == "predictor_tokens":
             assert torch.equal(ours, theirs)
-            rest = [inputs[k] for k in ("context_idx", "target_idx")]
-            sigma = inputs["sigma"].unsqueeze(-1).repeat(1, 1, 2)
-            rest += [sigma, 7, 4, inputs["sample_ids"], "ve", True, True]
+            seed, step, ids, shared = inputs["noise"]
+            rest = (inputs["context_idx"], inputs["target_idx"], ids, seed, step, shared, 9)
             for a, b in zip(
-                predictor_native.backward(ours, inputs["pos"], *rest),
-                predictor_native.backward(_shifted(ours), shifted["pos"], *rest),
+                predictor_native.backward(ours, *rest, True, True),
+                predictor_native.backward(_shifted(ours), *rest, True, True),
                 strict=True,
             ):
                 assert torch.equal(a, b)
@@ -195,22 +195,38 @@ def test_noise_equals_the_reference() -> None:
             zeros[0],
             torch.zeros(3, 0, dtype=torch.int64),
             patches,
-            torch.ones(3, 2, 9),
+            torch.ones(3, 2),
             seed,
             step,
             ids,
-            "ve",
+            False,
         )
-        expected = philox_normal(seed, step, ids, patches, d).transpose(0, 1)
+        expected = philox_normal(NoiseKey(seed, step, ids), patches, d).transpose(0, 1)
         worst = max(worst, float((got.view(2, 3, 9, d) - expected).abs().max()))
     assert 0.0 < worst <= 1e-6
 
 
+def test_draws_per_block_and_shared() -> None:
+    check_draws(noise_of(NATIVE["predictor_tokens"]))
+
+
+def test_frozen_positions_make_no_table() -> None:
+    """What a backward allocates: without need_pos nothing of the size of the table."""
+    n, d = 4096, 64
+    idx = torch.randint(0, n, (1, 2, 3))
+    rest = (idx[:, 0], idx, torch.arange(1), 7, 1, False, n)
+    for need_pos in (False, True):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            dpos = predictor_native.backward(torch.randn(2, 6, d), *rest, need_pos, True)[2]
+        largest = max(event.self_cpu_memory_usage for event in profile.events())
+        assert (dpos is not None) == need_pos
+        assert largest >= 4 * n * d if need_pos else largest < n * d
+
+
 @each_dtype
-@pytest.mark.parametrize("mix", ["ve", "vp", "edm"])
-def test_sigma_zero_is_no_noise_bit_for_bit(mix: str, dtype: torch.dtype) -> None:
+def test_sigma_zero_is_no_noise_bit_for_bit(dtype: torch.dtype) -> None:
     case = predictor_case("zero", 3, 2, 5, 4, 16, 50)
-    inputs = case.make_inputs(CPU, dtype, 1) | {"mix": mix}
+    inputs = case.make_inputs(CPU, dtype, 1)
     zero, none = (
         NATIVE["predictor_tokens"](**(inputs | {"sigma": sigma}))
         for sigma in (torch.zeros(3, 2), None)
@@ -220,7 +236,7 @@ def test_sigma_zero_is_no_noise_bit_for_bit(mix: str, dtype: torch.dtype) -> Non
 
 @each_dtype
 def test_all_tokens_from_one_patch(dtype: torch.dtype) -> None:
-    case = predictor_case("one", 3, 2, 35, 33, 40, 16, mix="vp")
+    case = predictor_case("one", 3, 2, 35, 33, 40, 16)
     inputs = case.make_inputs(CPU, dtype, 0)
     for name in ("context_idx", "target_idx"):
         inputs[name] = torch.full_like(inputs[name], 39)
@@ -360,7 +376,8 @@ def test_ema_rates_on_the_device_equal_numbers() -> None:
         ("jepa_loss", {"noised": torch.zeros(12, 6, 63)}, "noised has a wrong shape"),
         ("jepa_loss", {"noised": torch.zeros(12, 6, 64).half()}, "must have the type of pred"),
         ("predictor_tokens", {"pos": torch.zeros(36, 47)}, "pos has a wrong shape"),
-        ("predictor_tokens", {"sigma": torch.zeros(3, 4, 6), "sample_ids": None}, "sample_ids"),
+        ("predictor_tokens", {"sigma": torch.zeros(3, 4), "noise": None}, "sample_ids"),
+        ("predictor_tokens", {"sigma": torch.zeros(3, 4, 6)}, "sigma has a wrong shape"),
         ("ema_update_", {"targets": [torch.zeros(3)] * 2}, "must be of one length"),
         ("ema_update_", {"targets": [torch.zeros(4)]}, "tensor 0: targets must be float32"),
     ],

@@ -25,7 +25,6 @@ def _inputs() -> dict[str, torch.Tensor]:
         "context_idx": idx[:, 0, :4].contiguous(),
         "target_idx": idx[:, 1:, :3].contiguous(),
         "sigma": torch.rand(B, M, generator=draw),
-        "sample_ids": torch.arange(B),
     }
 
 
@@ -36,13 +35,13 @@ def test_modules_are_the_functions(impl: Any) -> None:
     want = njepa_kernels.gather_tokens(i["x"], i["target_idx"], i["pos"], impl=impl)
     assert torch.equal(got, want)
 
-    tokens = ops.PredictorTokens(D, i["pos"], mix="edm", impl=impl)
-    noise = (i["sigma"], 5, 7, i["sample_ids"])
+    tokens = ops.PredictorTokens(D, i["pos"], impl=impl)
+    noise = (i["sigma"], njepa_kernels.NoiseKey(5, 7, torch.arange(B), shared=True))
     context = i["x"][:, :4].contiguous()
     got = tokens(context, i["context_idx"], i["target_idx"], *noise)
     mask_token = tokens.mask_token.detach()
     want = njepa_kernels.predictor_tokens(
-        context, i["pos"], mask_token, i["context_idx"], i["target_idx"], *noise, "edm", impl=impl
+        context, i["pos"], mask_token, i["context_idx"], i["target_idx"], *noise, impl=impl
     )
     assert torch.equal(got, want)
     assert not torch.equal(got, tokens(context, i["context_idx"], i["target_idx"]))
@@ -80,7 +79,7 @@ def test_repr_names_what_was_chosen() -> None:
     pos = torch.zeros(N, D)
     assert repr(ops.GatherTokens()) == "GatherTokens(impl='auto')"
     assert repr(ops.PredictorTokens(D, pos, impl="reference")) == (
-        "PredictorTokens(width=8, n_patches=9, mix='ve', impl='reference')"
+        "PredictorTokens(width=8, n_patches=9, impl='reference')"
     )
     assert repr(ops.PredictionLoss(beta=0.5)) == (
         "PredictionLoss(noise_weight=0.1, consistency=0.1, consistency_stop='none', beta=0.5, "
@@ -117,8 +116,6 @@ def test_wrong_arguments() -> None:
         ops.PredictorTokens(D, torch.zeros(N, D, dtype=torch.int64))
     with pytest.raises(TypeError, match="got list"):
         ops.PredictorTokens(D, [[0.0]])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="mix must be one of ve, vp, edm, got 'add'"):
-        ops.PredictorTokens(D, torch.zeros(N, D), mix="add")  # type: ignore[arg-type]
     pair = (nn.Linear(2, 2), nn.Linear(2, 2))
     for make in (
         lambda impl: ops.GatherTokens(impl=impl),

@@ -34,13 +34,13 @@ def job(root, name, overrides, stage, world, folder=None, accumulation=1):
     }  # fmt: skip
 
 
-def interrupted(root, stage, world, accumulation=1):
+def interrupted(root, stage, world, accumulation=1, noise=()):
     """A run in one piece, and the same run stopped in the middle of its second epoch."""
     tag, more = f"w{world}-z{stage}", {"stage": stage, "world": world, "accumulation": accumulation}
     return [
-        job(root, f"{tag}-whole", [], **more),
-        job(root, f"{tag}-first", ["run.stop_after=4"], folder=f"{tag}-cut", **more),
-        job(root, f"{tag}-second", ["run.resume=true"], folder=f"{tag}-cut", **more),
+        job(root, f"{tag}-whole", [*noise], **more),
+        job(root, f"{tag}-first", [*noise, "run.stop_after=4"], folder=f"{tag}-cut", **more),
+        job(root, f"{tag}-second", [*noise, "run.resume=true"], folder=f"{tag}-cut", **more),
     ]
 
 
@@ -48,8 +48,9 @@ def interrupted(root, stage, world, accumulation=1):
 def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("training")
     make_images(root / "images", 26)
-    one = interrupted(root, 0, 1) + interrupted(root, 1, 1, accumulation=2)
-    two = interrupted(root, 3, 2)
+    one_predictor = ["noise.predictors=shared", "noise.sigma=edm"]
+    one = interrupted(root, 0, 1) + interrupted(root, 1, 1, accumulation=2, noise=one_predictor)
+    two = interrupted(root, 3, 2, noise=["noise.mask_token=shared"])  # of two modules
     records = run_jobs(one, 1, root / "one") | run_jobs(two, 2, root / "two")
     return root / "runs", records
 
