@@ -98,7 +98,7 @@ def test_a_retired_key_gets_one_message_that_names_its_successor(key):
 
 
 def test_a_retired_key_elsewhere_is_an_unknown_key():
-    with pytest.raises(ConfigError, match="optim.levels: unknown key"):
+    with pytest.raises(ConfigError, match=r"optim\.levels: unknown key"):
         parse_config({"optim": {"levels": 4}})
 
 

@@ -198,9 +198,7 @@ def test_pred_blocks_takes_the_clean_predictions_where_there_are_any():
 
 
 def test_pred_blocks_of_a_single_predictor_takes_the_noised_predictions():
-    config = tiny_config(
-        "ncjepa", noise={"predictors": "single"}, vicreg={"projector": "identity"}
-    )
+    config = tiny_config("ncjepa", noise={"predictors": "single"}, vicreg={"projector": "identity"})
     batch = make_batch(config, batch=6)
     jepa, output, h = forward(config, batch)
     u = output.noised.mean(dim=1)

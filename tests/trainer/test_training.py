@@ -79,11 +79,13 @@ def test_what_a_run_leaves(trained):
     runs, records = trained
     run = runs / "w1-z0-whole"
     expected = {
-        "step", "epoch", "loss", "loss_clean", "loss_noise", "loss_consistency", "vicreg_inv", "vicreg_std", "vicreg_cov", "lr", "wd", "ema", "grad_norm", "k_context",
-        "k_target", "feature_std", "rankme", "images_per_s", "data_wait_frac",
+        "step", "epoch", "loss", "loss_clean", "loss_noise", "loss_consistency", "vicreg_inv",
+        "vicreg_std", "vicreg_cov", "lr", "wd", "ema", "grad_norm", "k_context", "k_target",
+        "feature_std", "rankme", "images_per_s", "data_wait_frac",
     }  # fmt: skip
     lines = read_metrics(run)
     assert expected <= lines[-1].keys()
+    assert not any(key.startswith("loss_level") for key in lines[-1])
     assert all(x["grad_norm"] > 0 for x in lines)
     summary = json.loads((run / "summary.json").read_text())
     assert {
