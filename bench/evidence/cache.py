@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from bench.evidence.tables import BASE, RECIPE, Settings, Table
+from bench.evidence.tables import RECIPE, Settings, Table
 from njepa.run_folder import write_atomically
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +88,7 @@ class Task:
         return [f"{key}={json.dumps(value)}" for key, value in given.items()]
 
 
-def tasks_of(tables: Iterable[Table], seeds: Iterable[int], base: Settings = BASE) -> list[Task]:
+def tasks_of(tables: Iterable[Table], seeds: Iterable[int]) -> list[Task]:
     """All runs of the tables, each once, first seed of every arm first."""
     found: dict[str, Task] = {}
     tables = list(tables)
@@ -97,7 +97,7 @@ def tasks_of(tables: Iterable[Table], seeds: Iterable[int], base: Settings = BAS
         found.setdefault(task.key, task)
         for table in tables:
             for arm in table.arms:
-                task = Task(f"{table.name}: {arm.name}", {**base, **arm.overrides}, seed)
+                task = Task(f"{table.name}: {arm.name}", {**table.base, **arm.overrides}, seed)
                 found.setdefault(task.key, task)
     return list(found.values())
 

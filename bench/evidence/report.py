@@ -80,12 +80,10 @@ class Row:
         return mean([mine[seed] - theirs[seed] for seed in mine if seed in theirs])
 
 
-def rows_of(
-    table: Table, seeds: Sequence[int], base: Settings = BASE, folder: Path = FOLDER
-) -> list[Row]:
+def rows_of(table: Table, seeds: Sequence[int], folder: Path = FOLDER) -> list[Row]:
     rows = []
     for arm in table.arms:
-        found = {s: load(Task(arm.name, {**base, **arm.overrides}, s), folder) for s in seeds}
+        found = {s: load(Task(arm.name, {**table.base, **arm.overrides}, s), folder) for s in seeds}
         rows.append(
             Row(
                 arm,
@@ -188,9 +186,7 @@ def mean_curve(row: Row, name: str) -> tuple[list[int], list[float]]:
     return kept[0][0], [statistics.fmean(v) for v in zip(*(c for _, c in kept), strict=True)]
 
 
-def document(
-    tables: Sequence[Table], seeds: Sequence[int], base: Settings = BASE, folder: Path = FOLDER
-) -> str:
+def document(tables: Sequence[Table], seeds: Sequence[int], folder: Path = FOLDER) -> str:
     """docs/evidence.md."""
     floor = floors(seeds, folder)
     parts = [
@@ -200,8 +196,11 @@ def document(
             "one file per run. Change the words in `bench/evidence/tables.py`, not here."
         ),
         _fill(
-            f"**What was run.** Recipe `{RECIPE}` on the embedded images, shortened to "
-            f"{base['run.max_steps']} steps of 64 images, one thread a run, fp32 on a CPU, seeds "
+            f"**What was run.** Recipe `{RECIPE}` on the embedded images: the first table whole, the "
+            f"others with {BASE['run.max_steps']} steps of "
+            f"{BASE['ds.train_micro_batch_size_per_gpu']} images and a constant learning rate after "
+            "the warm-up; the noise is the published one in proportion to the positions, which the "
+            "recipe halves (sigma .25). One thread a run, fp32 on a CPU, seeds "
             f"{', '.join(map(str, seeds))}. Scores are top-1 in % of the mean-pooled target "
             "encoder on 2,048 test images: kNN (k = 20) and a linear probe. ± is half of the 95 % "
             "interval over seeds by Student's t. Differences are to the table's baseline, paired "
@@ -213,7 +212,7 @@ def document(
         ),
     ]
     for table in tables:
-        rows = rows_of(table, seeds, base, folder)
+        rows = rows_of(table, seeds, folder)
         records = [r for row in rows for r in row.records.values()]
         parts.append(f"## {table.title}")
         parts.append(_fill(f"**Published.** {table.paper}"))
