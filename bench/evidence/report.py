@@ -197,9 +197,9 @@ def document(tables: Sequence[Table], seeds: Sequence[int], folder: Path = FOLDE
         ),
         _fill(
             f"**What was run.** Recipe `{RECIPE}` on the embedded images: the first table whole, "
-            f"the others with {BASE['run.max_steps']} steps of "
-            f"{BASE['ds.train_micro_batch_size_per_gpu']} images and a constant learning rate "
-            "after the warm-up. The noise is the published one in proportion to positions that the "
+            f"the others its first {BASE['run.max_steps']} steps with batches of "
+            f"{BASE['ds.train_micro_batch_size_per_gpu']}. "
+            "The noise is the published one in proportion to positions that the "
             "recipe halves (sigma .25). One thread a run, fp32 on a CPU, seeds "
             f"{', '.join(map(str, seeds))}. Scores are top-1 in % of the mean-pooled target "
             "encoder on 2,048 test images: kNN (k = 20) and a linear probe. ± is half of the 95 % "
