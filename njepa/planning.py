@@ -353,16 +353,19 @@ def activation_bytes(
     """Saved for the backward by a micro-batch, by part; see ``Stack.block_bytes``.
 
     "weight casts" are the low copies of the weights under autocast. "loss" is that of the reference
-    (prediction and target in fp32; the fused ops save less), "vicreg" about three fp32 tensors for
+    (predictions and target in fp32; the fused ops save less), "vicreg" about three fp32 tensors for
     each layer of the projector. Index tensors and statistics of the batch are left out.
     """
     net, (r, c) = network(config), precision
     e, p, kc, kt = net.encoder, net.predictor, shape.context, shape.target
     # The patch embedding's weight is not needed again: bytes have no gradient.
     casts = net.matrix_parameters - net.matrix_biases - net.patch_values * e.width
-    predictor = loss = 0
-    for blocks in net.passes:
-        predictor += kc * c * e.width  # input of predictor_embed
+    predictor, loss = 0, config.mask.n_targets * kt * 4 * e.width  # the target, of both predictions
+    for number, blocks in enumerate(net.passes):
+        tied = net.tied_noise and number == len(net.passes) - 1
+        if number == 0 or tied or c < r:  # a tensor of its own; autocast casts for each predictor
+            entering = kc + (config.mask.n_targets * kt + 1 if tied else 0)
+            predictor += entering * c * e.width  # input of predictor_embed
         rows = net.predictor_rows(shape, blocks)
         predictor += p.saved_bytes(rows, precision, checkpointed, blocks * kt)
         if net.shared_context:
@@ -373,7 +376,7 @@ def activation_bytes(
             copied = (1 if checkpointed else p.depth) * 2 * blocks * (kc + kt)
             predictor += c * p.width * (copied + joined)
         predictor += blocks * kt * c * p.width  # input of predictor_proj
-        loss += blocks * kt * 8 * e.width
+        loss += blocks * kt * 4 * e.width
     result = {
         "patches": batch * kc * net.patch_values * c,
         "context encoder": batch * e.saved_bytes(kc, precision, checkpointed),
