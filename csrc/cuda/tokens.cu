@@ -96,16 +96,20 @@ __global__ __launch_bounds__(kThreads) void sigma_gradient_kernel(
   const uint32_t t = target % s.Kt, m = target / s.Kt % s.M, b = target / s.Kt / s.M;
   const int64_t patch = p.target_idx[target], sample = p.noise.sample_ids[b];
   const T* grad = static_cast<const T*>(p.grad) + output_row(s, m, b, s.Kc + t) * s.D;
-  float total = 0.0f;
+  float totals[kGroup] = {};  // short sums lose fewer digits
   for (uint32_t column = threadIdx.x % kWarp * kGroup; column < s.D; column += kWarp * kGroup) {
     const int n = columns_left(column, s.D);
     float g[kGroup], noise[kGroup];
     load<kVector>(grad + column, n, g);  // zero beyond the edge, where the noise goes on
     normals(p.noise, sample, m, patch, column, noise);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) total += g[i] * noise[i];
+    for (int i = 0; i < kGroup; ++i) totals[i] += g[i] * noise[i];
   }
-  total = warp_sum(total);
+#pragma unroll
+  for (int half = kGroup / 2; half > 0; half /= 2)
+#pragma unroll
+    for (int i = 0; i < half; ++i) totals[i] += totals[i + half];
+  const float total = warp_sum(totals[0]);
   if (threadIdx.x % kWarp == 0) p.dsigma[target] = total;
 }
 
