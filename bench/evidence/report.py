@@ -201,9 +201,9 @@ def document(
         ),
         _fill(
             f"**What was run.** Recipe `{RECIPE}` on the embedded images, shortened to "
-            f"{base['run.max_steps']} steps of 64 images, one thread a run, fp32 on a CPU, seeds "
-            f"{', '.join(map(str, seeds))}. Scores are top-1 in % of the mean-pooled target "
-            "encoder on 2,048 test images: kNN (k = 20) and a linear probe. ± is half of the 95 % "
+            f"{base['run.max_steps']} steps of 64 images where a table says nothing else, one "
+            f"thread a run, fp32 on a CPU, seeds {', '.join(map(str, seeds))}. Scores are top-1 "
+            "in % of the mean-pooled target encoder on 2,048 test images: kNN (k = 20) and a linear probe. ± is half of the 95 % "
             "interval over seeds by Student's t. Differences are to the table's baseline, paired "
             "by seed; an arm is *better* or *worse* where the interval of the difference excludes "
             "0, else *undecided*. The verdicts are not corrected for their number: of twenty true "
@@ -236,9 +236,10 @@ def _origin(records: Sequence[dict[str, Any]]) -> str:
         f"torch {r['machine']['torch']}"
         for r in records
     }
+    steps = sorted({r["settings"]["run.max_steps"] for r in records})
     dates = sorted({r["date"] for r in records})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"{'; '.join(sorted(machines))}; {when}"
+    return f"{' and '.join(map(str, steps))} steps; {'; '.join(sorted(machines))}; {when}"
 
 
 def _fill(text: str) -> str:

@@ -50,7 +50,7 @@ def test_the_key_changes_with_all_that_decides_the_numbers(
         Task("a", TASK.overrides, 1).key,
         Task("a", TASK.overrides, 0, floors=True).key,
         changed(run_max_steps=513),
-        changed(noise_sigma=0.25),
+        changed(noise_sigma=0.3),
         changed(optim_lr=1e-3),
     }
     recipe = cache._recipe()
@@ -85,8 +85,11 @@ def test_every_arm_is_a_valid_configuration_with_the_values_it_asks_for(tmp_path
 
 def test_arms_of_two_tables_run_once_and_the_first_seed_of_all_arms_comes_first() -> None:
     tasks = tasks_of(TABLES, [0, 1, 2])
-    assert len({task.key for task in tasks}) == len(tasks) == 3 * (1 + 23)
-    assert [task.seed for task in tasks] == [0] * 24 + [1] * 24 + [2] * 24
+    arms = {str({**BASE, **arm.overrides}) for table in TABLES for arm in table.arms}
+    each = len(arms) + 1  # the floors
+    assert each < 1 + sum(len(table.arms) for table in TABLES)
+    assert len({task.key for task in tasks}) == len(tasks) == 3 * each
+    assert [task.seed for task in tasks] == [0] * each + [1] * each + [2] * each
     assert [t.seed for t in tasks if t.floors] == [0, 1, 2]
 
 
@@ -160,7 +163,14 @@ def test_the_table_pairs_seeds_and_shows_losing_failed_and_missing_runs(tmp_path
     assert "Failed: bad, seed 0: NonFiniteLoss: nan" in text
     assert "| untrained | 25.0 | 40.0 |" in text
     assert "| raw pixels | 36.0 | – |" in text
-    for part in ("## A title", "66.8.", "Undecided.", "`python -m bench.evidence t`", "2026-11-24"):
+    for part in (
+        "## A title",
+        "66.8.",
+        "Undecided.",
+        "`python -m bench.evidence t`",
+        "2026-11-24",
+        "512 steps",
+    ):
         assert part in text
     prose = [line for line in text.splitlines() if not line.startswith(("|", "Failed"))]
     assert max(len(line) for line in prose) <= 110
@@ -253,7 +263,7 @@ def test_a_sweep_trains_records_failures_resumes_and_leaves_nothing_behind(
 
     first = load(good, results)
     assert first is not None
-    assert first["settings"]["noise.sigma"] == 0.5
+    assert first["settings"]["noise.sigma"] == NJEPA["noise.sigma"]
     assert first["curve"]["step"] == [1, 2, 3]
     for name in ("loss", "loss_clean", "loss_noise", "loss_consistency", "feature_std", "rankme"):
         assert len(first["curve"][name]) == 3
