@@ -203,13 +203,13 @@ def document(
             f"**What was run.** Recipe `{RECIPE}` on the embedded images, shortened to "
             f"{base['run.max_steps']} steps of 64 images where a table says nothing else, one "
             f"thread a run, fp32 on a CPU, seeds {', '.join(map(str, seeds))}. Scores are top-1 "
-            "in % of the mean-pooled target encoder on 2,048 test images: kNN (k = 20) "
-            "and a linear probe. ± is half of the 95 % interval over seeds by Student's t. "
-            "Differences are to the table's baseline, paired by seed; an arm is *better* or *worse* where the interval of the difference excludes "
-            "0, else *undecided*. The verdicts are not corrected for their number: of twenty true "
-            "ties one is expected to look decided. Feature std and RankMe are those of the last "
-            "512 training images. A tiny network, a few minutes, an easy set: this says what "
-            "happens here, not on ImageNet."
+            "in % of the mean-pooled target encoder on 2,048 test images: kNN (k = 20) and a "
+            "linear probe. ± is half of the 95 % interval over seeds by Student's t. Differences "
+            "are to the table's baseline, paired by seed; an arm is *better* or *worse* where the "
+            "interval of the difference excludes 0, else *undecided*. The verdicts are not "
+            "corrected for their number: of twenty true ties one is expected to look decided. "
+            "Feature std and RankMe are those of the last 512 training images. A tiny network, a "
+            "few minutes, an easy set: this says what happens here, not on ImageNet."
         ),
     ]
     for table in tables:
