@@ -161,10 +161,13 @@ def plot(table: Table, rows: Sequence[Row], floor: Row, path: Path) -> None:
         for axis, name in ((middle, "feature_std"), (right, "loss_clean")):
             steps, curve = mean_curve(row, name)
             axis.plot(steps, curve, color=colour, linewidth=1.2)
-    for key, label in (("knn_top1_init", "untrained"), ("knn_top1_pixels", "pixels")):
+    for key, label, side in (
+        ("knn_top1_init", "untrained ", "right"),
+        ("knn_top1_pixels", " pixels", "left"),
+    ):
         if (m := floor.mean(key)) is not None:
             left.axvline(m.value, color="grey", linestyle=":", linewidth=1)
-            left.text(m.value, -0.6, label, fontsize=7, color="grey", ha="center")
+            left.text(m.value, -0.6, label, fontsize=7, color="grey", ha=side)
     left.set_yticks(range(len(rows)), [textwrap.fill(r.arm.name, 24) for r in rows], fontsize=8)
     for label, colour in zip(left.get_yticklabels(), colours, strict=True):
         label.set_color(colour)
