@@ -27,7 +27,7 @@ native: $(STAMP)
 	NJEPA_BUILD_NATIVE=1 $(BIN)/python setup.py --quiet build_ext --inplace
 
 train: $(STAMP)
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed njepa/train.py --ds_config ds.json $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level warning njepa/train.py --ds_config ds.json $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/pytest $(ARGS)

@@ -52,7 +52,7 @@ def make_batch(config: Config) -> Batch:
     context, targets, _ = (torch.from_numpy(x) for x in masks(step, ids))
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (BATCH, 224, 224, 3), dtype=torch.uint8, generator=generator)
-    return Batch(images, torch.from_numpy(ids), context, targets, None, None, step)
+    return Batch(images, torch.from_numpy(ids), context, targets, None, step)
 
 
 def in_turns(

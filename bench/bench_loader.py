@@ -47,7 +47,6 @@ from njepa.data.loader import build_loader
 from njepa.data.order import SampleOrder
 from njepa.data.sources import open_source
 from njepa.masking import MaskSampler
-from njepa.noise import NoiseLevels
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("NJEPA_DATA", ROOT.parent / "shared" / "data"))
@@ -138,9 +137,8 @@ def opened(impl: str, name: str, folder: Path, workers: int) -> Iterator[Iterato
     index = open_source(folder, config.data.cache_dir, progress=False)
     order = SampleOrder(index.n, batch, 1, 1, 0, 0)
     loader = build_loader(
-        config, index, order, MaskSampler(config.mask, config.grid, 0),
-        NoiseLevels(config.noise, config.mask.n_targets, 0.5, 0, total), device, 0, total,
-    )  # fmt: skip
+        config, index, order, MaskSampler(config.mask, config.grid, 0), device, 0, total
+    )
     mean, std = config.data.mean, config.data.std
     try:
         yield (patchify(x.images, patch, mean, std) for x in loader)

@@ -3,7 +3,7 @@
     python -m pytest bench/bench_predictor.py --benchmark-only --full
 
 ``test_predictor``: forward and backward by ``model.predictor.context``, eager and compiled, of M
-blocks or (``noise.map=all``) of M blocks at each of 4 levels. ``test_attention``: the attention
+blocks or (``noise.predictors=shared``) of the M blocks twice. ``test_attention``: the attention
 that was chosen (``segments``) against other ways to the same result. fp32 on a CPU, bf16 on a GPU
 (not measured on one yet). Token counts are means of the mask sampler at batch 128. ``bytes`` is a
 lower bound: inputs and weights read twice, their gradients written, the output and its gradient.
@@ -64,9 +64,7 @@ SIZES = {
     "vith14-224": Size(1280, 12, 16, 16, 74, 45, (2, 64)),
 }
 each_size = pytest.mark.parametrize("name", SIZES)
-each_map = pytest.mark.parametrize(
-    "n_blocks", [N_BLOCKS, 4 * N_BLOCKS], ids=["one-level", "all-levels"]
-)
+each_count = pytest.mark.parametrize("n_blocks", [N_BLOCKS, 2 * N_BLOCKS], ids=["one", "both"])
 
 
 def draw_patches(side: int, *shape: int) -> Tensor:
@@ -114,7 +112,7 @@ def predictor_flops(size: Size, n_blocks: int, shared: bool) -> int:
 
 
 @each_size
-@each_map
+@each_count
 @pytest.mark.parametrize("impl", ["per_block", "per_block-compile", "shared", "shared-compile"])
 def test_predictor(benchmark: Any, name: str, n_blocks: int, impl: str) -> None:
     size, shared = SIZES[name], impl.startswith("shared")
@@ -280,7 +278,7 @@ WAYS = {f.__name__: f for f in (segments, masked, products, flex if CUDA else me
 
 
 @each_size
-@each_map
+@each_count
 @pytest.mark.parametrize("impl", WAYS)
 def test_attention(benchmark: Any, name: str, n_blocks: int, impl: str) -> None:
     """From qkv rows to output rows, as one layer of the predictor calls it."""

@@ -14,7 +14,6 @@ drifts by more than variants differ. pytest-benchmark then gets the seconds that
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -35,7 +34,6 @@ from njepa.data.loader import Loader  # noqa: E402
 from njepa.data.order import SampleOrder  # noqa: E402
 from njepa.data.pixels import Pixels  # noqa: E402
 from njepa.masking import MaskSampler  # noqa: E402
-from njepa.noise import NoiseLevels  # noqa: E402
 from njepa.recipes import load_config  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -95,21 +93,20 @@ class ReadyPixels:
 def ready_loader(method: str, batch: int, steps: int) -> Loader:
     """The trainer's loader on one rank of ImageNet's size, on the CPU."""
     config = load_config("in1k-vitb16", ["data.path=.", f"method={method}"])
-    n_targets, seed = config.mask.n_targets, config.run.seed
+    seed = config.run.seed
     order = SampleOrder(1_281_167, batch, 1, 1, 0, seed)
     masks = MaskSampler(config.mask, config.grid, seed)
-    noise = NoiseLevels(config.noise, n_targets, 1 / math.sqrt(2), seed, steps)
     order.at(0)  # the permutation of an epoch is drawn once
     index: Any = None  # asked for the names of unreadable images alone
     return Loader(
-        config, index, order, masks, noise, torch.device("cpu"), range(steps), ReadyPixels(batch),
-        "ready", "no pixels",
+        config, index, order, masks, torch.device("cpu"), range(steps), ReadyPixels(batch), "ready",
+        "no pixels",
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["ijepa", "njepa"])
 def test_host_work(benchmark: Any, method: str) -> None:
-    """Everything of a batch of 128 but its pixels: order, masks, levels, tensors, hand-over.
+    """Everything of a batch of 128 but its pixels: order, masks, sigmas, tensors, hand-over.
 
     The loader's own thread does it while the step runs; one round drains 200 batches of a loader
     whose pixels are always ready.

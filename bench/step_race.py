@@ -334,7 +334,7 @@ class Race:
         ids_there = torch.from_numpy(ids).to(self.device)
         mean, std = (torch.tensor(x, device=self.device) for x in (data.mean, data.std))
         normalised = ((images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
-        return Inputs(Batch(images, ids_there, context, target, None, None, number), normalised)
+        return Inputs(Batch(images, ids_there, context, target, None, number), normalised)
 
     def _check(self, batch: int) -> None:
         """First steps: equal losses where the mathematics is equal; optimizers get their state."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
+import signal
 import sys
 from pathlib import Path
 
@@ -23,7 +26,34 @@ commands:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else argv
+    """Run a command; returns the exit status.
+
+    A reader that closes the pipe early (``njepa info --keys | head``) ends it without a word and
+    with the status of a program that SIGPIPE ended, 141.
+    """
+    try:
+        try:
+            return _command(sys.argv[1:] if argv is None else argv)
+        finally:  # argparse leaves by SystemExit; what is printed must be out before Python ends
+            sys.stdout.flush()
+    except BrokenPipeError:
+        gone = [fd for fd in (1, 2) if _reader_is_gone(fd)]
+        if not gone:  # another pipe broke, perhaps one to a loader's process: that is a fault
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for fd in gone:  # what is still buffered would be the same error at exit
+            os.dup2(nowhere, fd)
+        return 128 + signal.SIGPIPE
+
+
+def _reader_is_gone(fd: int) -> bool:
+    """Whether ``fd`` writes to a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _command(arguments: list[str]) -> int:
     commands = {"train": train.main, "scan": _scan, "plan": _plan, "info": _info}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")

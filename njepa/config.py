@@ -317,8 +317,11 @@ class OptimConfig(Section):
     """Learning rate at the start of the warm-up."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Learning rate after the warm-up; not scaled by the batch size."""
+    lr_shape: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: ``cosine`` goes from ``lr`` to ``lr_final``; ``constant`` stays at ``lr``,
+    and ``lr_final`` has no effect."""
     lr_final: Annotated[float, Field(ge=0)] = 1e-6
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the cosine; no effect with ``lr_shape: constant``."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.04
     """Weight decay at the start; biases and norms have none."""
     weight_decay_final: Annotated[float, Field(ge=0)] = 0.4
@@ -363,10 +366,13 @@ class RunConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
     progress: bool = True
-    """Progress bar on rank 0."""
+    """Show progress (rank 0): a bar on a terminal, else a line every ``log_every`` steps."""
 
 
 class EvalConfig(Section):
+    which: Literal["target", "context", "both"] = "target"
+    """Encoder that kNN and linear probe look at. I-JEPA reports the target encoder, N-JEPA the
+    context encoder (its student). ``both``: keys of the context encoder end in ``_context``."""
     every: PositiveInt | None = None
     """Steps between two evaluations. None: at the end only."""
     knn_k: PositiveInt = 20

@@ -24,6 +24,19 @@ def ema_parameters(encoder: Encoder) -> list[nn.Parameter]:
     return [p for name, p in encoder.named_parameters() if name != "pos_embed"]
 
 
+def frozen_copy(like: Encoder, sources: Sequence[Tensor]) -> Encoder:
+    """A copy of ``like`` with other parameters; its mode, type and device are those of ``like``.
+
+    Args:
+        sources: in the order of ``ema_parameters``.
+    """
+    copy = deepcopy(like)
+    with torch.no_grad():
+        for parameter, source in zip(ema_parameters(copy), sources, strict=True):
+            parameter.copy_(source)
+    return copy
+
+
 def update_target(
     target: Encoder, sources: Sequence[Tensor], momentum: float | Tensor, impl: Impl = "auto"
 ) -> None:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,11 +31,11 @@ from njepa.data.loader import build_loader, choose_backend
 from njepa.data.order import SampleOrder
 from njepa.data.sources import open_source
 from njepa.ds_engine import BatchSizes
-from njepa.ema import ema_parameters, make_target, update_target
+from njepa.ema import ema_parameters, frozen_copy, make_target, update_target
 from njepa.evaluation.evaluate import Evaluator, open_test_side, report
 from njepa.masking import MaskSampler
 from njepa.models.attention_kernels import choose_attention
-from njepa.models.encoder import build_encoder
+from njepa.models.encoder import Encoder, build_encoder
 from njepa.models.predictor import check_sizes
 from njepa.monitors import FeatureMonitor, MetricMeans, Stopwatch
 from njepa.ranks import Ranks
@@ -245,11 +246,14 @@ class Trainer:
         with ds_engine.full_parameters(self.engine, self.online) as online:
             update_target(self.target, online, momentum, impl=self.config.impl.default)
 
-    @torch.no_grad()
     def encode_target(self, images: Tensor) -> Tensor:
         """Target features of all patches, [B, N, D], in the precision of the engine."""
+        return self._encode(self.target, images)
+
+    @torch.no_grad()
+    def _encode(self, encoder: Encoder, images: Tensor) -> Tensor:
         with ds_engine.autocast(self.engine, self.ranks.device):
-            features: Tensor = self.target(images)
+            features: Tensor = encoder(images)
         return features
 
     # ---- what happens between steps ------------------------------------------------------------
@@ -315,15 +319,32 @@ class Trainer:
             self.config.run.keep_checkpoints,
         )
 
+    def _evaluated(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """The encoders of ``eval.which`` by the suffix of their keys. Every rank must call it.
+
+        The context encoder is a copy outside of the engine: evaluating it moves nothing there.
+        """
+        which = self.config.eval.which
+        found: dict[str, Encoder] = {} if which == "context" else {"": self.target}
+        if which != "target":
+            with ds_engine.full_parameters(self.engine, self.online) as online:
+                if self.evaluator is not None:
+                    found["_context" if found else ""] = frozen_copy(self.target, online)
+        return {suffix: partial(self._encode, encoder) for suffix, encoder in found.items()}
+
     def _evaluate(self) -> None:
+        encoders = self._evaluated()
         if self.evaluator is not None and self._tracker is not None:
+            scores: dict[str, Any] = {}
             with eagerly(self.compilation):
-                score = self.evaluator.knn(self.encode_target)
-            self._tracker.log(self.step, report("knn_top1", score))
+                for suffix, encode in encoders.items():
+                    scores |= report(f"knn_top1{suffix}", self.evaluator.knn(encode))
+            self._tracker.log(self.step, scores)
         self.ranks.barrier()
 
     def _summarise(self, images: int, seconds: float) -> dict[str, Any] | None:
         skipped = self.ranks.sum(self.loader.skipped)
+        encoders = self._evaluated()
         if self._tracker is None or self.folder is None:
             self.ranks.barrier()
             return None
@@ -331,14 +352,15 @@ class Trainer:
         lines = [json.loads(x) for x in (self.folder.path / "metrics.jsonl").open()]
         losses = [line["loss"] for line in lines if "loss" in line]
         scores: dict[str, Any] = {}
+        which = self.config.eval.which
         if self.evaluator is not None:
-            self._say("evaluating: target encoder, untrained network, raw pixels")
+            names = {"both": "target and context encoder"}.get(which, f"{which} encoder")
+            self._say(f"evaluating: {names}, untrained network, raw pixels")
             untrained = build_encoder(self.config).to(self.ranks.device).eval()
             with eagerly(self.compilation):
-                scores = {
-                    **self.evaluator.final(self.encode_target),
-                    **self.evaluator.floors(untrained),
-                }
+                for suffix, encode in encoders.items():
+                    scores |= self.evaluator.final(encode, suffix)
+                scores |= self.evaluator.floors(untrained)
         summary = {
             "recipe": self.config.recipe,
             "method": self.config.method,
@@ -346,6 +368,7 @@ class Trainer:
             "images_per_s": round(images / seconds, 2),
             "loss_first": losses[0],
             "loss_last": losses[-1],
+            "eval_which": which,
             **scores,
             "feature_std": lines[-1].get("feature_std"),
             "rankme": lines[-1].get("rankme"),

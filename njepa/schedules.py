@@ -21,9 +21,12 @@ class Schedules:
     schedulers are stepped before use):
 
         lr  = lr_start + t/W (lr - lr_start)                                       t < W
-              lr_final + (lr - lr_final)/2 (1 + cos(pi (t - W)/(T - W)))           t >= W
+              lr_final + (lr - lr_final)/2 (1 + cos(pi (t - W)/(T - W)))           t >= W, cosine
+              lr                                                                   t >= W, constant
         wd  = wd_final + (wd - wd_final)/2 (1 + cos(pi t/T))
         ema = m_0 + i/T (m_1 - m_0)
+
+    The constant learning rate is not from that code: N-JEPA (arXiv 2507.15216, section 4.4).
     """
 
     def __init__(self, optim: OptimConfig, total_steps: int, warmup_steps: int) -> None:
@@ -53,6 +56,8 @@ class Schedules:
         o, t = self.optim, step + 1
         if t < self.warmup:
             lr = o.lr_start + t / self.warmup * (o.lr - o.lr_start)
+        elif o.lr_shape == "constant":
+            lr = o.lr
         else:
             done = (t - self.warmup) / max(1, self.period - self.warmup)
             lr = max(o.lr_final, _cosine(o.lr, o.lr_final, done))

@@ -13,11 +13,14 @@ def summary_table(summary: dict[str, Any]) -> str:
         "loss": f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f} "
         f"in {summary['steps']} steps, {summary['images_per_s']:.0f} images/s"
     }
+    plain = "context" if summary["eval_which"] == "context" else "target"
     names = {
-        "knn_top1": "kNN top-1, target encoder",
+        "knn_top1": f"kNN top-1, {plain} encoder",
+        "knn_top1_context": "kNN top-1, context encoder",
         "knn_top1_init": "kNN top-1, untrained",
         "knn_top1_pixels": "kNN top-1, raw pixels",
-        "linear_top1": "linear probe, target encoder",
+        "linear_top1": f"linear probe, {plain} encoder",
+        "linear_top1_context": "linear probe, context encoder",
         "linear_top1_init": "linear probe, untrained",
     }
     for key, name in names.items():

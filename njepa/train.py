@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args = parser(prog).parse_intermixed_args(argv)
     main_rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
     logging.basicConfig(
-        level=logging.INFO if main_rank else logging.ERROR,
+        level=logging.WARNING if main_rank else logging.ERROR,
         format="%(levelname)s %(message)s",
         stream=sys.stderr,
     )
@@ -64,12 +64,12 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     logging.getLogger("njepa.data.loader").setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch 2.14 renames; nothing a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
         config = load_config(args.recipe, args.overrides)
         # torch, DeepSpeed and DALI take seconds to import: a typing error should not.
         from njepa.ds_engine import load_ds_config
 
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # the import sets its own level
         ds = load_ds_config(args.ds_config)
         from njepa.loop import UNREADABLE, NonFiniteLoss, Trainer
         from njepa.ranks import join_ranks, leave_ranks

@@ -13,12 +13,14 @@ from typing import Any
 
 import yaml
 
-from bench.evidence.tables import BASE, RECIPE, Settings, Table
+from bench.evidence.tables import RECIPE, Settings, Table
 from njepa.run_folder import write_atomically
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "bench" / "results" / "evidence"
 DS_CONFIG = ROOT / "ds.json"
+#: Settings that begin so belong to the DeepSpeed file.
+DS_PREFIX = "ds."
 SCHEMA = 1
 
 #: Settings of every run that decide none of its numbers.
@@ -45,7 +47,18 @@ class Task:
     @property
     def asked(self) -> dict[str, Any]:
         """What is written over the recipe and decides the numbers."""
-        return {**self.overrides, "run.seed": self.seed}
+        recipe = {k: v for k, v in self.overrides.items() if not k.startswith(DS_PREFIX)}
+        return {**recipe, "run.seed": self.seed}
+
+    @property
+    def ds(self) -> dict[str, Any]:
+        """``ds.json`` with what an arm writes over it."""
+        own = {
+            k.removeprefix(DS_PREFIX): v
+            for k, v in self.overrides.items()
+            if k.startswith(DS_PREFIX)
+        }
+        return {**json.loads(DS_CONFIG.read_text(encoding="utf-8")), **own}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -56,15 +69,17 @@ class Task:
     @property
     def key(self) -> str:
         """Name of the file; readable in front, the digest behind."""
-        ds = json.loads(DS_CONFIG.read_text(encoding="utf-8"))
-        content = {"schema": SCHEMA, "floors": self.floors, "settings": self.settings, "ds": ds}
+        content = {
+            "schema": SCHEMA, "floors": self.floors, "settings": self.settings, "ds": self.ds,
+        }  # fmt: skip
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         kind = "floors" if self.floors else self.settings.get("method", "default")
         return f"{kind}-s{self.seed}-{digest[:12]}"
 
     @property
     def steps(self) -> int:
-        return int(self.asked["run.max_steps"])
+        """Length of the training; 0 where there is none."""
+        return 0 if self.floors else int(self.asked["run.max_steps"])
 
     def arguments(self, run_dir: Path) -> list[str]:
         """``section.key=value`` for ``njepa.recipes.load_config``."""
@@ -77,16 +92,16 @@ class Task:
         return [f"{key}={json.dumps(value)}" for key, value in given.items()]
 
 
-def tasks_of(tables: Iterable[Table], seeds: Iterable[int], base: Settings = BASE) -> list[Task]:
+def tasks_of(tables: Iterable[Table], seeds: Iterable[int]) -> list[Task]:
     """All runs of the tables, each once, first seed of every arm first."""
     found: dict[str, Task] = {}
     tables = list(tables)
     for seed in seeds:
-        task = Task("untrained", {**base, "method": "ijepa"}, seed, floors=True)
+        task = Task("untrained", {"method": "ijepa"}, seed, floors=True)  # of any length
         found.setdefault(task.key, task)
         for table in tables:
             for arm in table.arms:
-                task = Task(f"{table.name}: {arm.name}", {**base, **arm.overrides}, seed)
+                task = Task(f"{table.name}: {arm.name}", {**table.base, **arm.overrides}, seed)
                 found.setdefault(task.key, task)
     return list(found.values())
 
@@ -121,7 +136,7 @@ def save(task: Task, record: dict[str, Any], folder: Path = FOLDER) -> Path:
         return path
     folder.mkdir(parents=True, exist_ok=True)
     head = {"schema": SCHEMA, "key": task.key, "run": task.name, "seed": task.seed}
-    whole = {**head, **record, "settings": task.settings}
+    whole = {**head, **record, "settings": task.settings, "ds": task.ds}
     lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in whole.items()]
     write_atomically(path, "{\n" + ",\n".join(lines) + "\n}\n")
     return path

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.evidence.cache import FOLDER, ROOT, Task, load
-from bench.evidence.tables import BASE, RECIPE, TABLES, Arm, Settings, Table
+from bench.evidence.tables import BASE, RECIPE, TABLES, Arm, Table
 
 DOCUMENT = ROOT / "docs" / "evidence.md"
 PLOTS = ROOT / "docs" / "evidence"
@@ -80,12 +80,10 @@ class Row:
         return mean([mine[seed] - theirs[seed] for seed in mine if seed in theirs])
 
 
-def rows_of(
-    table: Table, seeds: Sequence[int], base: Settings = BASE, folder: Path = FOLDER
-) -> list[Row]:
+def rows_of(table: Table, seeds: Sequence[int], folder: Path = FOLDER) -> list[Row]:
     rows = []
     for arm in table.arms:
-        found = {s: load(Task(arm.name, {**base, **arm.overrides}, s), folder) for s in seeds}
+        found = {s: load(Task(arm.name, {**table.base, **arm.overrides}, s), folder) for s in seeds}
         rows.append(
             Row(
                 arm,
@@ -96,9 +94,9 @@ def rows_of(
     return rows
 
 
-def floors(seeds: Sequence[int], base: Settings = BASE, folder: Path = FOLDER) -> Row:
+def floors(seeds: Sequence[int], folder: Path = FOLDER) -> Row:
     """The untrained network and raw pixels."""
-    arm = Arm("untrained", {**base, "method": "ijepa"})
+    arm = Arm("untrained", {"method": "ijepa"})
     found = {s: load(Task(arm.name, arm.overrides, s, floors=True), folder) for s in seeds}
     return Row(arm, {s: r for s, r in found.items() if r and r["status"] == "done"}, {})
 
@@ -191,11 +189,9 @@ def mean_curve(row: Row, name: str) -> tuple[list[int], list[float]]:
     return kept[0][0], [statistics.fmean(v) for v in zip(*(c for _, c in kept), strict=True)]
 
 
-def document(
-    tables: Sequence[Table], seeds: Sequence[int], base: Settings = BASE, folder: Path = FOLDER
-) -> str:
+def document(tables: Sequence[Table], seeds: Sequence[int], folder: Path = FOLDER) -> str:
     """docs/evidence.md."""
-    floor = floors(seeds, base, folder)
+    floor = floors(seeds, folder)
     parts = [
         "# Evidence: the papers' ablations, small",
         _fill(
@@ -203,20 +199,23 @@ def document(
             "one file per run. Change the words in `bench/evidence/tables.py`, not here."
         ),
         _fill(
-            f"**What was run.** Recipe `{RECIPE}` on the embedded images, shortened to "
-            f"{base['run.max_steps']} steps of 64 images where a table says nothing else, one "
-            f"thread a run, fp32 on a CPU, seeds {', '.join(map(str, seeds))}. Scores are top-1 "
-            "in % of the mean-pooled target encoder on 2,048 test images: kNN (k = 20) and a "
-            "linear probe. ± is half of the 95 % interval over seeds by Student's t. Differences "
-            "are to the table's baseline, paired by seed; an arm is *better* or *worse* where the "
-            "interval of the difference excludes 0, else *undecided*. The verdicts are not "
-            "corrected for their number: of twenty true ties one is expected to look decided. "
-            "Feature std and RankMe are those of the last 512 training images. A tiny network, a "
-            "few minutes, an easy set: this says what happens here, not on ImageNet."
+            f"**What was run.** Recipe `{RECIPE}` on the embedded images: the first table whole, "
+            f"the others its first {BASE['run.max_steps']} steps with batches of "
+            f"{BASE['ds.train_micro_batch_size_per_gpu']}. "
+            "The noise is the published one in proportion to positions that the "
+            "recipe halves (sigma .25). One thread a run, fp32 on a CPU, seeds "
+            f"{', '.join(map(str, seeds))}. Scores are top-1 in % of the mean-pooled target "
+            "encoder on 2,048 test images: kNN (k = 20) and a linear probe. ± is half of the 95 % "
+            "interval over seeds by Student's t. Differences are to the table's baseline, paired "
+            "by seed; an arm is *better* or *worse* where the interval of the difference excludes "
+            "0, else *undecided*. The verdicts are not corrected for their number: of twenty true "
+            "ties one is expected to look decided. Feature std and RankMe are those of the last "
+            "512 training images. A tiny network, a few minutes, an easy set: this says what "
+            "happens here, not on ImageNet."
         ),
     ]
     for table in tables:
-        rows = rows_of(table, seeds, base, folder)
+        rows = rows_of(table, seeds, folder)
         records = [r for row in rows for r in row.records.values()]
         parts.append(f"## {table.title}")
         parts.append(_fill(f"**Published.** {table.paper}"))

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from bench.evidence.cache import DS_CONFIG, Task, save
+from bench.evidence.cache import Task, save
 from bench.evidence.tables import RECIPE
 from bench.facts import machine
 from njepa import checkpointing
@@ -72,16 +72,22 @@ def run(task: Task, ranks: Ranks, run_dir: Path) -> dict[str, Any]:
     shutil.rmtree(run_dir, ignore_errors=True)
     config = load_config(RECIPE, task.arguments(run_dir))
     try:
-        results = _floors(config, ranks) if task.floors else _train(config, ranks, run_dir)
+        results = _floors(config, ranks) if task.floors else _train(task, config, ranks, run_dir)
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
     facts = {**machine(ranks.device), **checkpointing.versions()}
     return {"status": "done", **results, "date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": facts}
 
 
-def _train(config: Config, ranks: Ranks, run_dir: Path) -> dict[str, Any]:
+def _train(task: Task, config: Config, ranks: Ranks, run_dir: Path) -> dict[str, Any]:
     began = time.perf_counter()
-    trainer = _LeanTrainer(config, load_ds_config(DS_CONFIG), ranks)
+    ds_config = run_dir.with_suffix(".ds.json")
+    ds_config.write_text(json.dumps(task.ds), encoding="utf-8")
+    try:
+        ds = load_ds_config(ds_config)
+    finally:
+        ds_config.unlink()
+    trainer = _LeanTrainer(config, ds, ranks)
     built = time.perf_counter()
     try:
         summary = trainer.run()

@@ -67,6 +67,28 @@ const T* input(
   return tensor ? input<T>(name, *tensor, shape) : nullptr;
 }
 
+// The second prediction of jepa_loss.
+inline void check_second(const Tensor& pred, const OptionalTensor& noised, bool need_noised) {
+  STD_TORCH_CHECK(noised || !need_noised, "the gradient of noised needs noised");
+  if (!noised) return;
+  check("noised", *noised, {pred.size(0), pred.size(1), pred.size(2)});
+  STD_TORCH_CHECK(noised->scalar_type() == pred.scalar_type(), "noised must have the type of pred");
+}
+
+// The lists of jepa_loss_backward: out[i], which may be slopes[i] itself, is written.
+inline void check_scaling(const std::vector<Tensor>& slopes, const std::vector<Tensor>& out) {
+  STD_TORCH_CHECK(!slopes.empty() && slopes.size() == out.size(),
+                  "slopes and out must be of one length, at least 1");
+  const Tensor& first = slopes[0];
+  for (const std::vector<Tensor>& list : {slopes, out})
+    for (const Tensor& tensor : list)
+      STD_TORCH_CHECK(is_here(tensor) && tensor.is_contiguous() &&
+                          tensor.numel() == first.numel() &&
+                          tensor.scalar_type() == first.scalar_type(),
+                      "slopes and out must be contiguous ", kPlace,
+                      " tensors of one size and type");
+}
+
 // The lists of ema_update_; one element of each at a time.
 inline void check_ema(const std::vector<Tensor>& targets, const std::vector<Tensor>& sources,
                       const std::vector<Tensor>& shadow) {

@@ -82,13 +82,15 @@ struct PredictorBackward {
 
 struct JepaLoss {  // rows: (m*B + b)*Kt + t
   const void* pred;
-  Type pred_type;
+  const void* noised;  // like pred, or null
+  Type type;
   const void* h;
   Type h_type;
   const int64_t* target_idx;
-  const float* weight;  // [B,M,Kt] or null
-  float* per_token;     // [B,M,Kt]
-  void* slope;          // weight * s'(e), like pred, or null
+  float* means;   // [rows,3] over D: both smooth-L1 and the squared distance; [rows,1] without noised
+  void* dpred;    // slope_pred * s'(e) + pull_pred * (pred - noised), like pred, or null
+  void* dnoised;  // the same with both names exchanged
+  float slope_pred, slope_noised, pull_pred, pull_noised;
   float beta, eps;
   int64_t B, M, Kt, N, D;
 };

@@ -84,10 +84,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> predictor_backward(
   const int64_t Kc = context_idx.size(1), D = grad.size(2);
   const int64_t targets = B * M * Kt;
   check("grad", grad, {M * B, Kc + Kt, D});
-  const int64_t* context = indices("context_idx", context_idx, {B, Kc}, N);
-  const int64_t* target = indices("target_idx", target_idx, {B, M, Kt}, N);
+  const int64_t* target = need_pos || need_sigma
+      ? indices("target_idx", target_idx, {B, M, Kt}, N) : nullptr;
   std::vector<int64_t> patches;
   if (need_pos) {
+    const int64_t* context = indices("context_idx", context_idx, {B, Kc}, N);
     patches.assign(context, context + B * Kc);
     patches.insert(patches.end(), target, target + targets);
   }

@@ -78,32 +78,41 @@ Error column_sums(const ColumnSums& args, Type type, bool vector, void* stream);
 
 inline constexpr uint32_t kWidestLoss = 8192;
 
+// A thread block takes this many rows, one after another, where a row needs the whole block.
+inline constexpr int kLossRows = 4;
+
 struct JepaLoss {  // rows: (m*B + b)*Kt + t
   const void* pred;
+  const void* noised;  // like pred, or null
   const void* h;
   Type h_type;
   const int64_t* target_idx;
-  const float* weight;  // [B,M,Kt] or null
-  float* per_token;     // [B,M,Kt]
-  void* slope;          // weight * s'(e), like pred, or null
+  float* partial;  // [loss_blocks,3], per row the means over D: both smooth-L1, squared distance
+  void* dpred;     // slope_pred * s'(e) + pull_pred * (pred - noised), like pred, or null
+  void* dnoised;   // the same with both names exchanged
+  float slope_pred, slope_noised, pull_pred, pull_noised;
   float beta, eps;
   Sizes size;
 };
+uint32_t loss_blocks(const Sizes& size);
 Error jepa_loss(const JepaLoss& args, Type type, bool vector, void* stream);
 
-struct WeightedMean {
-  const float* values;
-  const float* weight;  // or null
-  float* out;
-  int64_t count;
+struct LossTerms {  // terms: the sums of the columns over rows; loss: their weighted sum
+  const float* partial;  // [blocks,3]
+  float* loss;
+  float* terms;  // [3] or null
+  float noise_weight, consistency;
+  uint32_t blocks;
+  int64_t rows;
 };
-Error weighted_mean(const WeightedMean& args, void* stream);
+Error loss_terms(const LossTerms& args, void* stream);
 
-struct Scale {  // out = in * (factor * inverse)
-  const void* in;
-  void* out;
+struct Scale {  // out = in * (factor * scale) for both; nothing where that is in = out times 1
+  const void* in[2];
+  void* out[2];
+  uint32_t tensors;
   const float* factor;
-  float inverse;
+  float scale;
   int64_t count;
 };
 Error scale(const Scale& args, Type type, bool vector, void* stream);

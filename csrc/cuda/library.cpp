@@ -197,48 +197,71 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> predictor_tokens_backward(
 
 constexpr const char* kLoss = "jepa_loss";
 
-std::tuple<Tensor, Tensor, Tensor> jepa_loss_forward(const Tensor& pred, const Tensor& h,
-                                                     const Tensor& target_idx,
-                                                     const OptionalTensor& weight, double beta,
-                                                     double eps, bool need_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> jepa_loss_forward(
+    const Tensor& pred, const Tensor& h, const Tensor& target_idx, const OptionalTensor& noised,
+    double noise_weight, double consistency, double beta, double eps, double scale,
+    double pull_pred, double pull_noised, bool need_pred, bool need_noised) {
   const int64_t B = h.size(0), N = h.size(1), D = h.size(2);
   const int64_t M = target_idx.size(1), Kt = target_idx.size(2);
   check("h", h, {B, N, D});
   check("pred", pred, {M * B, Kt, D});
+  check_second(pred, noised, need_noised);
   STD_TORCH_CHECK(D <= kWidestLoss, kLoss, ": the native CUDA kernel takes at most ", kWidestLoss,
                   " channels, got ", D, "; use impl='triton' or 'reference'");
   const Place place(pred);
+  const Sizes size = sizes(kLoss, B, M, 0, Kt, N, D);
+  const uint32_t blocks = loss_blocks(size);
+  const ScalarType type = pred.scalar_type();
   Tensor loss = place.floats({});
-  Tensor per_token = place.floats({B, M, Kt});
-  Tensor slope = need_grad ? place.empty({M * B, Kt, D}, pred.scalar_type()) : place.none();
+  Tensor terms = noised ? place.floats({3}) : place.none();
+  Tensor partial = place.floats({blocks, 3});
+  Tensor dpred = need_pred ? place.empty({M * B, Kt, D}, type) : place.none();
+  Tensor dnoised = need_noised ? place.empty({M * B, Kt, D}, type) : place.none();
   const JepaLoss args{pred.data_ptr(),
+                      noised ? noised->data_ptr() : nullptr,
                       h.data_ptr(),
                       type_of("h", h),
                       input<int64_t>("target_idx", target_idx, {B, M, Kt}),
-                      input<float>("weight", weight, {B, M, Kt}),
-                      data(per_token),
-                      need_grad ? slope.data_ptr() : nullptr,
+                      data(partial),
+                      need_pred ? dpred.data_ptr() : nullptr,
+                      need_noised ? dnoised.data_ptr() : nullptr,
+                      static_cast<float>(scale),
+                      static_cast<float>(scale * noise_weight),
+                      static_cast<float>(pull_pred),
+                      static_cast<float>(pull_noised),
                       static_cast<float>(beta),
                       static_cast<float>(eps),
-                      sizes(kLoss, B, M, 0, Kt, N, D)};
-  launched(kLoss, jepa_loss(args, type_of("pred", pred), vector(D, {args.pred, args.h, args.slope}),
-                            place.stream()));
-  const WeightedMean mean{args.per_token, args.weight, data(loss), B * M * Kt};
-  launched(kLoss, weighted_mean(mean, place.stream()));
-  return {loss, per_token, slope};
+                      size};
+  const bool wide = vector(D, {args.pred, args.noised, args.h, args.dpred, args.dnoised});
+  launched(kLoss, jepa_loss(args, type_of("pred", pred), wide, place.stream()));
+  const LossTerms last{args.partial,
+                       data(loss),
+                       noised ? data(terms) : nullptr,
+                       static_cast<float>(noise_weight),
+                       static_cast<float>(consistency),
+                       blocks,
+                       B * M * Kt};
+  launched(kLoss, loss_terms(last, place.stream()));
+  return {loss, terms, dpred, dnoised};
 }
 
-Tensor jepa_loss_backward(const Tensor& grad, const Tensor& slope) {
-  const int64_t count = slope.numel();
-  STD_TORCH_CHECK(is_here(slope) && slope.is_contiguous(), "slope must be a contiguous ", kPlace,
-                  " tensor");
-  const Place place(slope);
-  Tensor dpred = torch::stable::empty_like(slope);
-  const Scale args{slope.data_ptr(), dpred.data_ptr(), input<float>("grad", grad, {}),
-                   1.0f / static_cast<float>(std::max<int64_t>(count, 1)), count};
-  launched(kLoss, scale(args, type_of("slope", slope), vector(count, {args.in, args.out}),
-                        place.stream()));
-  return dpred;
+void jepa_loss_backward(const Tensor& grad, std::vector<Tensor> slopes, std::vector<Tensor> out,
+                        double factor) {
+  check_scaling(slopes, out);
+  STD_TORCH_CHECK(slopes.size() <= 2, "slopes must be at most 2 tensors");
+  const Place place(slopes[0]);
+  Scale args{};
+  args.tensors = static_cast<uint32_t>(slopes.size());
+  args.factor = input<float>("grad", grad, {});
+  args.scale = static_cast<float>(factor);
+  args.count = slopes[0].numel();
+  bool wide = true;
+  for (size_t i = 0; i < slopes.size(); ++i) {
+    args.in[i] = slopes[i].data_ptr();
+    args.out[i] = out[i].data_ptr();
+    wide = wide && vector(args.count, {args.in[i], args.out[i]});
+  }
+  launched(kLoss, scale(args, type_of("slopes", slopes[0]), wide, place.stream()));
 }
 
 constexpr const char* kEma = "ema_update_";
@@ -295,9 +318,12 @@ STABLE_TORCH_LIBRARY(NJEPA_LIBRARY, m) {
       "Tensor? sample_ids, int seed, int step, bool shared, int n, bool need_pos, "
       "bool need_sigma) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "jepa_loss_forward(Tensor pred, Tensor h, Tensor target_idx, Tensor? weight, float beta, "
-      "float eps, bool need_grad) -> (Tensor loss, Tensor per_token, Tensor slope)");
-  m.def("jepa_loss_backward(Tensor grad, Tensor slope) -> Tensor");
+      "jepa_loss_forward(Tensor pred, Tensor h, Tensor target_idx, Tensor? noised, "
+      "float noise_weight, float consistency, float beta, float eps, float scale, "
+      "float pull_pred, float pull_noised, bool need_pred, bool need_noised) "
+      "-> (Tensor loss, Tensor terms, Tensor dpred, Tensor dnoised)");
+  m.def(
+      "jepa_loss_backward(Tensor grad, Tensor[] slopes, Tensor(a!)[] out, float scale) -> ()");
   m.def(
       "ema_update_(Tensor(a!)[] targets, Tensor[] sources, float momentum, float rest, "
       "Tensor? rates, Tensor(b!)[] shadow) -> ()");

@@ -133,6 +133,20 @@ def _listened() -> bool:
     )
 
 
+def may_reuse_saved() -> bool:
+    """Whether the backward that runs may write into the tensors that its forward saved.
+
+    So it is where the engine frees the graph behind this node (no retain_graph), nothing records
+    the backward for another one (no create_graph), and nothing else sees operators: then no later
+    backward can reach what was saved. Where PyTorch cannot say whether it keeps the graph, no.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _listened():
+        return False
+    # AOTAutograd asks the same before it reuses memory that a forward donated.
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is not None and not keeps()
+
+
 def _not_differentiable(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: object) -> None:
         raise NotImplementedError(

@@ -34,9 +34,12 @@ class NoiseKey(NamedTuple):
     shared: bool = False
 
 
-def check_noise(op: str, noise: object, batch: int, device: torch.device) -> None:
-    """Raise unless ``noise`` is a ``NoiseKey`` for ``batch`` samples on ``device``."""
-    if not isinstance(noise, NoiseKey):
+def check_noise(op: str, noise: NoiseKey, batch: int, device: torch.device) -> None:
+    """Raise unless ``noise`` is a ``NoiseKey`` for ``batch`` samples on ``device``.
+
+    By its fields: a caller may hold the class of an installed package, the op be a vendored copy.
+    """
+    if getattr(noise, "_fields", None) != NoiseKey._fields:
         raise TypeError(
             f"{op}: noise must be a NoiseKey(seed, step, sample_ids, shared=False), "
             f"got {type(noise).__name__}"

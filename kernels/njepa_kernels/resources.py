@@ -106,9 +106,12 @@ def _jepa_loss(width: int, n: int, batch: int, dtype: torch.dtype) -> None:
 
     pred = _meta(_BLOCKS * batch, _TARGETS, width, dtype=dtype)
     target_idx = _meta(batch, _BLOCKS, _TARGETS, dtype=torch.int64)
-    for weight in (None, _meta(*target_idx.shape)):
-        op.forward(pred, _meta(batch, n, width, dtype=dtype), target_idx, weight, 1.0, 1e-5, True)
-    op.backward(_meta(), pred)
+    h = _meta(batch, n, width, dtype=dtype)
+    numbers = 0.1, 0.1, 1.0, 1e-5, 1e-6, 1e-6, 1e-6
+    op.forward(pred, h, target_idx, None, *numbers, True, False)
+    op.forward(pred, h, target_idx, pred, *numbers, True, True)
+    for out in (pred, torch.empty_like(pred)):
+        op.backward(_meta(), [pred, pred], [out, out], 1.0)
 
 
 def _vicreg(width: int, n: int, batch: int, dtype: torch.dtype) -> None:
@@ -149,7 +152,7 @@ _OP_OF = {
     "pos_gradient": "predictor_tokens",
     "column_sums": "predictor_tokens",
     "jepa_loss": "jepa_loss",
-    "weighted_mean": "jepa_loss",
+    "loss_terms": "jepa_loss",
     "scale": "jepa_loss",
     "ema": "ema_update_",
 }

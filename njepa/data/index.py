@@ -84,12 +84,16 @@ class ImageIndex:
 def build_index(source: Source, progress: bool) -> ImageIndex:
     """Read the header of every image of ``source``.
 
+    Args:
+        progress: show bars, where stderr is a terminal.
+
     Raises:
         SourceError: none is readable.
     """
-    quiet = not progress
+    quiet = None if progress else True  # tqdm: None is quiet where stderr is no terminal
     shards = source.files if source.kind == "shards" else []
-    bar = tqdm(range(len(shards)), "reading tar headers", unit="shard", disable=quiet or not shards)
+    none = quiet if shards else True
+    bar = tqdm(range(len(shards)), "reading tar headers", unit="shard", disable=none)
     entries = list_entries(source, bar)
     total = len(entries.names)
 

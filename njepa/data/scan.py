@@ -52,6 +52,7 @@ def scan(
         out: list file to write, usable as ``data.path``; paths are relative to it where the images
             lie below its folder, absolute otherwise. Not written for tar shards.
         workers: processes; None: one per core.
+        progress: show bars, where stderr is a terminal.
 
     Raises:
         SourceError: nothing there, or no image is readable.
@@ -62,7 +63,8 @@ def scan(
     chunks = [range(i, min(i + _CHUNK, index.n)) for i in range(0, index.n, _CHUNK)]
     faults: dict[int, str] = {}
     pool = ProcessPoolExecutor(workers, get_context("fork"), _init_worker, (index,))
-    with pool, tqdm(total=index.n, desc="decoding", unit="img", disable=not progress) as bar:
+    quiet = None if progress else True  # tqdm: None is quiet where stderr is no terminal
+    with pool, tqdm(total=index.n, desc="decoding", unit="img", disable=quiet) as bar:
         for chunk, found in zip(chunks, pool.map(_faults, chunks), strict=True):
             faults |= found
             bar.update(len(chunk))

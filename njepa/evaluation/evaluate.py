@@ -1,4 +1,4 @@
-"""The evaluation of a run: target encoder, untrained network and raw pixels on the same images."""
+"""The evaluation of a run: its encoders, untrained network and raw pixels on the same images."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ class Evaluator:
             **report("linear_top1_init", self._linear(*features)),
         }
 
-    def final(self, encode: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """kNN and linear probe of the trained target encoder."""
+    def final(self, encode: Callable[[Tensor], Tensor], suffix: str = "") -> dict[str, Any]:
+        """kNN and linear probe of a trained encoder; ``suffix``: of the keys."""
         features = self._features(encode)
         return {
-            **report("knn_top1", self._knn(*features)),
-            **report("linear_top1", self._linear(*features)),
+            **report(f"knn_top1{suffix}", self._knn(*features)),
+            **report(f"linear_top1{suffix}", self._linear(*features)),
         }
 
     def _features(self, encode: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Frozen features of labelled images: the target encoder's tokens, mean-pooled."""
+"""Frozen features of labelled images: an encoder's tokens, mean-pooled."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ training.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ CUDNN_FIRST = (
 class Varlen:
     """``torch.nn.attention.varlen.varlen_attn``: packed, CUDA, fp16 and bf16.
 
-    Only its seven positional arguments are used; they are those of torch 2.11 to 2.14, while the
+    Only its seven positional arguments are used; they are those of torch 2.11 to 2.15, while the
     keywords changed.
     """
 
@@ -99,13 +100,21 @@ def load_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
         if dtype not in (torch.bfloat16, torch.float16):
             raise RuntimeError(f"needs bf16, the training computes in {_short(dtype)}")
         return Varlen(importlib.import_module("torch.nn.attention.varlen").varlen_attn)
-    for module in ("mslk.attention.fmha", "xformers.ops.fmha"):  # the former is its new home
+    broken: list[str] = []
+    for module in _XFORMERS:
         try:
             fmha = importlib.import_module(module)
-        except ImportError:
+        except Exception as error:  # a wheel for another CUDA may raise anything
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            if missing is None or not f"{module}.".startswith(f"{missing}."):
+                broken.append(f"the import of {module} failed: {_first_line(error)}")
             continue
         return Xformers(fmha.memory_efficient_attention, fmha.BlockDiagonalMask.from_seqlens)
-    raise RuntimeError("neither mslk nor xformers is installed")
+    raise RuntimeError("; ".join(broken) or "not installed")
+
+
+#: Where the kernel of xformers may be: the first is its new home.
+_XFORMERS = ("mslk.attention.fmha", "xformers.ops.fmha")
 
 
 #: Tokens of the probe's sequences: short ones, and one above 128, where kernels switch.
@@ -185,13 +194,19 @@ def choose_attention(
     """
 
     def attempt(name: str) -> Kernel | str:
+        # Whatever a foreign kernel raises is the reason not to use it.
         try:
             kernel = load_kernel(name, device, dtype)
-            for width in sorted(head_widths):
+        except Exception as error:
+            return _first_line(error)
+        for width in sorted(head_widths):
+            try:
                 probe(kernel, device, dtype, width)
-        except Exception as error:  # whatever a foreign kernel raises is the reason not to use it
-            lines = str(error).strip().splitlines()
-            return lines[0].rstrip(":") if lines else type(error).__name__
+            except Exception as error:
+                if isinstance(error, NotImplementedError) and "No operator found" in str(error):
+                    kind = device.type.upper()  # xformers goes on with one reason per operator
+                    return f"no {kind} operator for {_short(dtype)} and heads of width {width}"
+                return f"the probe failed: {_first_line(error)}"
         return kernel
 
     if model.attention != "auto":
@@ -210,14 +225,23 @@ def choose_attention(
             failed.append(f"cuDNN first: {tried}")
             dense = Sdpa()
     if not mask.ragged:
-        return Attention(dense, dense, "; ".join(["dense masks", *failed]))
+        installed = any(importlib.util.find_spec(module.split(".")[0]) for module in _XFORMERS)
+        unused = f"xformers: {'for ragged masks only' if installed else 'not installed'}"
+        return Attention(dense, dense, "; ".join(["dense masks", *failed, unused]))
     for name in ("varlen", "xformers"):
         kernel = attempt(name)
         if not isinstance(kernel, str):
             reason = [f"{dense.name} where all lengths are equal", *failed]
+            if name == "varlen":
+                reason.append("xformers: not tried, varlen works")
             return Attention(dense, kernel, "; ".join(reason))
         failed.append(f"{name}: {kernel}")
     return Attention(dense, dense, "; ".join([*failed, "ragged masks are padded"]))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(":") if lines else type(error).__name__
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -59,6 +59,9 @@ def _read_recipe(name: str) -> dict[str, Any]:
         raise ConfigError(f"recipe {name} is not YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"recipe {name} must be a mapping of sections, got {type(raw).__name__}")
+    vicreg = raw.get("vicreg")
+    if isinstance(vicreg, dict) and True in vicreg:  # YAML reads a bare ``on`` as true
+        vicreg["on"] = vicreg.pop(True)
     return raw
 
 

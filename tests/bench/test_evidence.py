@@ -14,7 +14,7 @@ from PIL import Image
 
 from bench.evidence import cache, report, runs
 from bench.evidence.cache import Task, finished, load, save, tasks_of
-from bench.evidence.tables import BASE, IJEPA, NJEPA, RECIPE, TABLES, Arm, Table
+from bench.evidence.tables import BASE, IJEPA, NJEPA, RECIPE, SIGMA, TABLES, Arm, Table
 from bench.evidence.worker import thin
 from njepa.config import dump_config
 from njepa.recipes import load_config
@@ -50,17 +50,18 @@ def test_the_key_changes_with_all_that_decides_the_numbers(
         Task("a", TASK.overrides, 1).key,
         Task("a", TASK.overrides, 0, floors=True).key,
         changed(run_max_steps=513),
-        changed(noise_sigma=0.3),
+        changed(noise_sigma=0.75),
+        changed(ds_gradient_clipping=0.5),
         changed(optim_lr=1e-3),
     }
     recipe = cache._recipe()
     monkeypatch.setattr(cache, "_recipe", lambda: {**recipe, "optim.lr": 1.0})
     keys.add(TASK.key)
     monkeypatch.setattr(cache, "_recipe", lambda: recipe)
-    (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 32}')
+    (tmp_path / "ds.json").write_text('{"train_batch_size": 32}')
     monkeypatch.setattr(cache, "DS_CONFIG", tmp_path / "ds.json")
     keys.add(TASK.key)
-    assert len(keys) == 8
+    assert len(keys) == 9
 
 
 def test_what_an_arm_overrides_and_what_decides_nothing_is_not_in_the_key(
@@ -85,7 +86,7 @@ def test_every_arm_is_a_valid_configuration_with_the_values_it_asks_for(tmp_path
 
 def test_arms_of_two_tables_run_once_and_the_first_seed_of_all_arms_comes_first() -> None:
     tasks = tasks_of(TABLES, [0, 1, 2])
-    arms = {str({**BASE, **arm.overrides}) for table in TABLES for arm in table.arms}
+    arms = {str({**table.base, **arm.overrides}) for table in TABLES for arm in table.arms}
     each = len(arms) + 1  # the floors
     assert each < 1 + sum(len(table.arms) for table in TABLES)
     assert len({task.key for task in tasks}) == len(tasks) == 3 * each
@@ -149,7 +150,7 @@ def test_the_table_pairs_seeds_and_shows_losing_failed_and_missing_runs(tmp_path
         save(task(0, seed), record(score, 50.0), tmp_path)
         save(task(1, seed), record(score - 2 + 0.1 * seed, 50.0 + seed), tmp_path)
     save(task(2, 0), {"status": "failed", "error": "NonFiniteLoss: nan"}, tmp_path)
-    floor = Task("untrained", {**BASE, "method": "ijepa"}, 0, floors=True)
+    floor = Task("untrained", {"method": "ijepa"}, 0, floors=True)
     scores = {"knn_top1_init": 25.0, "linear_top1_init": 40.0, "knn_top1_pixels": 36.0}
     save(floor, {"status": "done", "scores": scores}, tmp_path)
 
@@ -169,7 +170,7 @@ def test_the_table_pairs_seeds_and_shows_losing_failed_and_missing_runs(tmp_path
         "Undecided.",
         "`python -m bench.evidence t`",
         "2026-11-24",
-        "512 steps",
+        f"{BASE['run.max_steps']} steps",
     ):
         assert part in text
     prose = [line for line in text.splitlines() if not line.startswith(("|", "Failed"))]
@@ -263,7 +264,7 @@ def test_a_sweep_trains_records_failures_resumes_and_leaves_nothing_behind(
 
     first = load(good, results)
     assert first is not None
-    assert first["settings"]["noise.sigma"] == NJEPA["noise.sigma"]
+    assert first["settings"]["noise.sigma"] == SIGMA
     assert first["curve"]["step"] == [1, 2, 3]
     for name in ("loss", "loss_clean", "loss_noise", "loss_consistency", "feature_std", "rankme"):
         assert len(first["curve"][name]) == 3

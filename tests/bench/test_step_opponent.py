@@ -46,9 +46,7 @@ def make_batch(step: int = 0) -> Batch:
     order = torch.rand(4, 5, 36, generator=generator).argsort(-1)
     images = torch.randint(0, 256, (4, 48, 48, 3), generator=generator, dtype=torch.uint8)
     targets = order[:, 1:, :6].sort(-1).values
-    return Batch(
-        images, torch.arange(4), order[:, 0, :11].sort(-1).values, targets, None, None, step
-    )
+    return Batch(images, torch.arange(4), order[:, 0, :11].sort(-1).values, targets, None, step)
 
 
 def make_steps() -> tuple[PublishedStep, OurStep]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from njepa_kernels import debug_checks
+from njepa_kernels import debug_checks, predictor_tokens
 from njepa_kernels._dispatch import IMPLEMENTATIONS, choose
 from njepa_kernels.ema_update_.cases import _case as ema_case
 from njepa_kernels.jepa_loss.cases import _case as loss_case
@@ -21,6 +23,9 @@ from njepa_kernels.testing import (
     evaluate,
 )
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+from noise_checks import check_draws, noise_of
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
@@ -31,7 +36,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [
     *all_cases(small=True),
     *(predictor_case(f"b2-m2-kc3-kt2-n9-d{d}", 2, 2, 3, 2, 9, d) for d in (1, 5, 520, 2048)),
-    *(loss_case(f"b2-m2-kt2-n9-d{d}", 2, 2, 2, 9, d) for d in (1, 513, 2048, 2304)),
+    *(
+        loss_case(f"b2-m2-kt2-n9-d{d}" + "-noised" * noised, 2, 2, 2, 9, d, noised=noised)
+        for d in (1, 513, 2048, 2304)
+        for noised in (False, True)
+    ),
     ema_case("three-hundred", [(4097,), (12288,), *[(3, 5)] * 300]),
 ]
 FUSED = tuple(impl for impl in IMPLEMENTATIONS if impl != "reference")
@@ -92,6 +101,13 @@ def test_two_runs_give_the_same_bits(case: OpCase, impl: str, dtype: torch.dtype
     first, second = (evaluate(case, partial(case.function, impl=impl), inputs) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value.nan_to_num(7.0), second[name].nan_to_num(7.0)), name
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_noise_per_block_and_shared(impl: str) -> None:
+    if not _runs("predictor_tokens", impl):
+        pytest.skip(f"{impl} does not run here")
+    check_draws(noise_of(partial(predictor_tokens, impl=impl)), device="cuda")
 
 
 @each_fused_pair

@@ -39,6 +39,13 @@ VARIANTS: dict[str, list[str]] = {
     "graph": ["run.compile=off", "run.cuda_graphs=target"],
     "compiled-graph": ["run.compile=blocks", "run.cuda_graphs=target"],
 }
+#: Other networks and objectives, all eager.
+OTHERS: dict[str, list[str]] = {
+    "one-predictor": ["noise.predictors=shared", "noise.draw=shared", "noise.sigma=edm"],
+    "single": ["noise.predictors=single", "vicreg.on=context_vs_target"],
+    "tied": ["noise.space=encoder_tied", "noise.mask_token=shared", "noise.consistency_stop=clean"],
+    "list": ["noise.sigma=[1, 0.5]", "model.predictor.context=shared"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +73,14 @@ def build(folder: Path, ranks: Ranks, run: Path, overrides: list[str], ds: dict[
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *OTHERS])
 def test_a_step_does_not_wait_for_the_gpu(
     ranks: Ranks, images: Path, tmp_path: Path, variant: str, autocast: bool
 ) -> None:
     """Three steps after three of warm-up (compilation, capture, the optimizer's first state)."""
     ds = {"torch_autocast": {"enabled": autocast}}
-    trainer = build(images, ranks, tmp_path / "run", VARIANTS[variant], ds)
+    overrides = VARIANTS.get(variant) or ["run.compile=off", *OTHERS[variant]]
+    trainer = build(images, ranks, tmp_path / "run", overrides, ds)
     batches = iter(trainer.loader)
     try:
         for step in range(6):

@@ -93,28 +93,44 @@ def predictor_tokens(
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, pred: Tensor, weight: Tensor | None, h: Tensor, idx: Tensor, beta: float
-    ) -> tuple[Tensor, Tensor]:
-        loss, per_token, slope = loss_native.forward(pred, h, idx, weight, beta, 1e-5, True)
-        ctx.save_for_backward(slope, per_token)
-        ctx.mark_non_differentiable(per_token)
-        return loss, per_token
+    def forward(ctx: Any, pred: Tensor, noised: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+        h, idx, noise_weight, consistency, stop, beta = rest
+        scale = 1.0 / max(pred.numel(), 1)
+        # In fp16 the mean's factor would underflow: it waits for the backward.
+        ctx.later, scale = (scale, 1.0) if pred.dtype == torch.float16 else (1.0, scale)
+        pull = 0.0 if noised is None else 2.0 * consistency * scale
+        pulls = 0.0 if stop == "clean" else pull, 0.0 if stop == "noised" else pull
+        weights = noise_weight, consistency, beta, 1e-5, scale
+        need = noised is not None
+        loss, terms, dpred, dnoised = loss_native.forward(
+            pred, h, idx, noised, *weights, *pulls, True, need
+        )
+        ctx.save_for_backward(dpred, dnoised if need else None)
+        ctx.mark_non_differentiable(terms)
+        return loss, terms
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        slope, per_token = ctx.saved_tensors
-        dweight = per_token * (grad / per_token.numel()) if ctx.needs_input_grad[1] else None
-        return loss_native.backward(grad, slope), dweight, None, None, None
+        dpred, dnoised = ctx.saved_tensors
+        slopes = [slope for slope in (dpred, dnoised) if slope is not None]
+        loss_native.backward(grad, slopes, slopes, ctx.later)
+        return dpred, dnoised, *[None] * 6
 
 
 def jepa_loss(
-    pred: Tensor, h: Tensor, target_idx: Tensor, weight: Tensor | None = None, beta: float = 1.0
+    pred: Tensor,
+    h: Tensor,
+    target_idx: Tensor,
+    noised: Tensor | None = None,
+    *,
+    noise_weight: float = 0.1,
+    consistency: float = 0.1,
+    consistency_stop: str = "none",
+    beta: float = 1.0,
 ) -> JepaLoss:
-    if weight is not None:
-        weight = weight if weight.dim() == 3 else weight.unsqueeze(-1).expand(target_idx.shape)
-        weight = weight.float().contiguous()
-    return JepaLoss(*_Loss.apply(pred, weight, h, target_idx, beta))
+    numbers = noise_weight, consistency, consistency_stop, beta
+    loss, terms = _Loss.apply(pred, noised, h, target_idx, *numbers)
+    return JepaLoss(loss, *((loss.detach(), None, None) if noised is None else terms.unbind()))
 
 
 class _Vicreg(torch.autograd.Function):

@@ -201,7 +201,7 @@ def test_layers_replace_forwards(folder: Path) -> None:
             LocalLayerRepository, Mode, kernelize, register_kernel_mapping,
             replace_kernel_forward_from_hub,
         )
-        from njepa_kernels import nn as ours
+        from njepa_kernels import NoiseKey, nn as ours
 
         table = torch.randn(16, 32)
         hosts = dict(
@@ -213,8 +213,10 @@ def test_layers_replace_forwards(folder: Path) -> None:
         idx = torch.stack(target, 1)
         x, images = torch.randn(3, 16, 32), torch.randn(3, 3, 16, 16)
         pred, noised = torch.randn(2, 12, 3, 32)
+        key = NoiseKey(1, 2, torch.arange(3))  # the class of the installed package
         args = dict(
-            GatherTokens=(x, idx), PredictorTokens=(x[:, :7], context[0], idx),
+            GatherTokens=(x, idx),
+            PredictorTokens=(x[:, :7], context[0], idx, torch.rand(3, 4), key),
             PredictionLoss=(pred, x, idx, noised), VICReg=(x,),
             Encoder=(images, context), Predictor=(x[:, :7], context, target),
         )

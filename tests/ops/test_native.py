@@ -11,7 +11,7 @@ import native_build
 import pytest
 import torch
 from native_adapters import NATIVE
-from njepa_kernels import _native, philox_normal
+from njepa_kernels import NoiseKey, _native, philox_normal
 from njepa_kernels.ema_update_.reference import ema_update_reference_
 from njepa_kernels.gather_tokens.cases import _case as gather_case
 from njepa_kernels.jepa_loss.cases import _case as loss_case
@@ -26,6 +26,7 @@ from njepa_kernels.testing import (
     evaluate,
 )
 from njepa_kernels.vicreg.cases import _case as vicreg_case
+from noise_checks import check_draws, noise_of
 
 CPU = torch.device("cpu")
 LOW = (torch.bfloat16, torch.float16)
@@ -40,6 +41,10 @@ CASES = [
     predictor_case("b2-m2-kc0-kt3", 2, 2, 0, 3, 9, 20),
     predictor_case("b2-m2-kc3-kt0", 2, 2, 3, 0, 9, 20),
     *(loss_case(f"b2-m2-kt2-n9-d{d}", 2, 2, 2, 9, d) for d in (1, 15, 17, 2048)),
+    *(
+        loss_case(f"b2-m2-kt2-n9-d{d}-noised", 2, 2, 2, 9, d, noised=True)
+        for d in (1, 17, 130, 2048)
+    ),
     # More than one tile, panel and block of columns; edges inside each of them.
     vicreg_case("m3-n70-d200", 3, 70, 200),
     vicreg_case("m2-n150-d70", 2, 150, 70),
@@ -142,15 +147,20 @@ def test_every_number_of_threads_gives_the_same_bits(case: OpCase) -> None:
 def test_noise_equals_the_reference() -> None:
     """10^6 draws: the same words, normals within 1e-6."""
     worst = 0.0
-    ids, blocks = torch.tensor([5, 2**32 - 1, 2**40 + 3]), torch.tensor([0, 3])
+    ids = torch.tensor([5, 2**32 - 1, 2**40 + 3])
     patches = torch.randint(0, 2**32, (3, 2, 3))
     for seed, step in ((7, 0), (2**32 - 1, 2**31), (-4, 2**35 + 1)):
-        expected = philox_normal(seed, step, ids, patches, 18_517, blocks=blocks)
+        expected = philox_normal(NoiseKey(seed, step, ids), patches, 18_517)
         for b, m, t in torch.cartesian_prod(torch.arange(3), torch.arange(2), torch.arange(3)):
-            counter = torch.stack((ids[b] % 2**32, blocks[m], patches[b, m, t]))
+            counter = torch.stack((ids[b] % 2**32, m, patches[b, m, t]))
             got = _native.ops().token_normals(counter, seed % 2**32, step % 2**32, 18_517)
             worst = max(worst, float((got - expected[b, m, t]).abs().max()))
     assert worst <= 1e-6
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_draws_per_block_and_shared() -> None:
+    check_draws(noise_of(NATIVE["predictor_tokens"]))
 
 
 def _predictor_inputs(batch: int = 3, d: int = 50) -> dict[str, Any]:
@@ -163,19 +173,17 @@ def test_noise_does_not_depend_on_the_layout_of_the_batch() -> None:
     inputs = _predictor_inputs()
     run = NATIVE["predictor_tokens"]
     whole = run(**inputs).view(2, 3, 9, 50)
-    per_sample = ("context", "context_idx", "target_idx", "sigma", "sample_ids")
-    order = torch.tensor([2, 0, 1])
-    permuted = run(**(inputs | {k: inputs[k][order] for k in per_sample}))
-    assert torch.equal(permuted.view(2, 3, 9, 50), whole[:, order])
-    for b in range(3):
-        alone = run(**(inputs | {k: inputs[k][b : b + 1] for k in per_sample}))
-        assert torch.equal(alone, whole[:, b])
+    noise = inputs["noise"]
+    for rows in (torch.tensor([2, 0, 1]), *torch.arange(3).split(1)):
+        some = {k: inputs[k][rows] for k in ("context", "context_idx", "target_idx", "sigma")}
+        some["noise"] = noise._replace(sample_ids=noise.sample_ids[rows])
+        part = run(**(inputs | some)).view(2, len(rows), 9, 50)
+        assert torch.equal(part, whole[:, rows])
 
 
 @each_dtype
-@pytest.mark.parametrize("mix", ["ve", "vp", "edm"])
-def test_sigma_zero_is_no_noise_bit_for_bit(mix: str, dtype: torch.dtype) -> None:
-    inputs = _predictor_inputs() | {"mix": mix}
+def test_sigma_zero_is_no_noise_bit_for_bit(dtype: torch.dtype) -> None:
+    inputs = _predictor_inputs()
     inputs["context"] = inputs["context"].to(dtype)
     run = NATIVE["predictor_tokens"]
     zero = run(**(inputs | {"sigma": torch.zeros(3, 2)}))
@@ -230,7 +238,7 @@ def test_all_tokens_from_one_patch(dtype: torch.dtype) -> None:
         (case,) = [
             c
             for c in all_cases(op, small=True)
-            if c.size in ("b2-n49-m4-k9-d64", "b2-m2-kc10-kt6-n36-d48-vp")
+            if c.size in ("b2-n49-m4-k9-d64", "b3-m4-kc10-kt6-n36-d48-noise")
         ]
         inputs = case.make_inputs(CPU, dtype, 0)
         for name in ("idx", "context_idx", "target_idx"):
@@ -261,6 +269,8 @@ def test_all_tokens_from_one_patch(dtype: torch.dtype) -> None:
         ("jepa_loss", {"target_idx": torch.full((3, 4, 6), 36)}, "in [0, 36), got 36"),
         ("predictor_tokens", {"context_idx": torch.full((3, 10), 36)}, "in [0, 36), got 36"),
         ("predictor_tokens", {"target_idx": torch.full((3, 4, 6), -5)}, "in [0, 36), got -5"),
+        ("predictor_tokens", {"sigma": torch.zeros(3, 4, 6)}, "sigma has a wrong shape"),
+        ("predictor_tokens", {"sigma": torch.zeros(3, 4), "noise": None}, "sample_ids must be giv"),
         ("vicreg", {"u": torch.zeros(4, 1, 8)}, "u must have views, 2 samples and channels"),
         ("ema_update_", {"targets": []}, "must be of one length"),
     ],

@@ -17,7 +17,7 @@ import native_build
 import pytest
 import torch
 from native_adapters import NATIVE
-from njepa_kernels import _native, philox_normal
+from njepa_kernels import NoiseKey, _native, philox_normal
 from njepa_kernels.ema_update_ import native as ema_native
 from njepa_kernels.ema_update_.reference import ema_update_reference_
 from njepa_kernels.jepa_loss import native as loss_native
@@ -33,6 +33,7 @@ from njepa_kernels.testing import (
     cast_inputs,
     evaluate,
 )
+from noise_checks import check_draws, noise_of
 
 pytestmark = pytest.mark.skipif(
     native_build.no_compiler() is not None, reason="there is no C++ compiler"
@@ -45,7 +46,7 @@ CASES = [
     *(case for op in _native.CUDA_OPS for case in all_cases(op, small=True)),
     # Widths around those of a group, a warp and a tile; tokens and blocks of none and one.
     *(predictor_case(f"b2-m2-kc3-kt2-n9-d{d}", 2, 2, 3, 2, 9, d) for d in (1, 5, 256, 520, 2048)),
-    predictor_case("b2-m2-kc3-kt2-n9-d272-edm", 2, 2, 3, 2, 9, 272, mix="edm"),
+    predictor_case("b2-m2-kc3-kt2-n9-d272-shared", 2, 2, 3, 2, 9, 272, noise="shared"),
     predictor_case("b2-m2-kc0-kt3", 2, 2, 0, 3, 9, 20),
     predictor_case("b2-m2-kc3-kt0", 2, 2, 3, 0, 9, 24),
     # A row per warp, per 128 threads and per 512.
@@ -53,10 +54,15 @@ CASES = [
         loss_case(f"b2-m2-kt2-n9-d{d}", 2, 2, 2, 9, d)
         for d in (1, 15, 384, 512, 513, 1024, 2048, 2100, 2304)
     ),
-    loss_case("b9-m4-kt15-n20-d24-block", 9, 4, 15, 20, 24, weight="block"),
+    *(
+        loss_case(f"b2-m2-kt2-n9-d{d}-noised", 2, 2, 2, 9, d, noised=True)
+        for d in (1, 384, 513, 2304)
+    ),
+    # More blocks of rows than the last kernel has threads, and a last block of three rows.
+    loss_case("b3-m29-kt25-n30-d8-noised", 3, 29, 25, 30, 8, noised=True),
 ]
 #: Chunks of two samples for dpos, two stages for dmask_token, more tokens than a warp has lanes.
-CHUNKS = predictor_case("b5-m2-kc40-kt35-n2100-d8-vp", 5, 2, 40, 35, 2100, 8, mix="vp")
+CHUNKS = predictor_case("b5-m2-kc40-kt35-n2100-d8", 5, 2, 40, 35, 2100, 8)
 
 each_dtype = pytest.mark.parametrize(
     "dtype",
@@ -127,7 +133,7 @@ def test_both_orders_of_threads_give_the_same_bits() -> None:
         runs = []
         for _ in range(3):
             runs.append(evaluate(case, NATIVE[case.op], inputs))
-            _ops().jepa_loss_backward(scalar, torch.ones(8))
+            _ops().jepa_loss_backward(scalar, [torch.ones(8)], [torch.ones(8)], 1.0)
         _same(runs[0], runs[1], case.name)
         _same(runs[0], runs[2], case.name)
 
@@ -145,7 +151,10 @@ def _shifted(value: Any) -> Any:
 
 @each_dtype
 def test_addresses_that_are_not_aligned_give_the_same_bits(dtype: torch.dtype) -> None:
-    cases = [predictor_case("d48", 2, 2, 3, 2, 9, 48), loss_case("d48", 2, 2, 3, 9, 48)]
+    cases = [
+        predictor_case("d48", 2, 2, 3, 2, 9, 48),
+        loss_case("d48", 2, 2, 3, 9, 48, noised=True),
+    ]
     for case in cases:
         inputs = case.make_inputs(CPU, dtype, 4)
         shifted = {name: _shifted(value) for name, value in inputs.items()}
@@ -153,22 +162,24 @@ def test_addresses_that_are_not_aligned_give_the_same_bits(dtype: torch.dtype) -
         ours, theirs = (NATIVE[case.op](**given) for given in (inputs, shifted))
         if case.op == "predictor_tokens":
             assert torch.equal(ours, theirs)
-            rest = [inputs[k] for k in ("context_idx", "target_idx")]
-            sigma = inputs["sigma"].unsqueeze(-1).repeat(1, 1, 2)
-            rest += [sigma, 7, 4, inputs["sample_ids"], "ve", True, True]
+            seed, step, ids, shared = inputs["noise"]
+            rest = (inputs["context_idx"], inputs["target_idx"], ids, seed, step, shared, 9)
             for a, b in zip(
-                predictor_native.backward(ours, inputs["pos"], *rest),
-                predictor_native.backward(_shifted(ours), shifted["pos"], *rest),
+                predictor_native.backward(ours, *rest, True, True),
+                predictor_native.backward(_shifted(ours), *rest, True, True),
                 strict=True,
             ):
                 assert torch.equal(a, b)
         else:
             assert torch.equal(ours.loss, theirs.loss)
-            grad = torch.tensor(0.5)
-            slope = inputs["pred"]
-            scaled = loss_native.backward(grad, slope)
-            assert torch.equal(scaled, loss_native.backward(grad, _shifted(slope)))
-            assert torch.equal(scaled, (slope.float() * (0.5 / slope.numel())).to(dtype))
+            slopes = [inputs["pred"], inputs["pred"] + 1]
+            moved = [_shifted(slope) for slope in slopes]
+            out = [torch.empty_like(slope) for slope in slopes]
+            loss_native.backward(torch.tensor(0.5), slopes, out, 0.25)
+            loss_native.backward(torch.tensor(0.5), moved, moved, 0.25)
+            for slope, given, in_place in zip(slopes, out, moved, strict=True):
+                assert torch.equal(given, (slope.float() * 0.125).to(dtype))
+                assert torch.equal(in_place, given)
 
 
 def test_noise_equals_the_reference() -> None:
@@ -184,22 +195,38 @@ def test_noise_equals_the_reference() -> None:
             zeros[0],
             torch.zeros(3, 0, dtype=torch.int64),
             patches,
-            torch.ones(3, 2, 9),
+            torch.ones(3, 2),
             seed,
             step,
             ids,
-            "ve",
+            False,
         )
-        expected = philox_normal(seed, step, ids, patches, d).transpose(0, 1)
+        expected = philox_normal(NoiseKey(seed, step, ids), patches, d).transpose(0, 1)
         worst = max(worst, float((got.view(2, 3, 9, d) - expected).abs().max()))
     assert 0.0 < worst <= 1e-6
 
 
+def test_draws_per_block_and_shared() -> None:
+    check_draws(noise_of(NATIVE["predictor_tokens"]))
+
+
+def test_frozen_positions_make_no_table() -> None:
+    """What a backward allocates: without need_pos nothing of the size of the table."""
+    n, d = 4096, 64
+    idx = torch.randint(0, n, (1, 2, 3))
+    rest = (idx[:, 0], idx, torch.arange(1), 7, 1, False, n)
+    for need_pos in (False, True):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            dpos = predictor_native.backward(torch.randn(2, 6, d), *rest, need_pos, True)[2]
+        largest = max(event.self_cpu_memory_usage for event in profile.events())
+        assert (dpos is not None) == need_pos
+        assert largest >= 4 * n * d if need_pos else largest < n * d
+
+
 @each_dtype
-@pytest.mark.parametrize("mix", ["ve", "vp", "edm"])
-def test_sigma_zero_is_no_noise_bit_for_bit(mix: str, dtype: torch.dtype) -> None:
+def test_sigma_zero_is_no_noise_bit_for_bit(dtype: torch.dtype) -> None:
     case = predictor_case("zero", 3, 2, 5, 4, 16, 50)
-    inputs = case.make_inputs(CPU, dtype, 1) | {"mix": mix}
+    inputs = case.make_inputs(CPU, dtype, 1)
     zero, none = (
         NATIVE["predictor_tokens"](**(inputs | {"sigma": sigma}))
         for sigma in (torch.zeros(3, 2), None)
@@ -209,7 +236,7 @@ def test_sigma_zero_is_no_noise_bit_for_bit(mix: str, dtype: torch.dtype) -> Non
 
 @each_dtype
 def test_all_tokens_from_one_patch(dtype: torch.dtype) -> None:
-    case = predictor_case("one", 3, 2, 35, 33, 40, 16, mix="vp")
+    case = predictor_case("one", 3, 2, 35, 33, 40, 16)
     inputs = case.make_inputs(CPU, dtype, 0)
     for name in ("context_idx", "target_idx"):
         inputs[name] = torch.full_like(inputs[name], 39)
@@ -219,35 +246,81 @@ def test_all_tokens_from_one_patch(dtype: torch.dtype) -> None:
         assert_within_baseline(value, eager[name], exact[name], value.dtype, name)
 
 
+def _loss_forward(pred: torch.Tensor, h: torch.Tensor, idx: torch.Tensor, **change: Any) -> Any:
+    numbers = {
+        **{"noised": None, "noise_weight": 1.0, "consistency": 1.0, "beta": 1.0, "eps": 1e-5},
+        **{"scale": 1.0, "pull_pred": 0.0, "pull_noised": 0.0},
+        **{"need_pred": True, "need_noised": "noised" in change},
+    }
+    return loss_native.forward(pred, h, idx, **(numbers | change))
+
+
 def test_features_of_another_type_than_the_predictions() -> None:
-    case = loss_case("mixed", 2, 2, 3, 9, 40)
+    case = loss_case("mixed", 2, 2, 3, 9, 40, noised=True)
     for pred_type, h_type in ((torch.bfloat16, torch.float32), (torch.float32, torch.float16)):
         inputs = case.make_inputs(CPU, pred_type, 0)
-        h = inputs["h"].to(h_type)
-        loss, per_token, _ = loss_native.forward(
-            inputs["pred"], h, inputs["target_idx"], None, 1.0, 1e-5, True
+        h, idx = inputs["h"].to(h_type), inputs["target_idx"]
+        loss, terms, *_ = _loss_forward(inputs["pred"], h, idx, noised=inputs["noised"])
+        wide = (inputs[name].double() for name in ("pred", "noised"))
+        pred, noised = wide
+        expected = jepa_loss_reference(
+            pred, h.double(), idx, noised, noise_weight=1.0, consistency=1.0
         )
-        expected = jepa_loss_reference(inputs["pred"].double(), h.double(), inputs["target_idx"])
         torch.testing.assert_close(loss.double(), expected.loss, rtol=1e-6, atol=0)
-        torch.testing.assert_close(per_token.double(), expected.per_token, rtol=1e-5, atol=0)
+        for got, want in zip(terms, expected[1:], strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
 
 
 def test_nan_and_infinity_reach_loss_and_slope() -> None:
-    case = loss_case("bad", 1, 1, 4, 9, 40)
+    case = loss_case("bad", 1, 1, 4, 9, 40, noised=True)
     for beta in (0.0, 1.0):
         inputs = case.make_inputs(CPU, torch.float32, 0)
-        inputs["pred"][0, 1, 3] = float("nan")
-        inputs["pred"][0, 2, 4] = float("inf")
-        inputs["h"][0, inputs["target_idx"][0, 0, 3], 5] = float("nan")
-        _, per_token, slope = loss_native.forward(
-            inputs["pred"], inputs["h"], inputs["target_idx"], None, beta, 1e-5, True
-        )
-        assert per_token[0, 0, :1].isfinite().all()
-        assert per_token[0, 0, 1].isnan()
-        assert per_token[0, 0, 2] == float("inf")
-        assert per_token[0, 0, 3].isnan()
+        clean, h, idx = (inputs[name] for name in ("pred", "h", "target_idx"))
+        pred = clean.clone()
+        pred[0, 1, 3] = float("nan")
+        pred[0, 2, 4] = float("inf")
+        bad = h.clone()
+        bad[0, idx[0, 0, 3], 5] = float("nan")
+        loss, _, slope, _ = _loss_forward(pred, bad, idx, beta=beta)
+        assert loss.isnan()
         assert slope.isnan().sum(-1).tolist() == [[0, 1, 0, 40]]
         assert slope[0, 2, 4] == 1.0
+        pred[0, 1, 3] = 0.0
+        assert _loss_forward(pred, h, idx, beta=beta)[0] == float("inf")
+
+        # One bad prediction spoils the gradient of the other where the consistency term links them.
+        pred[0, 1, 3] = float("nan")
+        for pull, reached in ((0.25, 1), (0.0, 0)):
+            _, terms, dclean, dbad = _loss_forward(
+                clean, h, idx, noised=pred, beta=beta, pull_pred=pull, pull_noised=0.25
+            )
+            assert terms.isfinite().tolist() == [True, False, False]
+            assert int(dclean.isnan().sum()) == reached
+            assert dbad.isnan().sum(-1).tolist() == [[0, 1, 0, 0]]
+
+
+@each_dtype
+def test_only_the_slopes_asked_for_are_written(dtype: torch.dtype) -> None:
+    inputs = loss_case("need", 2, 2, 3, 9, 40, noised=True).make_inputs(CPU, dtype, 0)
+    args = inputs["pred"], inputs["h"], inputs["target_idx"]
+    both = _loss_forward(*args, noised=inputs["noised"], pull_pred=0.5)
+    for need in ((True, False), (False, True), (False, False)):
+        got = _loss_forward(
+            *args, noised=inputs["noised"], pull_pred=0.5, need_pred=need[0], need_noised=need[1]
+        )
+        for i, needed in enumerate((True, True, *need)):
+            assert torch.equal(got[i], both[i]) if needed else got[i].numel() == 0
+
+
+def test_scaling_by_one_in_place_touches_nothing() -> None:
+    """Neither side of a NaN's payload is kept by a multiplication in bf16; left alone, it is."""
+    odd = torch.tensor([0x7F81, 0x3F80], dtype=torch.int16).view(torch.bfloat16)
+    slope = odd.repeat(4)
+    loss_native.backward(torch.tensor(2.0), [slope], [slope], 0.5)
+    assert torch.equal(slope.view(torch.int16), odd.repeat(4).view(torch.int16))
+    out = torch.empty_like(slope)
+    loss_native.backward(torch.tensor(2.0), [slope], [out], 0.5)
+    assert not torch.equal(out.view(torch.int16), slope.view(torch.int16))
 
 
 def _lists(
@@ -300,8 +373,11 @@ def test_ema_rates_on_the_device_equal_numbers() -> None:
             {"pred": torch.zeros(12, 6, 8193), "h": torch.zeros(3, 36, 8193)},
             "jepa_loss: the native CUDA kernel takes at most 8192 channels, got 8193",
         ),
+        ("jepa_loss", {"noised": torch.zeros(12, 6, 63)}, "noised has a wrong shape"),
+        ("jepa_loss", {"noised": torch.zeros(12, 6, 64).half()}, "must have the type of pred"),
         ("predictor_tokens", {"pos": torch.zeros(36, 47)}, "pos has a wrong shape"),
-        ("predictor_tokens", {"sigma": torch.zeros(3, 4, 6), "sample_ids": None}, "sample_ids"),
+        ("predictor_tokens", {"sigma": torch.zeros(3, 4), "noise": None}, "sample_ids"),
+        ("predictor_tokens", {"sigma": torch.zeros(3, 4, 6)}, "sigma has a wrong shape"),
         ("ema_update_", {"targets": [torch.zeros(3)] * 2}, "must be of one length"),
         ("ema_update_", {"targets": [torch.zeros(4)]}, "tensor 0: targets must be float32"),
     ],

@@ -21,10 +21,10 @@ def _inputs() -> dict[str, torch.Tensor]:
         "x": torch.randn(B, N, D, generator=draw),
         "pos": torch.randn(N, D, generator=draw),
         "pred": torch.randn(M * B, 3, D, generator=draw),
+        "noised": torch.randn(M * B, 3, D, generator=draw),
         "context_idx": idx[:, 0, :4].contiguous(),
         "target_idx": idx[:, 1:, :3].contiguous(),
         "sigma": torch.rand(B, M, generator=draw),
-        "sample_ids": torch.arange(B),
     }
 
 
@@ -35,23 +35,23 @@ def test_modules_are_the_functions(impl: Any) -> None:
     want = njepa_kernels.gather_tokens(i["x"], i["target_idx"], i["pos"], impl=impl)
     assert torch.equal(got, want)
 
-    tokens = ops.PredictorTokens(D, i["pos"], mix="edm", impl=impl)
-    noise = (i["sigma"], 5, 7, i["sample_ids"])
+    tokens = ops.PredictorTokens(D, i["pos"], impl=impl)
+    noise = (i["sigma"], njepa_kernels.NoiseKey(5, 7, torch.arange(B), shared=True))
     context = i["x"][:, :4].contiguous()
     got = tokens(context, i["context_idx"], i["target_idx"], *noise)
     mask_token = tokens.mask_token.detach()
     want = njepa_kernels.predictor_tokens(
-        context, i["pos"], mask_token, i["context_idx"], i["target_idx"], *noise, "edm", impl=impl
+        context, i["pos"], mask_token, i["context_idx"], i["target_idx"], *noise, impl=impl
     )
     assert torch.equal(got, want)
     assert not torch.equal(got, tokens(context, i["context_idx"], i["target_idx"]))
 
-    got = ops.PredictionLoss(0.3, 1e-3, impl=impl)(i["pred"], i["x"], i["target_idx"], i["sigma"])
-    want = njepa_kernels.jepa_loss(
-        i["pred"], i["x"], i["target_idx"], i["sigma"], 0.3, 1e-3, impl=impl
-    )
-    assert torch.equal(got.loss, want.loss)
-    assert torch.equal(got.per_token, want.per_token)
+    numbers = {"noise_weight": 0.7, "consistency": 0.4, "beta": 0.3, "eps": 1e-3}
+    loss = ops.PredictionLoss(**numbers, consistency_stop="clean", impl=impl)
+    args = i["pred"], i["x"], i["target_idx"], i["noised"]
+    want = njepa_kernels.jepa_loss(*args, **numbers, consistency_stop="clean", impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(loss(*args), want, strict=True))
+    assert torch.equal(loss(*args[:3]).loss, want.clean)
 
     got = ops.VICReg(0.8, 1e-2, impl=impl)(i["x"])
     want = njepa_kernels.vicreg(i["x"], 0.8, 1e-2, impl=impl)
@@ -79,9 +79,12 @@ def test_repr_names_what_was_chosen() -> None:
     pos = torch.zeros(N, D)
     assert repr(ops.GatherTokens()) == "GatherTokens(impl='auto')"
     assert repr(ops.PredictorTokens(D, pos, impl="reference")) == (
-        "PredictorTokens(width=8, n_patches=9, mix='ve', impl='reference')"
+        "PredictorTokens(width=8, n_patches=9, impl='reference')"
     )
-    assert repr(ops.PredictionLoss(beta=0.5)) == "PredictionLoss(beta=0.5, eps=1e-05, impl='auto')"
+    assert repr(ops.PredictionLoss(beta=0.5)) == (
+        "PredictionLoss(noise_weight=0.1, consistency=0.1, consistency_stop='none', beta=0.5, "
+        "eps=1e-05, impl='auto')"
+    )
     assert repr(ops.VICReg()) == "VICReg(gamma=1.0, eps=0.0001, impl='auto')"
     assert "impl='reference'" in repr(ops.Ema(nn.Linear(2, 2), nn.Linear(2, 2), impl="reference"))
 
@@ -113,8 +116,6 @@ def test_wrong_arguments() -> None:
         ops.PredictorTokens(D, torch.zeros(N, D, dtype=torch.int64))
     with pytest.raises(TypeError, match="got list"):
         ops.PredictorTokens(D, [[0.0]])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="mix must be one of ve, vp, edm, got 'add'"):
-        ops.PredictorTokens(D, torch.zeros(N, D), mix="add")  # type: ignore[arg-type]
     pair = (nn.Linear(2, 2), nn.Linear(2, 2))
     for make in (
         lambda impl: ops.GatherTokens(impl=impl),

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from njepa_kernels import philox_normal, predictor_tokens
+from njepa_kernels import NoiseKey, philox_normal, predictor_tokens
+from njepa_kernels._dispatch import IMPLEMENTATIONS, choose
+from noise_checks import check_draws, noise_of
 
 B, M, KC, KT, N, WIDTH = 3, 2, 5, 4, 16, 10
+IDS = torch.tensor([40, 2, 7])
+
+
+def _runs(impl: str) -> bool:
+    try:
+        return choose("predictor_tokens", impl, torch.device("cpu")) == impl
+    except RuntimeError:
+        return False
+
+
+each_impl = pytest.mark.parametrize("impl", [i for i in IMPLEMENTATIONS if _runs(i)])
 
 
 def _inputs(seed: int = 0) -> dict[str, Any]:
@@ -22,9 +36,7 @@ def _inputs(seed: int = 0) -> dict[str, Any]:
         "context_idx": torch.randint(0, N, (B, KC), generator=g),
         "target_idx": torch.randint(0, N, (B, M, KT), generator=g),
         "sigma": torch.rand(B, M, generator=g) * 2,
-        "seed": 11,
-        "step": 5,
-        "sample_ids": torch.tensor([40, 2, 7]),
+        "noise": NoiseKey(11, 5, IDS),
     }
 
 
@@ -35,8 +47,7 @@ def _loop(
     context_idx: torch.Tensor,
     target_idx: torch.Tensor,
     sigma: torch.Tensor | None,
-    noise: torch.Tensor,
-    mix: str,
+    normals: torch.Tensor,
 ) -> torch.Tensor:
     """Row after row, token after token, in the published order (block-major)."""
     rows = []
@@ -46,32 +57,23 @@ def _loop(
             for t, j in enumerate(target_idx[b, m].tolist()):
                 psi = pos[j]
                 if sigma is not None:
-                    s = sigma[b, m] if sigma.dim() == 2 else sigma[b, m, t]
-                    scale = {
-                        "ve": torch.ones(()),
-                        "vp": 1 / torch.sqrt(1 + s**2),
-                        "edm": math.sqrt(0.5) / torch.sqrt(s**2 + 0.5),
-                    }[mix]
-                    psi = scale * (psi + s * noise[b, m, t])
+                    psi = psi + sigma[b, m] * normals[b, m, t]
                 tokens.append(mask_token + psi)
             rows.append(torch.stack(tokens))
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("mix", ["ve", "vp", "edm"])
-@pytest.mark.parametrize("level", [None, "block", "token"])
-def test_values_and_gradients_against_the_loop(mix: str, level: str | None) -> None:
+@pytest.mark.parametrize("noise", [None, "per_block", "shared"])
+def test_values_and_gradients_against_the_loop(noise: str | None) -> None:
     inputs = _inputs()
-    if level is None:
-        inputs["sigma"] = None
-    elif level == "token":
-        inputs["sigma"] = torch.rand(B, M, KT) * 2
+    key = NoiseKey(11, 5, IDS, shared=noise == "shared")
+    inputs |= {"noise": key} if noise else {"noise": None, "sigma": None}
     names = [n for n in ("context", "pos", "mask_token", "sigma") if inputs[n] is not None]
     leaves = [inputs[name].requires_grad_() for name in names]
-    noise = philox_normal(11, 5, inputs["sample_ids"], inputs["target_idx"], WIDTH)
-    out = predictor_tokens(**inputs, mix=mix)
+    normals = philox_normal(key, inputs["target_idx"], WIDTH)
+    out = predictor_tokens(**inputs)
     arrays = {k: inputs[k] for k in ("context", "pos", "mask_token", "context_idx", "target_idx")}
-    expected = _loop(**arrays, sigma=inputs["sigma"], noise=noise, mix=mix)
+    expected = _loop(**arrays, sigma=inputs["sigma"], normals=normals)
     assert out.shape == (M * B, KC + KT, WIDTH)
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
     cotangent = torch.randn_like(out)
@@ -82,16 +84,58 @@ def test_values_and_gradients_against_the_loop(mix: str, level: str | None) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("mix", ["ve", "vp", "edm"])
-def test_sigma_zero_is_no_noise_bit_for_bit(mix: str, dtype: torch.dtype) -> None:
+@each_impl
+def test_sigma_zero_is_no_noise_bit_for_bit(impl: str, dtype: torch.dtype) -> None:
     inputs = _inputs()
     inputs["context"] = inputs["context"].to(dtype)
-    inputs["sigma"] = None
-    clean = predictor_tokens(**inputs)
-    for shape in ((B, M), (B, M, KT)):
-        inputs["sigma"] = torch.zeros(shape)
-        assert torch.equal(predictor_tokens(**inputs, mix=mix), clean)
+    clean = predictor_tokens(**(inputs | {"sigma": None}), impl=impl)
     assert clean.dtype == dtype
+    assert torch.equal(
+        predictor_tokens(**(inputs | {"sigma": torch.zeros(B, M)}), impl=impl), clean
+    )
+    # Beside noised blocks: sigma is of the block, sample and block are not mixed up.
+    sigma = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    mixed = predictor_tokens(**(inputs | {"sigma": sigma}), impl=impl).view(M, B, KC + KT, WIDTH)
+    expected = clean.view(M, B, KC + KT, WIDTH)
+    for b in range(B):
+        for m in range(M):
+            assert torch.equal(mixed[m, b, :KC], expected[m, b, :KC])
+            same = torch.equal(mixed[m, b, KC:], expected[m, b, KC:])
+            assert same == (sigma[b, m] == 0)
+
+
+@each_impl
+def test_a_key_without_sigma_draws_nothing(impl: str) -> None:
+    inputs = _inputs() | {"sigma": None}
+    clean = predictor_tokens(**(inputs | {"noise": None}), impl=impl)
+    assert torch.equal(predictor_tokens(**inputs, impl=impl), clean)
+
+
+@each_impl
+def test_draws_per_block_and_shared(impl: str) -> None:
+    check_draws(noise_of(partial(predictor_tokens, impl=impl)))
+
+
+@each_impl
+def test_no_work_for_positions_that_are_frozen(impl: str) -> None:
+    """A backward that does not need dpos makes no table of the size of pos, not even for a time."""
+    n, width = 4096, 64
+    inputs = _inputs() | {
+        "context": torch.randn(B, KC, width, requires_grad=True),
+        "pos": torch.randn(n, width),
+        "mask_token": torch.randn(width, requires_grad=True),
+        "sigma": torch.rand(B, M, requires_grad=True),
+    }
+    allocated = {}
+    for learnt in (False, True):
+        inputs["pos"].requires_grad_(learnt)
+        out = predictor_tokens(**inputs, impl=impl)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            out.sum().backward()
+        sizes = [event.self_cpu_memory_usage for event in profile.events()]
+        allocated[learnt] = max(sizes)
+    assert allocated[False] < n * width  # bytes: a quarter of the table
+    assert allocated[True] >= 4 * n * width
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -106,8 +150,9 @@ def test_sigma_zero_still_has_a_gradient_for_sigma() -> None:
     inputs = _inputs()
     inputs["sigma"] = torch.zeros(B, M, requires_grad=True)
     predictor_tokens(**inputs).sum().backward()
-    noise = philox_normal(11, 5, inputs["sample_ids"], inputs["target_idx"], WIDTH)
-    torch.testing.assert_close(inputs["sigma"].grad, noise.sum((2, 3)), rtol=1e-5, atol=1e-5)
+    normals = philox_normal(inputs["noise"], inputs["target_idx"], WIDTH)
+    expected = normals.sum((2, 3))
+    torch.testing.assert_close(inputs["sigma"].grad, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_no_global_random_state_is_touched() -> None:
@@ -116,9 +161,9 @@ def test_no_global_random_state_is_touched() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("mix", ["ve", "vp", "edm"])
-def test_variance_of_the_noised_query_per_level(mix: str) -> None:
-    """T7: Var(q - mask - psi) = sigma_k^2 at every level (scaled back for vp and edm)."""
+@pytest.mark.parametrize("shared", [False, True])
+def test_variance_of_the_noised_query_per_level(shared: bool) -> None:
+    """T7: Var(q - mask - psi) = sigma_k^2 at every level."""
     samples, targets, width = 48, 24, 96
     levels = torch.tensor([0.05, 0.215, 0.716, 2.0])
     pos, mask_token = torch.randn(36, width), torch.randn(width)
@@ -132,15 +177,10 @@ def test_variance_of_the_noised_query_per_level(mix: str) -> None:
         torch.zeros(samples, 0, dtype=torch.int64),
         target_idx,
         sigma,
-        3,
-        9,
-        torch.arange(samples),
-        mix,  # type: ignore[arg-type]
+        NoiseKey(3, 9, torch.arange(samples), shared),
     )
     query = out.view(4, samples, targets, width).transpose(0, 1) - mask_token
-    s = sigma[..., None, None]
-    scale = {"ve": s * 0 + 1, "vp": (1 + s**2).sqrt(), "edm": (s**2 + 0.5).sqrt() / 0.5**0.5}[mix]
-    residual = query * scale - pos[target_idx]
+    residual = query - pos[target_idx]
     for k, level in enumerate(levels):
         draws = residual[order == k]
         count = draws.numel()
@@ -152,13 +192,11 @@ def test_variance_of_the_noised_query_per_level(mix: str) -> None:
 def test_blocks_and_samples_can_be_permuted_or_split() -> None:
     inputs = _inputs()
     whole = predictor_tokens(**inputs).view(M, B, KC + KT, WIDTH)
-    per_sample = ("context", "context_idx", "target_idx", "sigma", "sample_ids")
-    order = torch.tensor([2, 0, 1])
-    permuted = predictor_tokens(**(inputs | {k: inputs[k][order] for k in per_sample}))
-    assert torch.equal(permuted.view(M, B, KC + KT, WIDTH), whole[:, order])
-    for b in range(B):
-        alone = predictor_tokens(**(inputs | {k: inputs[k][b : b + 1] for k in per_sample}))
-        assert torch.equal(alone, whole[:, b])
+    for rows in (torch.tensor([2, 0, 1]), *torch.arange(B).split(1)):
+        some = {k: inputs[k][rows] for k in ("context", "context_idx", "target_idx", "sigma")}
+        some["noise"] = NoiseKey(11, 5, IDS[rows])
+        part = predictor_tokens(**(inputs | some)).view(M, len(rows), KC + KT, WIDTH)
+        assert torch.equal(part, whole[:, rows])
 
 
 def test_context_gradient_is_the_sum_over_blocks() -> None:
@@ -192,21 +230,38 @@ def test_context_gradient_is_the_sum_over_blocks() -> None:
             "target_idx must be int64 in [0, 16), got -3",
         ),
         ({"target_idx": torch.zeros(B, M, KT)}, TypeError, "target_idx must be int64, got float32"),
-        ({"sigma": 0.5}, TypeError, "sigma must be a torch.Tensor [B,M] or [B,M,Kt], got float"),
-        (
-            {"sigma": torch.zeros(B)},
-            ValueError,
-            "sigma must be [B,M] or [B,M,Kt] = [3, 2], got [3]",
-        ),
-        ({"sigma": torch.zeros(B, M, 1)}, ValueError, "= [3, 2, 4], got [3, 2, 1]"),
+        ({"sigma": 0.5}, TypeError, "sigma must be a torch.Tensor [B,M], got float"),
+        ({"sigma": torch.zeros(B)}, ValueError, "sigma must be [B,M] = [3, 2], got [3]"),
+        ({"sigma": torch.zeros(B, M, KT)}, ValueError, "= [3, 2], got [3, 2, 4]"),
         ({"sigma": torch.zeros(B, M).half()}, TypeError, "sigma must be float32 or float64, got"),
-        ({"sample_ids": None}, ValueError, "sample_ids (int64 [B]) must be given with sigma"),
         (
-            {"sample_ids": torch.zeros(2).long()},
+            {"noise": None},
             ValueError,
-            "sample_ids must be [B] = [3], got [2]",
+            "sigma needs noise, a NoiseKey(seed, step, sample_ids); got sigma and noise=None",
         ),
-        ({"mix": "vpp"}, ValueError, "mix must be one of ve, vp, edm, got 'vpp'"),
+        (
+            {"noise": NoiseKey(1, 2, IDS[:2]), "sigma": None},
+            ValueError,
+            "noise.sample_ids must be [B] = [3], got [2]",
+        ),
+        (
+            {"noise": (11, 5, IDS)},
+            TypeError,
+            "noise must be a NoiseKey(seed, step, sample_ids, shared=False), got tuple",
+        ),
+        (
+            {"noise": IDS},
+            TypeError,
+            "noise must be a NoiseKey(seed, step, sample_ids, shared=False",
+        ),
+        ({"noise": NoiseKey(1.0, 2, IDS)}, TypeError, "noise.seed must be an int, got float"),
+        ({"noise": NoiseKey(1, IDS[0], IDS)}, TypeError, "noise.step must be an int, got Tensor"),
+        ({"noise": NoiseKey(1, 2, IDS, 1)}, TypeError, "noise.shared must be a bool, got int"),
+        (
+            {"noise": NoiseKey(1, 2, [1, 2, 3])},
+            TypeError,
+            "noise.sample_ids must be a torch.Tensor",
+        ),
         ({"impl": "triton"}, RuntimeError, "predictor_tokens: impl='triton' cannot run on cpu"),
     ],
 )

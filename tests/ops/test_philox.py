@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from njepa_kernels import philox_normal
+from njepa_kernels import NoiseKey, philox_normal
 from njepa_kernels._philox import philox4x32
+from noise_checks import check_draws
 
 # Known-answer vectors of Random123 (kat_vectors, philox4x32 10): counter, key, result.
 KNOWN = [
@@ -78,16 +79,17 @@ def test_arguments_broadcast() -> None:
             assert [int(np.broadcast_to(w, (3, 5))[i, j]) for w in words] == expected
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("dim", [1, 4, 10, 64])
-def test_normals_against_the_formula(dim: int) -> None:
+def test_normals_against_the_formula(dim: int, shared: bool) -> None:
     seed, step = -3, 2**40 + 9
-    ids, blocks = torch.tensor([5, 2**33 + 1]), torch.tensor([2, 0, 7])
+    ids = torch.tensor([5, 2**33 + 1])
     patches = torch.randint(0, 196, (2, 3, 2))
-    got = philox_normal(seed, step, ids, patches, dim, blocks=blocks)
+    got = philox_normal(NoiseKey(seed, step, ids, shared), patches, dim)
     assert got.shape == (2, 3, 2, dim)
     assert got.dtype == torch.float32
     for b, m, t, c in np.ndindex(*got.shape):
-        counter = (int(ids[b]) % 2**32, int(blocks[m]), int(patches[b, m, t]), c // 4)
+        counter = (int(ids[b]) % 2**32, 0 if shared else m, int(patches[b, m, t]), c // 4)
         words = _words(counter, (seed % 2**32, step % 2**32))
         first, second = words[:2] if c % 4 < 2 else words[2:]
         radius = math.sqrt(-2 * math.log(((first >> 8) + 1) / 2**24))
@@ -98,48 +100,55 @@ def test_normals_against_the_formula(dim: int) -> None:
 
 def test_a_shorter_width_is_a_prefix() -> None:
     ids, patches = torch.arange(2), torch.arange(6).view(2, 1, 3)
-    wide = philox_normal(1, 2, ids, patches, 12)
+    wide = philox_normal(NoiseKey(1, 2, ids), patches, 12)
     for dim in (0, 1, 7, 11):
-        assert torch.equal(philox_normal(1, 2, ids, patches, dim), wide[..., :dim])
+        assert torch.equal(philox_normal(NoiseKey(1, 2, ids), patches, dim), wide[..., :dim])
 
 
 def test_every_coordinate_counts_and_only_those() -> None:
     ids, patches = torch.tensor([3, 8]), torch.tensor([[[1, 2]], [[1, 2]]])
-    base = philox_normal(1, 2, ids, patches, 8)
+    base = philox_normal(NoiseKey(1, 2, ids), patches, 8)
     others = [
-        philox_normal(2, 2, ids, patches, 8),
-        philox_normal(1, 3, ids, patches, 8),
-        philox_normal(2, 1, ids, patches, 8),
-        philox_normal(1, 2, ids + 1, patches, 8),
-        philox_normal(1, 2, ids, patches + 2, 8),
-        philox_normal(1, 2, ids, patches, 8, blocks=torch.tensor([1])),
+        philox_normal(NoiseKey(2, 2, ids), patches, 8),
+        philox_normal(NoiseKey(1, 3, ids), patches, 8),
+        philox_normal(NoiseKey(2, 1, ids), patches, 8),
+        philox_normal(NoiseKey(1, 2, ids + 1), patches, 8),
+        philox_normal(NoiseKey(1, 2, ids), patches + 2, 8),
+        philox_normal(NoiseKey(1, 2, ids), patches.expand(-1, 2, -1), 8)[:, 1:],
     ]
     for other in others:
         assert not (base == other).any()
     assert not (base[0] == base[1]).any()
-    assert torch.equal(philox_normal(1, 2, ids, patches, 8), base)
-    assert torch.equal(philox_normal(1 + 2**32, 2 - 2**32, ids, patches, 8), base)
+    assert torch.equal(philox_normal(NoiseKey(1, 2, ids), patches, 8), base)
+    assert torch.equal(philox_normal(NoiseKey(1 + 2**32, 2 - 2**32, ids), patches, 8), base)
 
 
 def test_independent_of_the_layout_of_the_batch() -> None:
     ids, patches = torch.randperm(1000)[:12], torch.randint(0, 196, (12, 4, 9))
-    whole = philox_normal(4, 5, ids, patches, 30)
+    whole = philox_normal(NoiseKey(4, 5, ids), patches, 30)
     order = torch.randperm(12)
-    assert torch.equal(philox_normal(4, 5, ids[order], patches[order], 30), whole[order])
-    halves = [philox_normal(4, 5, ids[s], patches[s], 30) for s in (slice(0, 5), slice(5, 12))]
+    assert torch.equal(philox_normal(NoiseKey(4, 5, ids[order]), patches[order], 30), whole[order])
+    halves = [
+        philox_normal(NoiseKey(4, 5, ids[s]), patches[s], 30) for s in (slice(0, 5), slice(5, 12))
+    ]
     assert torch.equal(torch.cat(halves), whole)
     tokens = torch.randperm(9)
-    assert torch.equal(philox_normal(4, 5, ids, patches[:, :, tokens], 30), whole[:, :, tokens])
-    picked = torch.tensor([3, 1])
-    by_block = philox_normal(4, 5, ids, patches[:, picked], 30, blocks=picked)
-    assert torch.equal(by_block, whole[:, picked])
+    assert torch.equal(
+        philox_normal(NoiseKey(4, 5, ids), patches[:, :, tokens], 30), whole[:, :, tokens]
+    )
+    fewer = philox_normal(NoiseKey(4, 5, ids), patches[:, :2], 30)
+    assert torch.equal(fewer, whole[:, :2])
+
+
+def test_draws_per_block_and_shared() -> None:
+    check_draws(philox_normal)
 
 
 @pytest.fixture(scope="module")
 def ten_million() -> torch.Tensor:
     """[samples, blocks, patches, dim], patches in grid order: 10,035,200 draws."""
     patches = torch.arange(196).expand(50, 4, -1)
-    return philox_normal(2026, 17, torch.arange(50), patches, 256)
+    return philox_normal(NoiseKey(2026, 17, torch.arange(50)), patches, 256)
 
 
 def test_moments(ten_million: torch.Tensor) -> None:
@@ -178,9 +187,9 @@ def test_neighbours_are_not_correlated(ten_million: torch.Tensor, axis: int, squ
 
 def test_neighbouring_steps_and_seeds_are_not_correlated() -> None:
     ids, patches = torch.arange(8), torch.arange(64).expand(8, 4, -1)
-    base = philox_normal(0, 0, ids, patches, 128)
+    base = philox_normal(NoiseKey(0, 0, ids), patches, 128)
     for seed, step in ((0, 1), (1, 0), (1, 1)):
-        other = philox_normal(seed, step, ids, patches, 128)
+        other = philox_normal(NoiseKey(seed, step, ids), patches, 128)
         assert abs(float((base * other).mean())) < 5 / math.sqrt(base.numel())
 
 
@@ -197,13 +206,26 @@ def test_neighbouring_steps_and_seeds_are_not_correlated() -> None:
             ValueError,
             "patches must be int64 in [0, 4294967296",
         ),
-        ({"sample_ids": torch.arange(3)}, ValueError, "sample_ids must be [B] = [2], got [3]"),
-        ({"sample_ids": torch.zeros(2)}, TypeError, "sample_ids must be int64, got float32"),
-        ({"blocks": torch.arange(2)}, ValueError, "blocks must be [M] = [1], got [2]"),
+        (
+            {"noise": NoiseKey(1, 2, torch.arange(3))},
+            ValueError,
+            "philox_normal: noise.sample_ids must be [B] = [2], got [3]",
+        ),
+        (
+            {"noise": NoiseKey(1, 2, torch.zeros(2))},
+            TypeError,
+            "sample_ids must be int64, got floa",
+        ),
+        (
+            {"noise": NoiseKey(True, 2, torch.arange(2))},
+            TypeError,
+            "noise.seed must be an int, got",
+        ),
+        ({"noise": None}, TypeError, "noise must be a NoiseKey(seed, step, sample_ids, shared=Fal"),
         ({"dim": -1}, ValueError, "dim must be at least 0, got -1"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    good = {"sample_ids": torch.arange(2), "patches": torch.zeros(2, 1, 1).long(), "dim": 4}
+    good = {"noise": NoiseKey(1, 2, torch.arange(2)), "patches": torch.zeros(2, 1, 1).long()}
     with pytest.raises(error, match=re.escape(message)):
-        philox_normal(1, 2, **(good | change))
+        philox_normal(**({"dim": 4} | good | change))

@@ -17,7 +17,10 @@ import pytest
 
 HERE = Path(__file__).parent
 SUITES = [
-    ["test_op_cases.py", "test_registration.py", "test_op_patchify.py", "-k", "triton"],
+    [
+        *("test_op_cases.py", "test_registration.py", "test_op_patchify.py"),
+        *("test_op_jepa_loss.py", "-k", "triton and not bad_arguments"),
+    ],
     ["interpreter"],
 ]
 

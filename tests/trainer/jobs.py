@@ -2,8 +2,9 @@
 
     python jobs.py JOBS.json OUT.pt        with RANK, WORLD_SIZE, ... in the environment
 
-Every job is {name, overrides, ds, grads, reads}; all jobs of a call share the processes, because
-starting them costs more than training does. OUT.pt (rank 0) maps the name to what was recorded.
+Every job is {name, overrides, ds, grads, reads, features}; all jobs of a call share the processes,
+because starting them costs more than training does. OUT.pt (rank 0) maps the name to what was
+recorded.
 """
 
 from __future__ import annotations
@@ -107,8 +108,25 @@ def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
         step()
 
     engine.step, engine.forward = recording_step, recording_forward
+    if job.get("features") and trainer.evaluator is not None:
+        features, record["features"] = trainer.evaluator._features, []
+
+        def recording_features(encode: Any) -> Any:
+            pair = features(encode)
+            record["features"].append(pair[1].clone())
+            return pair
+
+        trainer.evaluator._features = recording_features
     trainer.run()
     record["step"] = trainer.step
+    if job.get("features"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        stage = engine.zero_optimization_stage()
+        record["online"] = {
+            n: (safe_get_full_fp32_param(p) if stage else p).detach().clone()
+            for p, n in names.items()
+        }
     record["state_bytes"] = _state_bytes(trainer)
     record["target"] = {k: v.clone() for k, v in trainer.target.state_dict().items()}
     engine.destroy()

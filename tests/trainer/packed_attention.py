@@ -1,6 +1,6 @@
 """Stand-ins for the packed kernels that need a GPU, by a block-diagonal mask through SDPA.
 
-They keep to the interfaces of torch 2.11 to 2.14 and of xformers 0.0.35 / mslk, so that everything
+They keep to the interfaces of torch 2.11 to 2.15 and of xformers 0.0.35 / mslk, so that everything
 but the foreign kernels themselves runs on a CPU.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 from functools import partial
+from importlib.machinery import ModuleSpec
 from itertools import pairwise
 
 import torch
@@ -57,6 +58,7 @@ def memory_efficient_attention(query, key, value, attn_bias=None):
 
 def fake_fmha(name: str) -> types.ModuleType:
     module = types.ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)
     module.BlockDiagonalMask = BlockDiagonalMask
     module.memory_efficient_attention = partial(memory_efficient_attention)  # one for each module
     return module

@@ -225,11 +225,10 @@ def install(patch: pytest.MonkeyPatch, name: str) -> object:
 
 
 def test_auto_on_a_cpu(no_packages: pytest.MonkeyPatch):
-    assert str(choose()) == "sdpa (dense masks)"
+    assert str(choose()) == "sdpa (dense masks; xformers: not installed)"
     ragged = choose(ragged=True)
     assert str(ragged) == (
-        "sdpa (varlen: needs CUDA; xformers: neither mslk nor xformers is installed; "
-        "ragged masks are padded)"
+        "sdpa (varlen: needs CUDA; xformers: not installed; ragged masks are padded)"
     )
     assert ragged.dense == ragged.ragged == Sdpa()
 
@@ -240,7 +239,7 @@ def test_auto_takes_xformers_where_it_works(no_packages: pytest.MonkeyPatch):
     assert str(ragged) == "xformers (sdpa where all lengths are equal; varlen: needs CUDA)"
     assert ragged.dense == Sdpa()
     assert ragged.ragged.function is module.memory_efficient_attention
-    assert str(choose()) == "sdpa (dense masks)"
+    assert str(choose()) == "sdpa (dense masks; xformers: for ragged masks only)"
     assert str(choose("xformers")) == "xformers (as configured)"
     newer = install(no_packages, "mslk.attention.fmha")
     assert choose("xformers").dense.function is newer.memory_efficient_attention
@@ -253,21 +252,46 @@ def test_auto_leaves_a_package_that_only_imports(no_packages: pytest.MonkeyPatch
         raise NotImplementedError("No operator found for these inputs\n  query: ...")
 
     no_packages.setattr(module, "memory_efficient_attention", refuses)
-    assert "xformers: No operator found for these inputs;" in str(choose(ragged=True))
+    assert str(choose(ragged=True)) == (
+        "sdpa (varlen: needs CUDA; xformers: no CPU operator for fp32 and heads of width 16; "
+        "ragged masks are padded)"
+    )
 
     def other_scale(query, key, value, attn_bias=None):
         return fake_fmha("x").memory_efficient_attention(2 * query, key, value, attn_bias)
 
     no_packages.setattr(module, "memory_efficient_attention", other_scale)
-    assert "wrong by" in str(choose(ragged=True))
+    assert "xformers: the probe failed: output is wrong by" in str(choose(ragged=True)) or (
+        "xformers: the probe failed: gradient is wrong by" in str(choose(ragged=True))
+    )
     assert choose(ragged=True).ragged == Sdpa()
     no_packages.delattr(module, "memory_efficient_attention")
     assert "no attribute" in str(choose(ragged=True))
 
 
+def test_a_broken_package_is_not_called_missing(no_packages: pytest.MonkeyPatch):
+    module = install(no_packages, "xformers.ops.fmha")
+    no_packages.setitem(sys.modules, "xformers.ops.fmha", None)
+    assert "xformers: not installed;" in str(choose(ragged=True))  # too old for this module
+
+    class Finder:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "xformers.ops.fmha":
+                raise ImportError("libcudart.so.12: cannot open shared object file")
+
+    no_packages.delitem(sys.modules, "xformers.ops.fmha")
+    no_packages.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    no_packages.setattr(sys.modules["xformers.ops"], "__path__", [], raising=False)
+    reason = "the import of xformers.ops.fmha failed: libcudart.so.12: cannot open"
+    assert f"xformers: {reason}" in str(choose(ragged=True))
+    newer = install(no_packages, "mslk.attention.fmha")
+    assert choose(ragged=True).ragged.function is newer.memory_efficient_attention
+    assert newer is not module
+
+
 @pytest.mark.parametrize(
     ("wanted", "reason"),
-    [("varlen", "needs CUDA"), ("xformers", "neither mslk nor xformers is installed")],
+    [("varlen", "needs CUDA"), ("xformers", "not installed")],
 )
 @pytest.mark.parametrize("ragged", [False, True])
 def test_what_cannot_run_is_refused(

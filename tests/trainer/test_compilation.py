@@ -23,15 +23,16 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 METHODS = {
     "ijepa": ("ijepa", {}),
     "ncjepa": ("ncjepa", {}),
-    "tied": (
-        "ncjepa",
-        {"noise": {"space": "encoder_tied", "level_embedding": "add", "level_weights": "edm"}},
-    ),
+    "tied": ("ncjepa", {"noise": {"space": "encoder_tied", "mask_token": "shared"}}),
     "shared": (
         "ncjepa",
         {"model": {"predictor": {"width": 24, "depth": 2, "heads": 2, "context": "shared"}}},
     ),
-    "all-levels": ("njepa", {"noise": {"map": "all", "predictors": 1}}),
+    "one": ("njepa", {"noise": {"predictors": "shared", "draw": "shared"}}),
+    "single": (
+        "ncjepa",
+        {"noise": {"predictors": "single"}, "vicreg": {"on": "context_vs_target"}},
+    ),
 }
 
 
@@ -53,6 +54,8 @@ def parts(name, impl="auto", **sections):
         ("ncjepa", "reference"),
         ("tied", "auto"),
         ("shared", "auto"),
+        ("one", "auto"),
+        ("single", "auto"),
     ],
 )
 def test_no_graph_breaks_in_the_step(name, impl):

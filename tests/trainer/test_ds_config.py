@@ -51,7 +51,7 @@ def test_missing_file():
 @pytest.mark.parametrize("world", [1, 2, 8])
 def test_shipped_files_are_accepted(world):
     files = [ROOT / "ds.json", *sorted((ROOT / "njepa/recipes").glob("*.json"))]
-    assert len(files) == 7
+    assert len(files) == 8
     for file in files:
         ds = load_ds_config(file)
         if world > 1 and "one-gpu" in file.name:

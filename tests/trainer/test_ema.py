@@ -26,7 +26,7 @@ def test_target_is_an_fp32_copy_without_gradient():
 
 
 def test_gradients_of_the_step_stay_out_of_the_target():
-    config = tiny_config("ncjepa", vicreg={"on": "pred_vs_target"})
+    config = tiny_config("ncjepa", vicreg={"on": "context_vs_target"})
     module, batch = TrainModule(config), make_batch(config)
     target = make_target(module.jepa.encoder)
     h = target(batch.images)

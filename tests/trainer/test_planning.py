@@ -31,13 +31,19 @@ CASES = {
     "cjepa": {"method": "cjepa"},
     "njepa": {"method": "njepa"},
     "ncjepa": {"method": "ncjepa"},
-    "one-predictor": {"method": "njepa", "noise": {"predictors": 1}},
-    "all-levels": {"method": "njepa", "noise": {"map": "all"}},
-    "tied": {"method": "njepa", "noise": {"space": "encoder_tied", "level_embedding": "add"}},
-    "per-token": {"method": "njepa", "noise": {"map": "per_token", "level_embedding": "add"}},
-    "tokens": {"method": "cjepa", "vicreg": {"on": "tokens"}},
-    "pred_vs_target": {"method": "cjepa", "vicreg": {"on": "pred_vs_target"}},
-    "context": {"method": "cjepa", "vicreg": {"on": "context", "projector": "identity"}},
+    "one-predictor": {"method": "njepa", "noise": {"predictors": "shared"}},
+    "one-token": {"method": "njepa", "noise": {"mask_token": "shared"}},
+    "one-of-both": {"method": "njepa", "noise": {"predictors": "shared", "mask_token": "shared"}},
+    "single": {"method": "ncjepa", "noise": {"predictors": "single"}},
+    "consistency": {"method": "njepa", "noise": {"weight": 0.0, "draw": "shared"}},
+    "tied": {"method": "njepa", "noise": {"space": "encoder_tied"}},
+    "tied-one": {"method": "njepa", "noise": {"space": "encoder_tied", "predictors": "shared"}},
+    "tied-single": {"method": "njepa", "noise": {"space": "encoder_tied", "predictors": "single"}},
+    "context": {"method": "ncjepa", "vicreg": {"on": "context_vs_target"}},
+    "context-identity": {
+        "method": "cjepa",
+        "vicreg": {"on": "context_vs_target", "projector": "identity"},
+    },
     "narrow": {"method": "ncjepa", "vicreg": {"projector": [8, 3]}},
     "deep": {"method": "ijepa", "model": {"depth": 4, "predictor": {"width": 16, "depth": 3}}},
 }
@@ -48,7 +54,7 @@ CASES["one-layer"] = {"method": "njepa", "model": ONE_LAYER}
 CASES["shared-one-layer"] = {
     "method": "njepa", "model": {"predictor": ONE_LAYER["predictor"] | {"context": "shared"}}
 }  # fmt: skip
-CASES["shared-all"] = {"method": "njepa", "model": SHARED, "noise": {"map": "all"}}
+CASES["shared-both"] = {"method": "njepa", "model": SHARED, "noise": {"predictors": "shared"}}
 
 
 @pytest.fixture(params=CASES, ids=list(CASES))

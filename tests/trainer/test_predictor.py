@@ -2,45 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from njepa_kernels import philox_normal
-from tiny import N_BLOCKS, N_CONTEXT, N_TARGETS, make_batch, tiny_config
+from njepa_kernels import NoiseKey, philox_normal
+from tiny import N_BLOCKS, N_CONTEXT, N_TARGETS, key_of, make_batch, tiny_config
+from torch import Tensor
 
 from njepa.config import Config, ConfigError
-from njepa.models.positions import sincos
+from njepa.data.batch import Batch
 from njepa.models.predictor import Predictor, build_predictor
 from njepa.randomness import stream_seed
 
-BATCH = 4
+BATCH, STEP = 4, 3
 
 
-def context(batch: int = BATCH) -> torch.Tensor:
+def context(batch: int = BATCH) -> Tensor:
     return torch.randn(batch, N_CONTEXT, 32, generator=torch.Generator().manual_seed(2))
 
 
-def first_tokens(predictor: Predictor, *args: object) -> torch.Tensor:
+def first_tokens(predictor: Predictor, *args: Any, **options: Any) -> Tensor:
     """What enters the first block, [M*B, Kc+Kt, d]."""
-    seen: list[torch.Tensor] = []
+    seen: list[Tensor] = []
     hook = predictor.predictor_blocks[0].register_forward_pre_hook(lambda _, a: seen.append(a[0]))
-    predictor(*args)
+    predictor(*args, **options)
     hook.remove()
     return seen[0]
 
 
-def noisy_tokens(config: Config, step: int = 3) -> tuple[Predictor, torch.Tensor]:
-    """A noisy predictor and its queries as [B, M, Kt, d]."""
-    predictor, batch = build_predictor(config, "noise_predictor", noisy=True), make_batch(config)
-    tokens = first_tokens(
-        predictor, context(), batch.context_idx, batch.target_idx, batch.sigma,
-        batch.sample_ids, step,
-    )  # fmt: skip
+def arguments(config: Config, batch: Batch) -> tuple[Any, ...]:
+    """Of a noised call, after the context."""
+    return batch.context_idx, batch.target_idx, batch.sigma, key_of(config, batch)
+
+
+def noisy_tokens(config: Config, batch: Batch) -> tuple[Predictor, Tensor]:
+    """A predictor and its noised queries as [B, M, Kt, d]."""
+    predictor = build_predictor(config, "predictor")
+    tokens = first_tokens(predictor, context(), *arguments(config, batch))
     queries = tokens[:, N_CONTEXT:].unflatten(0, (N_BLOCKS, BATCH)).transpose(0, 1)
     return predictor, queries.detach()
 
 
 def test_published_names():
-    predictor = build_predictor(tiny_config(), "predictor", noisy=False)
+    predictor = build_predictor(tiny_config(), "predictor")
     assert {name.split(".")[0] for name, _ in predictor.named_parameters()} == {
         "predictor_embed", "mask_token", "predictor_pos_embed", "predictor_blocks",
         "predictor_norm", "predictor_proj",
@@ -50,7 +55,7 @@ def test_published_names():
 def test_rows_are_block_major():
     """Row m*B + b is what block m of image b gives alone."""
     predictor, batch = (
-        build_predictor(tiny_config(), "predictor", noisy=False),
+        build_predictor(tiny_config(), "predictor"),
         make_batch(tiny_config()),
     )
     z = context()
@@ -65,7 +70,7 @@ def test_rows_are_block_major():
 
 def test_clean_tokens():
     predictor, batch = (
-        build_predictor(tiny_config(), "predictor", noisy=False),
+        build_predictor(tiny_config(), "predictor"),
         make_batch(tiny_config()),
     )
     z = context()
@@ -78,143 +83,203 @@ def test_clean_tokens():
             torch.testing.assert_close(tokens[m * BATCH + b], torch.cat((kept, queries)))
 
 
-def _mix(kind: str, psi: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    noised = psi + sigma * noise
-    scale = {
-        "ve": torch.ones_like(sigma),
-        "vp": (1 + sigma**2) ** -0.5,
-        "edm": 0.5**0.5 / (sigma**2 + 0.5) ** 0.5,
-    }
-    return scale[kind] * noised
+# --- noise ---------------------------------------------------------------------------------------
+
+SPACES = ["predictor", "encoder_tied"]
 
 
-@pytest.mark.parametrize("mix", ["ve", "vp", "edm"])
-@pytest.mark.parametrize("level_map", ["per_block", "per_token"])
-@pytest.mark.parametrize("space", ["predictor", "encoder_tied"])
-def test_noised_queries(mix: str, level_map: str, space: str):
-    config = tiny_config("njepa", noise={"mix": mix, "map": level_map, "space": space})
-    predictor, queries = noisy_tokens(config, step=3)
-    batch, seed = make_batch(config), stream_seed(config.run.seed, "noise")
+@pytest.mark.parametrize("draw", ["per_block", "shared"])
+@pytest.mark.parametrize("space", SPACES)
+def test_noised_queries(space: str, draw: str):
+    """mask token + psi + sigma n, with n of the counter-based stream, keyed by the step."""
+    config = tiny_config("njepa", noise={"space": space, "draw": draw})
+    batch = make_batch(config, step=STEP)
+    predictor, queries = noisy_tokens(config, batch)
+    width = 32 if space == "encoder_tied" else 24
+    seed = stream_seed(config.run.seed, "noise")
+    key = NoiseKey(seed, STEP, batch.sample_ids, draw == "shared")
     with torch.no_grad():
-        sigma = batch.sigma.view(*batch.sigma.shape, *([1] * (4 - batch.sigma.dim())))
-        width = 32 if space == "encoder_tied" else 24
-        noise = philox_normal(seed, 3, batch.sample_ids, batch.target_idx, width)
+        noise = philox_normal(key, batch.target_idx, width)
         if space == "encoder_tied":
             noise = noise @ predictor.predictor_embed.weight.T
         psi = predictor.predictor_pos_embed[0][batch.target_idx]
-        expected = predictor.mask_token[0] + _mix(mix, psi, sigma, noise)
+        expected = predictor.mask_token[0] + psi + batch.sigma[..., None, None] * noise
     torch.testing.assert_close(queries, expected, rtol=1e-5, atol=2e-6)
     assert (queries - predictor.mask_token[0] - psi).abs().max() > 0.05
 
 
-def test_variance_of_the_noise_is_sigma_squared_at_each_level():
+@pytest.mark.parametrize("draw", ["per_block", "shared"])
+@pytest.mark.parametrize("space", SPACES)
+def test_a_shared_draw_gives_a_patch_the_same_noise_in_all_blocks(space: str, draw: str):
+    config = tiny_config("njepa", noise={"space": space, "draw": draw})
+    batch = make_batch(config, sigmas=(0.5,))
+    same = batch.target_idx[:, :1].expand(-1, N_BLOCKS, -1).clone()
+    same[:, 1] = same[:, 1].flip(-1)  # the place inside the block does not matter either
+    _, queries = noisy_tokens(config, batch._replace(target_idx=same))
+    queries[:, 1] = queries[:, 1].flip(1)
+    gap = (queries - queries[:, :1]).abs().amax((-1, -2))
+    images = (queries[0] - queries[1]).abs().max()
+    if draw == "shared":
+        torch.testing.assert_close(gap, torch.zeros_like(gap), rtol=0, atol=1e-6)
+    else:
+        assert (gap[:, 1:] > 0.05).all()
+    assert images > 0.05
+
+
+def test_variance_of_the_noise_is_sigma_squared_at_each_sigma():
     config = tiny_config("njepa", model={"predictor": {"width": 384, "depth": 1, "heads": 2}})
-    predictor, queries = noisy_tokens(config)
     batch = make_batch(config)
-    residual = (
-        queries - predictor.mask_token[0] - predictor.predictor_pos_embed[0][batch.target_idx]
-    ).detach()
-    for level in range(4):
-        values = residual[batch.levels == level]
-        sigma = batch.sigma[batch.levels == level][0].item()
+    predictor, queries = noisy_tokens(config, batch)
+    psi = predictor.predictor_pos_embed[0][batch.target_idx]
+    residual = (queries - predictor.mask_token[0] - psi).detach()
+    for sigma in batch.sigma.unique().tolist():
+        values = residual[batch.sigma == sigma]
         error = 5 * (2 / values.numel()) ** 0.5  # five standard errors of a variance
         assert abs(values.var().item() / sigma**2 - 1) < error
+        assert abs(values.mean().item()) < 5 * sigma / values.numel() ** 0.5
 
 
-@pytest.mark.parametrize("space", ["predictor", "encoder_tied"])
-@pytest.mark.parametrize("mix", ["ve", "vp", "edm"])
-def test_no_noise_at_sigma_zero(space: str, mix: str):
-    config = tiny_config("njepa", noise={"space": space, "mix": mix})
-    predictor, batch = build_predictor(config, "predictor", noisy=True), make_batch(config)
-    args = (context(), batch.context_idx, batch.target_idx)
-    noised = predictor(*args, torch.zeros_like(batch.sigma), batch.sample_ids, 1)
+@pytest.mark.parametrize("draw", ["per_block", "shared"])
+@pytest.mark.parametrize("space", SPACES)
+def test_no_noise_at_sigma_zero(space: str, draw: str):
+    config = tiny_config("njepa", noise={"space": space, "draw": draw})
+    predictor, batch = build_predictor(config, "predictor"), make_batch(config, sigmas=(0.0,))
+    z = context()
+    noised = predictor(z, *arguments(config, batch))
+    clean = predictor(z, batch.context_idx, batch.target_idx)
     if space == "predictor":
-        assert torch.equal(noised, predictor(*args))
+        assert torch.equal(noised, clean)
     else:  # the context passes through a wider matrix product, which may round differently
-        torch.testing.assert_close(noised, predictor(*args), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(noised, clean, rtol=1e-6, atol=1e-6)
 
 
 def test_noise_depends_on_step_and_sample_only():
     config = tiny_config("njepa")
-    predictor, batch = build_predictor(config, "predictor", noisy=True), make_batch(config)
-    args = (context(), batch.context_idx, batch.target_idx, batch.sigma, batch.sample_ids)
-    tokens = first_tokens(predictor, *args, 3)
-    half = first_tokens(predictor, *(x[2:] for x in args), 3)
+    predictor, batch = build_predictor(config, "predictor"), make_batch(config, step=STEP)
+    args = (context(), batch.context_idx, batch.target_idx, batch.sigma)
+    key = key_of(config, batch)
+    tokens = first_tokens(predictor, *args, key)
+    half = first_tokens(predictor, *(x[2:] for x in args), key_of(config, batch, slice(2, None)))
     rows = tokens.unflatten(0, (N_BLOCKS, BATCH))[:, 2:]
     torch.testing.assert_close(half.unflatten(0, (N_BLOCKS, 2)), rows, rtol=0, atol=1e-6)
-    assert not torch.allclose(first_tokens(predictor, *args, 4), tokens)
-    moved = first_tokens(predictor, *args[:4], batch.sample_ids + 1, 3)
+    assert not torch.allclose(first_tokens(predictor, *args, key._replace(step=4)), tokens)
+    other = key._replace(sample_ids=key.sample_ids + 1)
+    moved = first_tokens(predictor, *args, other)
     assert not torch.allclose(moved, tokens)
     assert torch.equal(moved[:, :N_CONTEXT], tokens[:, :N_CONTEXT])
 
 
 def test_tied_noise_trains_the_context_projection_but_not_its_bias():
     config = tiny_config("njepa", noise={"space": "encoder_tied"})
-    predictor, batch = build_predictor(config, "predictor", noisy=True), make_batch(config)
-    tokens = first_tokens(
-        predictor, context(), batch.context_idx, batch.target_idx, batch.sigma,
-        batch.sample_ids, 0,
-    )  # fmt: skip
+    predictor, batch = build_predictor(config, "predictor"), make_batch(config)
+    tokens = first_tokens(predictor, context(), *arguments(config, batch))
     tokens[:, N_CONTEXT:].square().sum().backward()
     assert predictor.predictor_embed.weight.grad.abs().max() > 1
     assert predictor.predictor_embed.bias.grad.abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("level_map", ["per_block", "per_token"])
-def test_level_embedding(level_map: str):
-    noise = {"level_embedding": "add", "map": level_map}
-    config, without = tiny_config("njepa", noise=noise), tiny_config("njepa", noise={**noise, "level_embedding": "none"})  # noqa: E501  # fmt: skip
-    predictor, queries = noisy_tokens(config)
-    plain, plain_queries = noisy_tokens(without)
-    assert torch.equal(queries, plain_queries)  # zero-initialised
-    for name, parameter in plain.named_parameters():
-        assert torch.equal(parameter, predictor.get_parameter(name)), name
-    torch.nn.init.normal_(predictor.level_embed.weight, generator=torch.Generator().manual_seed(1))
-    batch = make_batch(config)
-    tokens = first_tokens(
-        predictor, context(), batch.context_idx, batch.target_idx, batch.sigma,
-        batch.sample_ids, 3,
-    )  # fmt: skip
-    moved = tokens[:, N_CONTEXT:].unflatten(0, (N_BLOCKS, BATCH)).transpose(0, 1)
-    term = sincos(batch.sigma.log() / 4, 24) @ predictor.level_embed.weight.T
-    term = term.unsqueeze(2) if level_map == "per_block" else term
-    torch.testing.assert_close(moved - queries, term.expand_as(moved), rtol=1e-4, atol=1e-5)
-
-
 def test_position_table_is_not_written_to():
-    config = tiny_config("njepa", noise={"space": "encoder_tied", "level_embedding": "add"})
-    predictor, batch = build_predictor(config, "predictor", noisy=True), make_batch(config)
+    config = tiny_config("njepa", noise={"space": "encoder_tied"})
+    predictor, batch = build_predictor(config, "predictor"), make_batch(config)
     before = predictor.predictor_pos_embed.clone()
-    predictor(context(), batch.context_idx, batch.target_idx, batch.sigma, batch.sample_ids, 0)
+    predictor(context(), *arguments(config, batch), with_clean=True)
     assert torch.equal(predictor.predictor_pos_embed, before)
     assert not predictor.predictor_pos_embed.requires_grad
 
 
+@pytest.mark.parametrize("space", SPACES)
+def test_sigma_needs_what_keys_the_noise(space: str):
+    config = tiny_config("njepa", noise={"space": space})
+    predictor, batch = build_predictor(config, "predictor"), make_batch(config)
+    with pytest.raises((TypeError, ValueError), match="noise"):
+        predictor(context(), batch.context_idx, batch.target_idx, batch.sigma)
+
+
+# --- both predictions in one pass ----------------------------------------------------------------
+
+
+def with_own_token(config: Config) -> Predictor:
+    predictor = build_predictor(config, "predictor", noise_mask_token=True)
+    assert not torch.equal(predictor.noise_mask_token, predictor.mask_token)
+    return predictor
+
+
+@pytest.mark.parametrize("own_token", [False, True], ids=["one-token", "two-tokens"])
+@pytest.mark.parametrize("kind", ["per_block", "shared"])
+@pytest.mark.parametrize("space", SPACES)
+def test_with_clean_equals_two_calls(space: str, kind: str, own_token: bool):
+    part = {"width": 24, "depth": 2, "heads": 2, "context": kind}
+    config = tiny_config("njepa", noise={"space": space}, model={"predictor": part})
+    batch, results = make_batch(config), []
+    weight = torch.randn(2 * N_BLOCKS * BATCH, N_TARGETS, 32,
+                         generator=torch.Generator().manual_seed(5))  # fmt: skip
+    for together in (True, False):
+        predictor = build_predictor(config, "predictor", noise_mask_token=own_token)
+        z = context().requires_grad_()
+        args = arguments(config, batch)
+        if together:
+            both = predictor(z, *args, with_clean=True)
+        else:
+            both = torch.cat((predictor(z, *args[:2]), predictor(z, *args)))
+        (both * weight).sum().backward()
+        trained = {n: p.grad for n, p in predictor.named_parameters() if p.requires_grad}
+        results.append({"both": both.detach(), "z": z.grad, **trained})
+    clean, noised = results[0]["both"].chunk(2)
+    assert (clean - noised).abs().max() > 1e-3
+    assert ("noise_mask_token" in results[0]) == own_token
+    for name, expected in results[1].items():
+        assert (results[0][name] - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+def test_the_token_of_noised_queries_reaches_them_alone():
+    config = tiny_config("njepa")
+    predictor, batch = with_own_token(config), make_batch(config, sigmas=(0.0,))
+    z, args = context(), arguments(config, batch)
+    tokens = first_tokens(predictor, z, *args, with_clean=True).detach()
+    clean, noised = tokens.chunk(2)
+    assert torch.equal(noised[:, :N_CONTEXT], clean[:, :N_CONTEXT])
+    torch.testing.assert_close(
+        noised[:, N_CONTEXT:] - clean[:, N_CONTEXT:],
+        (predictor.noise_mask_token - predictor.mask_token).detach().expand_as(
+            clean[:, N_CONTEXT:]
+        ),
+        rtol=0, atol=1e-6,
+    )  # fmt: skip
+    for call, own in ((args[:2], False), (args, True)):
+        predictor.zero_grad()
+        predictor(z, *call).square().sum().backward()
+        assert (predictor.noise_mask_token.grad is not None) == own
+        assert (predictor.mask_token.grad is not None) != own
+
+
+# --- weights and sizes ---------------------------------------------------------------------------
+
+
 def test_initial_weights():
     config = tiny_config(model={"predictor": {"width": 128, "depth": 1, "heads": 2}})
-    predictor = build_predictor(config, "predictor", noisy=False)
+    predictor = build_predictor(config, "predictor")
     assert 0.015 < predictor.mask_token.std() < 0.025
     assert abs(predictor.predictor_proj.weight.std().item() - 0.02) < 0.001
     assert torch.count_nonzero(predictor.predictor_embed.bias) == 0
-    other = build_predictor(config, "noise_predictor", noisy=False)
+    other = build_predictor(config, "noise_predictor")
     assert not torch.equal(other.mask_token, predictor.mask_token)
+
+
+def test_a_second_token_starts_as_that_of_a_second_predictor_and_moves_nothing_else():
+    config = tiny_config("njepa", model={"depth_rescaled_init": True})
+    plain, own = build_predictor(config, "predictor"), with_own_token(config)
+    second = build_predictor(config, "noise_predictor")
+    assert torch.equal(own.noise_mask_token, second.mask_token)
+    mine = own.state_dict()
+    assert mine.keys() - plain.state_dict().keys() == {"noise_mask_token"}
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, mine[name]), name
 
 
 def test_heads_default_to_the_encoders():
     config = tiny_config(model={"heads": 4, "predictor": {"width": 24, "depth": 1}})
-    predictor = build_predictor(config, "predictor", noisy=False)
+    predictor = build_predictor(config, "predictor")
     assert predictor.predictor_blocks[0].attn.num_heads == 4
     bad = tiny_config(model={"heads": 4, "predictor": {"width": 28, "depth": 1, "heads": 3}})
     with pytest.raises(ConfigError, match=r"model.predictor.width=28.*heads=3"):
-        build_predictor(bad, "predictor", noisy=False)
-
-
-def test_sigma_where_it_cannot_act():
-    config = tiny_config("njepa")
-    batch = make_batch(config)
-    clean = build_predictor(config, "predictor", noisy=False)
-    with pytest.raises(ValueError, match="built with noise"):
-        clean(context(), batch.context_idx, batch.target_idx, batch.sigma, batch.sample_ids)
-    noisy = build_predictor(config, "predictor", noisy=True)
-    with pytest.raises(ValueError, match="sample_ids=None"):
-        noisy(context(), batch.context_idx, batch.target_idx, batch.sigma)
+        build_predictor(bad, "predictor")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from jobs import TINY, make_images
 from packed_attention import ATTENTION
-from tiny import SIDE, make_batch, tiny_config
+from tiny import SIDE, key_of, make_batch, tiny_config
 
 from njepa.config import Config, MaskConfig
 from njepa.data.batch import Batch, Lengths
@@ -26,7 +26,6 @@ from njepa.ema import make_target
 from njepa.masking import MaskSampler
 from njepa.models.attention import Attention, Sequences
 from njepa.models.jepa import JepaOutput
-from njepa.noise import NoiseLevels
 from njepa.objectives import objective
 from njepa.recipes import load_config
 from njepa.step import TrainModule
@@ -64,21 +63,19 @@ def by_loop(config: Config, batch: Batch) -> tuple[torch.Tensor, dict, TrainModu
     module, outputs = TrainModule(config), []
     for b in range(len(batch.images)):
         one = image_alone(batch, b)
-        outputs.append(module.jepa(*one[:1], one.context_idx, one.target_idx, one.sigma,
-                                   one.sample_ids, one.micro_step))  # fmt: skip
+        outputs.append(module.jepa(one.images, one.context_idx, one.target_idx, one.sigma,
+                                   key_of(config, one)))  # fmt: skip
 
     def rows(name: str) -> torch.Tensor | None:
-        """[L*1, Kt, D] of each image to [L*B, Kt, D], row l*B + b."""
+        """[M*1, Kt, D] of each image to [M*B, Kt, D], row m*B + b."""
         parts = [getattr(output, name) for output in outputs]
         return None if parts[0] is None else torch.stack(parts, dim=1).flatten(0, 1)
 
-    idx = [output.noised_idx for output in outputs]
     whole = JepaOutput(
         # One token per image, its mean, so that the mean over tokens is that of the image alone.
         torch.cat([output.context.mean(dim=1, keepdim=True) for output in outputs]),
         rows("clean"),
         rows("noised"),
-        None if idx[0] is None else torch.cat(idx),
     )
     h = features(module, batch)
     dense = batch._replace(context_lengths=None)
@@ -96,12 +93,12 @@ CASES = {
     "cjepa": tiny_config("cjepa", vicreg={"weight": 0.5}),
     "njepa": tiny_config("njepa"),
     "ncjepa": tiny_config("ncjepa", vicreg={"weight": 0.5}),
-    "context": tiny_config("cjepa", vicreg={"weight": 0.5, "on": "context"}),
-    "tokens": tiny_config("ncjepa", vicreg={"weight": 0.5, "on": "tokens"}),
-    "tied": tiny_config("njepa", noise={"space": "encoder_tied", "level_embedding": "add"}),
+    "context": tiny_config("ncjepa", vicreg={"weight": 0.5, "on": "context_vs_target"}),
+    "tied": tiny_config("njepa", noise={"space": "encoder_tied", "mask_token": "shared"}),
+    "one": tiny_config("njepa", noise={"predictors": "shared", "draw": "shared"}),
+    "single": tiny_config("njepa", noise={"predictors": "single"}),
     "shared": shared_context("ijepa"),
-    "shared-all": shared_context("ncjepa", vicreg={"weight": 0.5}, noise={"map": "all"}),
-    "all": tiny_config("njepa", noise={"map": "all", "predictors": 1, "level_weights": "inv"}),
+    "shared-one": shared_context("ncjepa", vicreg={"weight": 0.5}, noise={"predictors": "shared"}),
 }
 
 
@@ -166,7 +163,7 @@ def test_the_loop_is_worth_comparing_with():
 
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_padding_has_no_influence_and_no_gradient(kind: str):
-    config = tiny_config("cjepa", vicreg={"weight": 0.5, "on": "context"})
+    config = tiny_config("cjepa", vicreg={"weight": 0.5, "on": "context_vs_target"})
     results = []
     for padding in (0, 17):
         batch = ragged_batch(config, padding=padding)
@@ -306,14 +303,13 @@ def test_no_other_image_decides_anything():
 
 def batches(tmp_path, world: int, rank: int, **mask: object) -> list[Batch]:
     config = load_config(
-        "shapes-tiny", [*TINY, "method=njepa", f"data.path={tmp_path}/images",
+        "shapes-tiny", [*TINY, "method=njepa", "noise.sigma=edm", f"data.path={tmp_path}/images",
                         *(f"mask.{key}={value}" for key, value in mask.items())],
     )  # fmt: skip
     index = open_source(tmp_path / "images", tmp_path / "cache", progress=False)
     order = SampleOrder(index.n, 8 // world, 1, world, rank, 0)
     masks = MaskSampler(config.mask, config.grid, 0)
-    noise = NoiseLevels(config.noise, config.mask.n_targets, 0.5, 0, 10)
-    loader = build_loader(config, index, order, masks, noise, CPU, 0, 3)
+    loader = build_loader(config, index, order, masks, CPU, 0, 3)
     try:
         return list(loader)
     finally:
@@ -328,7 +324,7 @@ def test_batches_of_the_loader(tmp_path):
         assert short.context_lengths is None
         assert torch.equal(long.sample_ids, short.sample_ids)
         assert torch.equal(long.target_idx, short.target_idx)
-        assert torch.equal(long.levels, short.levels)
+        assert torch.equal(long.sigma, short.sigma)
         assert long.cut_frac == short.cut_frac
         total = 8 * long.context_idx.shape[1]
         if long.context_lengths is not None:
@@ -375,8 +371,8 @@ def test_what_a_ragged_run_reports(tmp_path):
     done = subprocess.run(
         [
             sys.executable, str(ROOT / "njepa/train.py"), "--ds_config", str(tmp_path / "ds.json"),
-            *TINY, "method=cjepa", "vicreg.on=context", "mask.ragged=true", "run.device=cpu",
-            f"data.path={tmp_path}/images", f"data.cache_dir={tmp_path}/cache",
+            *TINY, "method=cjepa", "vicreg.on=context_vs_target", "mask.ragged=true",
+            "run.device=cpu", f"data.path={tmp_path}/images", f"data.cache_dir={tmp_path}/cache",
             f"run.dir={tmp_path}/run",
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path, capture_output=True, text=True,

@@ -6,13 +6,16 @@ from jobs import make_images, run_jobs
 
 #: A weight of 1 makes the VICReg terms visible in the gradients.
 VICREG = "vicreg.weight=1.0"
-RAGGED = ["mask.ragged=true", "vicreg.on=context"]  # whose means must leave the padding out
+RAGGED = ["mask.ragged=true", "vicreg.on=context_vs_target"]  # whose means leave the padding out
 METHODS = {
     "ijepa": ["method=ijepa"],
     "cjepa": ["method=cjepa", VICREG],
     "njepa": ["method=njepa"],
     "ncjepa": ["method=ncjepa", VICREG],
     "ragged": ["method=ncjepa", VICREG, *RAGGED],
+    # A parameter that belongs to two modules, and a module that is used for both predictions.
+    "tied-token": ["method=njepa", "noise.mask_token=shared", "noise.draw=shared"],
+    "one-predictor": ["method=njepa", "noise.predictors=shared", "noise.space=encoder_tied"],
 }
 STAGES = (0, 1, 2, 3)
 GLOBAL_BATCH = 8

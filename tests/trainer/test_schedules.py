@@ -26,6 +26,8 @@ class Oracle:
         o = self.o
         if self.t < self.warmup:
             lr = o.lr_start + self.t / max(1, self.warmup) * (o.lr - o.lr_start)
+        elif o.lr_shape == "constant":
+            lr = o.lr
         else:
             progress = (self.t - self.warmup) / max(1, self.period - self.warmup)
             lr = o.lr_final + (o.lr - o.lr_final) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -47,6 +49,7 @@ class Oracle:
         ({"schedule_scale": 1.25, "lr_start": 2e-4}, 300, 40),
         ({"weight_decay": 0.4, "weight_decay_final": 0.04}, 50, 0),
         ({"ema": (0.9, 0.99)}, 7, 7),
+        ({"lr_shape": "constant", "schedule_scale": 1.25}, 100, 40),
         ({}, 1, 0),
     ],
 )
@@ -73,6 +76,28 @@ def test_values_at_the_corners():
     assert schedules.at(0).ema == 0.996
     assert schedules.at(total // 2).ema == pytest.approx(0.998)
     assert schedules.at(total - 1).ema == pytest.approx(1 - 0.004 / total)  # 1 is not reached
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.25])
+def test_a_constant_rate_stays_after_the_warm_up(scale: float):
+    """N-JEPA, section 4.4: 1e-4 -> 1e-3 in 40 epochs, then 1e-3 to the end of 100."""
+    total, warmup = 100, 40
+    values = {"lr_start": 1e-4, "lr": 1e-3, "schedule_scale": scale}
+    constant = Schedules(OptimConfig(**values, lr_shape="constant"), total, warmup)
+    assert constant.at(0).lr == pytest.approx(1e-4 + 9e-4 / 40, rel=1e-15)  # t = 1
+    assert constant.at(warmup - 2).lr == pytest.approx(1e-4 + 9e-4 * 39 / 40, rel=1e-15)
+    assert constant.at(warmup - 1).lr == 1e-3  # t = W
+    assert {constant.at(step).lr for step in range(warmup - 1, total)} == {1e-3}  # to t = T
+    cosine = Schedules(OptimConfig(**values), total, warmup)
+    assert cosine.at(total - 1).lr < 2e-4
+    for step in range(total):  # nothing else moves
+        assert constant.at(step)[1:] == cosine.at(step)[1:]
+    for step in range(warmup):
+        assert constant.at(step).lr == cosine.at(step).lr
+    floor = Schedules(OptimConfig(**values, lr_shape="constant", lr_final=0.5), total, warmup)
+    assert [floor.at(step).lr for step in range(total)] == [
+        constant.at(step).lr for step in range(total)
+    ]
 
 
 def test_order_of_calls_is_irrelevant():

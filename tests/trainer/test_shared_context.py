@@ -1,4 +1,4 @@
-"""The predictor whose target blocks, at all levels, share one context."""
+"""The predictor whose target blocks share one context, in one or in both predictions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from jobs import make_images, run_jobs
 from masked_predictor import dense_prediction
 from njepa_kernels import philox_normal
-from tiny import N_BLOCKS, N_CONTEXT, N_TARGETS, make_batch, tiny_config
+from tiny import N_BLOCKS, N_CONTEXT, N_TARGETS, key_of, make_batch, tiny_config
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from njepa.config import Config
 from njepa.data.batch import Batch
 from njepa.models.predictor import Predictor, build_predictor
-from njepa.randomness import stream_seed
 
 BATCH, WIDTH, HEADS = 4, 24, 2
 
@@ -30,7 +29,7 @@ def config_of(context: str, method: str = "ijepa", depth: int = 2, **noise: Any)
 
 def build(config: Config) -> Predictor:
     """A predictor whose attention is far from uniform, or its part of the tests would be weak."""
-    predictor = build_predictor(config, "predictor", noisy=config.noise.weight > 0)
+    predictor = build_predictor(config, "predictor")
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in predictor.parameters():
@@ -45,20 +44,16 @@ def context_of(batch: int = BATCH) -> Tensor:
     return torch.randn(batch, N_CONTEXT, 32, generator=torch.Generator().manual_seed(2))
 
 
-def arguments(config: Config, batch: Batch, step: int = 3) -> tuple[Any, ...]:
+def arguments(config: Config, batch: Batch) -> tuple[Any, ...]:
     """What the predictor gets after the context."""
-    repeats = config.noise.levels if config.noise.map == "all" else 1
-    target_idx = batch.target_idx.repeat(1, repeats if batch.sigma is not None else 1, 1)
-    if batch.sigma is None:
-        return batch.context_idx, target_idx
-    return batch.context_idx, target_idx, batch.sigma, batch.sample_ids, step
+    return batch.context_idx, batch.target_idx, batch.sigma, key_of(config, batch)
 
 
-def first_input(predictor: Predictor, *args: Any) -> Tensor:
+def first_input(predictor: Predictor, *args: Any, **options: Any) -> Tensor:
     seen: list[Tensor] = []
     block = predictor.predictor_blocks[0]
     hook = block.register_forward_pre_hook(lambda _, a: seen.append(a[0].detach()))
-    predictor(*args)
+    predictor(*args, **options)
     hook.remove()
     return seen[0]
 
@@ -73,26 +68,26 @@ def relative(got: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.float64, 1e-13)], ids=["fp32", "fp64"]
 )
-@pytest.mark.parametrize("levels", ["clean", "per_block", "all"])
+@pytest.mark.parametrize("predictions", ["clean", "noised", "both"])
 def test_values_and_gradients_are_those_of_masked_attention(
-    levels: str, dtype: torch.dtype, tolerance: float
+    predictions: str, dtype: torch.dtype, tolerance: float
 ):
-    noised = {} if levels == "clean" else {"map": levels}
-    config = config_of("shared", "njepa" if noised else "ijepa", **noised)
-    predictor, batch = build(config).to(dtype), make_batch(config)
+    config = config_of("shared", "ijepa" if predictions == "clean" else "njepa")
+    predictor, batch = build(config).to(dtype), make_batch(config, step=3)
     z = context_of().to(dtype).requires_grad_()
     args = arguments(config, batch)
-    prediction = predictor(z, *args)
+    prediction = predictor(z, *args, with_clean=predictions == "both")
 
     names = dict(predictor.named_parameters())
     exact = {name: p.detach().double().requires_grad_() for name, p in names.items()}
     exact_z = z.detach().double().requires_grad_()
-    noise: Any = 0.0
-    if noised:
-        seed, target_idx = stream_seed(config.run.seed, "noise"), args[1]
-        normal = philox_normal(seed, 3, batch.sample_ids, target_idx, WIDTH)
+    expected = dense_prediction(exact, HEADS, exact_z, *args[:2])
+    if predictions != "clean":
+        normal = philox_normal(args[3], batch.target_idx, WIDTH)
         noise = batch.sigma[..., None, None].double() * normal.double()
-    expected = dense_prediction(exact, HEADS, exact_z, *args[:2], noise)
+        noised = dense_prediction(exact, HEADS, exact_z, *args[:2], noise)
+        assert relative(noised, expected) > 1e-2
+        expected = noised if predictions == "noised" else torch.cat((expected, noised))
     assert relative(prediction, expected) < tolerance
 
     g = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
@@ -109,22 +104,23 @@ def test_values_and_gradients_are_those_of_masked_attention(
 
 def test_the_same_parameters_under_the_same_names():
     per_block, shared = (
-        build_predictor(config_of(c), "predictor", noisy=False).state_dict()
-        for c in ("per_block", "shared")
+        build_predictor(config_of(c), "predictor").state_dict() for c in ("per_block", "shared")
     )
     assert list(per_block) == list(shared)
     for name, tensor in per_block.items():
         assert torch.equal(tensor, shared[name]), name
 
 
-@pytest.mark.parametrize("mix", ["ve", "vp", "edm"])
+@pytest.mark.parametrize("with_clean", [False, True], ids=["noised", "both"])
 @pytest.mark.parametrize("space", ["predictor", "encoder_tied"])
-@pytest.mark.parametrize("level_map", ["per_block", "per_token", "all"])
-def test_the_same_tokens_enter_the_first_block(mix: str, space: str, level_map: str):
-    noise = {"mix": mix, "space": space, "map": level_map, "level_embedding": "add"}
+@pytest.mark.parametrize("draw", ["per_block", "shared"])
+def test_the_same_tokens_enter_the_first_block(draw: str, space: str, with_clean: bool):
+    noise = {"draw": draw, "space": space}
     per_block, shared = (config_of(c, "njepa", **noise) for c in ("per_block", "shared"))
     args = (context_of(), *arguments(shared, make_batch(shared)))
-    tokens, rows = first_input(build(per_block), *args), first_input(build(shared), *args)
+    tokens, rows = (
+        first_input(build(config), *args, with_clean=with_clean) for config in (per_block, shared)
+    )
     assert rows.shape == (BATCH * N_CONTEXT + len(tokens) * N_TARGETS, WIDTH)
     context, queries = rows.split((BATCH * N_CONTEXT, len(tokens) * N_TARGETS))
     torch.testing.assert_close(
@@ -181,12 +177,13 @@ def test_blocks_in_another_order_give_predictions_in_that_order():
     )
 
 
-def test_every_level_without_noise_gives_the_clean_prediction():
-    config = config_of("shared", "njepa", map="all")
-    predictor, batch, z = build(config), make_batch(config, sigmas=(0.0,) * 4), context_of()
-    clean = predictor(z, batch.context_idx, batch.target_idx)
-    levels = predictor(z, *arguments(config, batch)).unflatten(0, (4, -1))
-    torch.testing.assert_close(levels, clean.expand_as(levels), rtol=1e-5, atol=1e-5)
+def test_both_predictions_without_noise_are_the_clean_one():
+    config = config_of("shared", "njepa")
+    predictor, batch, z = build(config), make_batch(config, sigmas=(0.0,)), context_of()
+    expected = predictor(z, batch.context_idx, batch.target_idx)
+    clean, noised = predictor(z, *arguments(config, batch), with_clean=True).chunk(2)
+    assert torch.equal(noised, clean)
+    torch.testing.assert_close(clean, expected, rtol=1e-5, atol=1e-5)
 
 
 # --- cost, compilation, precision ----------------------------------------------------------------
@@ -202,7 +199,7 @@ def forward_flops(config: Config, n_blocks: int) -> int:
     return int(counter.get_total_flops())
 
 
-@pytest.mark.parametrize("n_blocks", [N_BLOCKS, 4 * N_BLOCKS], ids=["one-level", "all-levels"])
+@pytest.mark.parametrize("n_blocks", [N_BLOCKS, 2 * N_BLOCKS], ids=["one", "both"])
 def test_operations_are_those_of_the_formula(n_blocks: int):
     d, encoder_width = WIDTH, 32
     n_queries, length = n_blocks * N_TARGETS, N_CONTEXT + N_TARGETS
@@ -224,13 +221,13 @@ def test_operations_are_those_of_the_formula(n_blocks: int):
 
 
 def test_compiles_as_one_graph():
-    config = config_of("shared", "njepa", map="all")
+    config = config_of("shared", "njepa")
     predictor, batch, z = build(config), make_batch(config), context_of().requires_grad_()
     parameters = [z, *(p for p in predictor.parameters() if p.requires_grad)]
     results = []
     torch._dynamo.reset()
     for forward in (predictor, torch.compile(predictor, fullgraph=True)):
-        prediction = forward(z, *arguments(config, batch))
+        prediction = forward(z, *arguments(config, batch), with_clean=True)
         loss = prediction.square().mean()
         results.append([prediction, *torch.autograd.grad(loss, parameters)])
     for eager, compiled in zip(*results, strict=True):
@@ -264,7 +261,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory):
         return {
             "name": name,
             "overrides": [
-                "method=njepa", "noise.map=all",
+                "method=njepa", "noise.predictors=shared",
                 "model.predictor={depth: 2, width: 16, heads: 2, context: shared}",
                 f"data.path={root}/images", f"data.cache_dir={root}/cache{world}",
                 f"run.dir={root}/{folder}", f"run.max_steps={STEPS}", *extra,

@@ -18,7 +18,9 @@ from njepa.ema import ema_parameters, make_target, update_target
 from njepa.models.projector import DistributedBatchNorm
 from njepa.step import TrainModule, param_groups
 
-ZERO_LEVELS = {"schedule": "list", "sigmas": (0.0,) * 4, "predictors": 1}
+OFF = {"weight": 0.0, "consistency": 0.0}
+SINGLE = {"predictors": "single", "sigma": 0.0}
+TIED = {"predictors": "shared", "mask_token": "shared"}
 
 
 def features(module: TrainModule, batch: Batch) -> torch.Tensor:
@@ -26,16 +28,21 @@ def features(module: TrainModule, batch: Batch) -> torch.Tensor:
         return make_target(module.jepa.encoder)(batch.images)
 
 
+def batch_of(config: Config, batch: int = 4, step: int = 0) -> Batch:
+    """With the number of the configuration as sigma of every block."""
+    assert isinstance(config.noise.sigma, float)
+    return make_batch(config, batch, step, sigmas=(config.noise.sigma,))
+
+
 @functools.cache
 def trajectory(config: Config, steps: int = 10) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of ``steps`` fp32 updates with AdamW and EMA, and the final weights."""
-    sigmas = config.noise.sigmas or (0.5,) * 4
     module = TrainModule(config)
     target = make_target(module.jepa.encoder)
     optimizer = torch.optim.AdamW(param_groups(module, 0.05), lr=2e-3)
     losses = []
     for step in range(steps):
-        batch = make_batch(config, step=step, sigmas=sigmas)
+        batch = batch_of(config, step=step)
         with torch.no_grad():
             h = target(batch.images)
         loss, _ = module(batch, h)
@@ -51,15 +58,15 @@ def trajectory(config: Config, steps: int = 10) -> tuple[list[float], dict[str, 
 @pytest.mark.parametrize(
     "reduced",
     [
-        tiny_config("njepa", noise={"weight": 0.0}),
-        tiny_config("njepa", noise={"weight": 0.0, "predictors": 1, "map": "all"}),
-        tiny_config("njepa", noise=ZERO_LEVELS),
-        tiny_config("njepa", noise={**ZERO_LEVELS, "mix": "vp", "weight": 0.5, "normalise": True}),
-        tiny_config("njepa", noise={**ZERO_LEVELS, "mix": "edm", "map": "per_token"}),
+        tiny_config("njepa", noise=OFF),
+        tiny_config("njepa", noise={**OFF, "predictors": "shared"}),
+        tiny_config("njepa", noise={**OFF, "predictors": "single"}),
+        tiny_config("njepa", noise=SINGLE),
+        tiny_config("njepa", noise={**SINGLE, "weight": 2.0, "draw": "shared"}),
         tiny_config("cjepa", vicreg={"weight": 0.0}),
-        tiny_config("ncjepa", noise={"weight": 0.0}, vicreg={"weight": 0.0}),
+        tiny_config("ncjepa", noise=OFF, vicreg={"weight": 0.0}),
     ],
-    ids=["lambda0", "lambda0-all", "sigma0", "sigma0-vp", "sigma0-edm", "beta0", "both0"],
+    ids=["off", "off-shared", "off-single", "sigma0", "sigma0-weight", "beta0", "both0"],
 )
 def test_ten_steps_equal_ijepa_bit_for_bit(reduced: Config):
     losses, weights = trajectory(tiny_config("ijepa"))
@@ -73,25 +80,102 @@ def test_ten_steps_equal_ijepa_bit_for_bit(reduced: Config):
 
 def test_noise_and_vicreg_do_change_the_training():
     plain, _ = trajectory(tiny_config("ijepa"))
-    for config in (tiny_config("njepa", noise={"predictors": 1}), tiny_config("cjepa")):
-        assert trajectory(config)[0][-1] != plain[-1]
+    configs = [
+        tiny_config("njepa"),
+        tiny_config("njepa", noise={"predictors": "single"}),
+        tiny_config("njepa", noise={"weight": 0.0}),
+        tiny_config("njepa", noise={"consistency": 0.0}),
+        tiny_config("njepa", noise={"draw": "shared"}),
+        tiny_config("cjepa"),
+        tiny_config("cjepa", vicreg={"on": "context_vs_target"}),
+    ]
+    assert len({losses[-1] for losses in (plain, *(trajectory(c)[0] for c in configs))}) == 8
 
 
-def test_all_levels_at_sigma_zero_equal_ijepa_up_to_rounding():
-    losses, _ = trajectory(tiny_config("ijepa"), 1)
-    other, _ = trajectory(tiny_config("njepa", noise={**ZERO_LEVELS, "map": "all"}), 1)
-    assert other == pytest.approx(losses, rel=1e-6)
-    plain, repeated = (
-        TrainModule(tiny_config("ijepa")),
-        TrainModule(tiny_config("njepa", noise={**ZERO_LEVELS, "map": "all"})),
+def gradients(module: TrainModule, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    module.zero_grad()
+    loss, _ = module(batch, features(module, batch))
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in module.named_parameters() if p.requires_grad}
+    return loss.detach(), grads
+
+
+@pytest.mark.parametrize("predictors", ["unshared", "shared"])
+def test_without_consistency_the_loss_is_that_of_two_branches(predictors: str):
+    """Both predictions as one network each would make them, and no other term: 10 steps."""
+    weight = 0.3
+    noise = {"predictors": predictors, "weight": weight, "consistency": 0.0}
+    if predictors == "shared":
+        noise["mask_token"] = "shared"
+    config = tiny_config("njepa", noise=noise)
+    module, twin = TrainModule(config), TrainModule(config)
+    optimizer = torch.optim.AdamW(param_groups(module, 0.05), lr=2e-3)
+    clean, noised = (
+        TrainModule(tiny_config(method, **more))
+        for method, more in (("ijepa", {}), ("njepa", {"noise": {"predictors": "single"}}))
     )
-    for module in (plain, repeated):
-        batch = make_batch(module.config, sigmas=(0.0,) * 4)
-        module(batch, features(module, batch))[0].backward()
-    for name, parameter in plain.named_parameters():
-        if parameter.requires_grad:
-            other_grad = repeated.get_parameter(name).grad
-            assert (parameter.grad - other_grad).norm() <= 1e-5 * parameter.grad.norm(), name
+    # Each branch as a network of its own, on modules that the twin shares with it.
+    clean.jepa.encoder = noised.jepa.encoder = twin.jepa.encoder
+    clean.jepa.predictor = noised.jepa.predictor = twin.jepa.predictor
+    if predictors == "unshared":
+        noised.jepa.predictor = twin.jepa.noise_predictor
+    for step in range(10):
+        twin.load_state_dict(module.state_dict())
+        batch = batch_of(config, step=step)
+        h = features(twin, batch)
+        plain = batch._replace(sigma=None)
+        expected = clean(plain, h)[0] + weight * noised(batch, h)[0]
+        loss, _ = module(batch, h)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6), step
+        twin.zero_grad()
+        optimizer.zero_grad()
+        expected.backward()
+        loss.backward()
+        for (name, got), want in zip(module.named_parameters(), twin.parameters(), strict=True):
+            if want.grad is not None:
+                error = (got.grad - want.grad).norm()
+                assert error <= 1e-5 * want.grad.norm() + 1e-9, (step, name)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.6])
+def test_a_shared_predictor_at_sigma_zero_has_nothing_to_be_consistent_about(weight: float):
+    """L_CN is 0 exactly and L = (1 + lambda1) L_CT, in value and in every gradient."""
+    noise = {**TIED, "sigma": 0.0, "weight": weight, "consistency": 5.0}
+    plain = TrainModule(tiny_config("ijepa"))
+    module = TrainModule(tiny_config("njepa", noise=noise))
+    batch = batch_of(module.config)
+    loss, metrics = module(batch, features(module, batch))
+    assert metrics["loss_consistency"].item() == 0.0
+    assert torch.equal(metrics["loss_noise"], metrics["loss_clean"])
+    assert loss.item() == pytest.approx((1 + weight) * metrics["loss_clean"].item(), rel=1e-6)
+    _, got = gradients(module, batch)
+    _, expected = gradients(plain, batch._replace(sigma=None))
+    assert got.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert (got[name] - (1 + weight) * grad).norm() <= 1e-5 * (1 + weight) * grad.norm(), name
+
+
+def test_noise_or_a_second_mask_token_gives_something_to_be_consistent_about():
+    for noise in ({**TIED, "sigma": 0.5}, {"predictors": "shared", "sigma": 0.0}, {"sigma": 0.0}):
+        module = TrainModule(tiny_config("njepa", noise=noise))
+        batch = batch_of(module.config)
+        assert module(batch, features(module, batch))[1]["loss_consistency"] > 1e-6
+
+
+def test_two_equal_predictors_at_sigma_zero_share_the_gradient_of_one():
+    weight = 0.6
+    config = tiny_config("njepa", noise={"sigma": 0.0, "weight": weight})
+    plain, two = TrainModule(tiny_config("ijepa")), TrainModule(config)
+    two.jepa.noise_predictor.load_state_dict(two.jepa.predictor.state_dict())
+    batch = batch_of(config)
+    _, got = gradients(two, batch)
+    _, expected = gradients(plain, batch._replace(sigma=None))
+    for name, grad in expected.items():
+        mine = got[name]
+        if "predictor" in name:
+            mine = mine + got[name.replace("jepa.", "jepa.noise_")]
+        assert (mine - (1 + weight) * grad).norm() <= 1e-5 * (1 + weight) * grad.norm(), name
 
 
 @pytest.mark.parametrize("method", ["ijepa", "ncjepa"])
@@ -111,22 +195,6 @@ def test_bytes_train_as_normalised_images_did(method: str):
         assert (ours - before).norm() <= 1e-5 * before.norm()
 
 
-def test_two_tied_predictors_at_sigma_zero_equal_ijepa_when_normalised():
-    config = tiny_config("njepa", noise={**ZERO_LEVELS, "predictors": 2, "normalise": True,
-                                         "weight": 0.6})  # fmt: skip
-    plain, tied = TrainModule(tiny_config("ijepa")), TrainModule(config)
-    tied.jepa.noise_predictor.load_state_dict(tied.jepa.predictor.state_dict())
-    for module in (plain, tied):
-        batch = make_batch(module.config, sigmas=(0.0,) * 4)
-        module(batch, features(module, batch))[0].backward()
-    for name, parameter in plain.named_parameters():
-        if parameter.requires_grad:
-            got = tied.get_parameter(name).grad
-            if "predictor" in name:  # two copies share what one gets
-                got = got + tied.get_parameter(name.replace("jepa.", "jepa.noise_")).grad
-            assert (parameter.grad - got).norm() <= 1e-5 * parameter.grad.norm(), name
-
-
 @pytest.mark.parametrize("method", ["ijepa", "cjepa", "njepa", "ncjepa"])
 def test_metrics_and_gradients(method: str):
     config = tiny_config(method)
@@ -137,7 +205,7 @@ def test_metrics_and_gradients(method: str):
     assert torch.equal(torch.get_rng_state(), state)
     expected = {"loss", "loss_clean"}
     if method in ("njepa", "ncjepa"):
-        expected |= {"loss_noise", *(f"loss_level_{k}" for k in range(4))}
+        expected |= {"loss_noise", "loss_consistency"}
     if method in ("cjepa", "ncjepa"):
         expected |= {"vicreg_inv", "vicreg_std", "vicreg_cov"}
     assert metrics.keys() == expected
@@ -152,16 +220,17 @@ def test_metrics_and_gradients(method: str):
     "options",
     [
         {"method": "ncjepa"},
-        {"method": "ncjepa", "noise": {"map": "all", "level_weights": (1.0, 2.0, 3.0, 4.0)}},
-        {"method": "ncjepa", "noise": {"space": "encoder_tied", "level_embedding": "add"}},
-        {"method": "cjepa", "vicreg": {"on": "pred_vs_target"}},
+        {"method": "ncjepa", "noise": {"predictors": "shared", "consistency_stop": "clean"}},
+        {"method": "ncjepa", "noise": {"predictors": "single", "draw": "shared"}},
+        {"method": "njepa", "noise": {"space": "encoder_tied", "mask_token": "shared"}},
+        {"method": "cjepa", "vicreg": {"on": "context_vs_target"}},
         {
             "method": "ncjepa",
-            "noise": {"map": "all"},
+            "noise": TIED,
             "model": {"predictor": {"width": 24, "heads": 2, "context": "shared"}},
         },
     ],
-    ids=["default", "all-list", "tied-embed", "pred_vs_target", "shared"],
+    ids=["default", "shared", "single", "encoder_tied", "context_vs_target", "shared-context"],
 )
 def test_no_value_is_read_on_the_host(options: dict, monkeypatch: pytest.MonkeyPatch):
     """Meta tensors have no values: .item(), or a branch or a shape that depends on one, raises."""
@@ -175,13 +244,27 @@ def test_no_value_is_read_on_the_host(options: dict, monkeypatch: pytest.MonkeyP
         loss.item()
 
 
-def test_parameter_groups():
-    module = TrainModule(tiny_config("ncjepa", noise={"level_embedding": "add"}))
+MASK_TOKENS = {
+    "two-predictors": ({}, {"predictor.mask_token", "noise_predictor.mask_token"}),
+    "tied": ({"mask_token": "shared"}, {"predictor.mask_token"}),
+    "one-predictor": (
+        {"predictors": "shared"}, {"predictor.mask_token", "predictor.noise_mask_token"},
+    ),
+    "one-and-tied": (TIED, {"predictor.mask_token"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MASK_TOKENS)
+def test_parameter_groups(name: str):
+    noise, mask_tokens = MASK_TOKENS[name]
+    module = TrainModule(tiny_config("ncjepa", noise=noise))
     decayed, plain = param_groups(module, 0.04)
     assert decayed["weight_decay"] == 0.04
     assert plain["weight_decay"] == 0.0
     assert decayed["decayed"]
     assert not plain["decayed"]
+    params = [*decayed["params"], *plain["params"]]
+    assert len(params) == len({id(p) for p in params})  # one of two modules is updated once
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     group = {names[id(p)]: g["decayed"] for g in (decayed, plain) for p in g["params"]}
     assert group.keys() == {n for n, p in module.named_parameters() if p.requires_grad}
@@ -189,8 +272,7 @@ def test_parameter_groups():
     for name, is_decayed in group.items():
         is_norm = "norm" in name or name in ("jepa.projector.1.weight", "jepa.projector.4.weight")
         assert is_decayed == (not name.endswith("bias") and not is_norm), name
-    assert group["jepa.predictor.mask_token"]
-    assert group["jepa.noise_predictor.mask_token"]
+    assert {n.removeprefix("jepa.") for n in group if "mask_token" in n} == mask_tokens
 
 
 # ----------------------------------------------------------------------------------- several ranks
@@ -200,9 +282,13 @@ RANK_CASES = {
     "cjepa": {"method": "cjepa"},
     "njepa": {"method": "njepa"},
     "ncjepa": {"method": "ncjepa"},
-    **{
-        on: {"method": "cjepa", "vicreg": {"on": on, "weight": 0.1, "projector": (16, 24)}}
-        for on in ("pred_vs_target", "context", "tokens")
+    "shared-draw": {"method": "njepa", "noise": {"draw": "shared"}},
+    "shared-predictors": {"method": "ncjepa", "noise": {"predictors": "shared"}},
+    "shared-token": {"method": "njepa", "noise": {"mask_token": "shared"}},
+    "single": {"method": "njepa", "noise": {"predictors": "single"}},
+    "context_vs_target": {
+        "method": "cjepa",
+        "vicreg": {"on": "context_vs_target", "weight": 0.1, "projector": (16, 24)},
     },
 }
 WORLD, GLOBAL = 2, 8

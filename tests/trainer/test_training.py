@@ -34,13 +34,13 @@ def job(root, name, overrides, stage, world, folder=None, accumulation=1):
     }  # fmt: skip
 
 
-def interrupted(root, stage, world, accumulation=1):
+def interrupted(root, stage, world, accumulation=1, noise=()):
     """A run in one piece, and the same run stopped in the middle of its second epoch."""
     tag, more = f"w{world}-z{stage}", {"stage": stage, "world": world, "accumulation": accumulation}
     return [
-        job(root, f"{tag}-whole", [], **more),
-        job(root, f"{tag}-first", ["run.stop_after=4"], folder=f"{tag}-cut", **more),
-        job(root, f"{tag}-second", ["run.resume=true"], folder=f"{tag}-cut", **more),
+        job(root, f"{tag}-whole", [*noise], **more),
+        job(root, f"{tag}-first", [*noise, "run.stop_after=4"], folder=f"{tag}-cut", **more),
+        job(root, f"{tag}-second", [*noise, "run.resume=true"], folder=f"{tag}-cut", **more),
     ]
 
 
@@ -48,8 +48,9 @@ def interrupted(root, stage, world, accumulation=1):
 def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("training")
     make_images(root / "images", 26)
-    one = interrupted(root, 0, 1) + interrupted(root, 1, 1, accumulation=2)
-    two = interrupted(root, 3, 2)
+    one_predictor = ["noise.predictors=shared", "noise.sigma=edm"]
+    one = interrupted(root, 0, 1) + interrupted(root, 1, 1, accumulation=2, noise=one_predictor)
+    two = interrupted(root, 3, 2, noise=["noise.mask_token=shared"])  # of two modules
     records = run_jobs(one, 1, root / "one") | run_jobs(two, 2, root / "two")
     return root / "runs", records
 
@@ -78,12 +79,13 @@ def test_what_a_run_leaves(trained):
     runs, records = trained
     run = runs / "w1-z0-whole"
     expected = {
-        "step", "epoch", "loss", "loss_clean", "loss_noise", "loss_level_0", "loss_level_3",
-        "vicreg_inv", "vicreg_std", "vicreg_cov", "lr", "wd", "ema", "grad_norm", "k_context",
-        "k_target", "feature_std", "rankme", "images_per_s", "data_wait_frac",
+        "step", "epoch", "loss", "loss_clean", "loss_noise", "loss_consistency", "vicreg_inv",
+        "vicreg_std", "vicreg_cov", "lr", "wd", "ema", "grad_norm", "k_context", "k_target",
+        "feature_std", "rankme", "images_per_s", "data_wait_frac",
     }  # fmt: skip
     lines = read_metrics(run)
     assert expected <= lines[-1].keys()
+    assert not any(key.startswith("loss_level") for key in lines[-1])
     assert all(x["grad_norm"] > 0 for x in lines)
     summary = json.loads((run / "summary.json").read_text())
     assert {

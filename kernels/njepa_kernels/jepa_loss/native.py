@@ -14,22 +14,44 @@ def forward(
     pred: torch.Tensor,
     h: torch.Tensor,
     target_idx: torch.Tensor,
-    weight: torch.Tensor | None,
+    noised: torch.Tensor | None,
+    noise_weight: float,
+    consistency: float,
     beta: float,
     eps: float,
-    need_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """loss, per_token [B, M, Kt], and the slope weight * s'(e) in the type of pred.
+    scale: float,
+    pull_pred: float,
+    pull_noised: float,
+    need_pred: bool,
+    need_noised: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """loss; the three terms, and the slopes of both predictions, each empty if there is none.
 
-    weight is fp32 [B, M, Kt] or None.
+    The slope of pred is scale * s'(pred - y) + pull_pred * (pred - noised), in its type; that of
+    noised is noise_weight * scale * s'(noised - y) + pull_noised * (noised - pred).
     """
-    loss, per_token, slope = ops(pred.device.type).jepa_loss_forward(
-        pred, h, target_idx, weight, beta, eps, need_grad
+    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] = ops(
+        pred.device.type
+    ).jepa_loss_forward(
+        pred,
+        h,
+        target_idx,
+        noised,
+        noise_weight,
+        consistency,
+        beta,
+        eps,
+        scale,
+        pull_pred,
+        pull_noised,
+        need_pred,
+        need_noised,
     )
-    return loss, per_token, slope if need_grad else None
+    return result
 
 
-def backward(grad: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-    """The gradient of pred: slope * grad / number of elements, in the type of slope."""
-    dpred: torch.Tensor = ops(slope.device.type).jepa_loss_backward(grad.float(), slope)
-    return dpred
+def backward(
+    grad: torch.Tensor, slopes: list[torch.Tensor], out: list[torch.Tensor], scale: float
+) -> None:
+    """out = slopes * (grad * scale); where out is slopes and the factor 1, nothing is touched."""
+    ops(slopes[0].device.type).jepa_loss_backward(grad.float(), slopes, out, scale)

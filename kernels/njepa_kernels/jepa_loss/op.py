@@ -8,69 +8,140 @@ import torch
 
 from .._checks import INDEX, check_index_range, check_like, check_tensor
 from .._dispatch import Impl, backend, choose
-from .._library import refuse_vmap, register
+from .._library import may_reuse_saved, refuse_vmap, register
 from .reference import JepaLoss, Stop, jepa_loss_reference
 
 _OP = "jepa_loss"
+
+
+#: Of every fused forward: loss, terms [3], slopes of both predictions; empty where there is none.
+_Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _scales(dtype: torch.dtype, count: int) -> tuple[float, float]:
+    """What the forward and the backward each multiply s'(e) by; together 1 / count.
+
+    All in the forward, so that a backward with gradient 1 has nothing left to do; but in fp16
+    1 / count is no normal number, so there it waits for the gradient of the loss scaler.
+    """
+    scale = 1.0 / max(count, 1)
+    return (1.0, scale) if dtype == torch.float16 else (scale, 1.0)
 
 
 def _forward(
     pred: torch.Tensor,
     h: torch.Tensor,
     target_idx: torch.Tensor,
+    noised: torch.Tensor | None,
+    noise_weight: float,
+    consistency: float,
+    consistency_stop: str,
     beta: float,
     eps: float,
-    need_grad: bool,
+    need_pred: bool,
+    need_noised: bool,
     impl: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    loss, _, slope = backend(_OP, impl, pred).forward(
-        pred.contiguous(), h.contiguous(), target_idx.contiguous(), None, beta, eps, need_grad
+) -> _Outputs:
+    scale, _ = _scales(pred.dtype, pred.numel())
+    pull = 0.0 if noised is None else 2.0 * consistency * scale
+    outputs: _Outputs = backend(_OP, impl, pred).forward(
+        pred.contiguous(),
+        h.contiguous(),
+        target_idx.contiguous(),
+        None if noised is None else noised.contiguous(),
+        noise_weight,
+        consistency,
+        beta,
+        eps,
+        scale,
+        0.0 if consistency_stop == "clean" else pull,
+        0.0 if consistency_stop == "noised" else pull,
+        need_pred,
+        need_noised,
     )
-    return loss, pred.new_empty(0) if slope is None else slope
+    return outputs
 
 
 def _forward_fake(
     pred: torch.Tensor,
     h: torch.Tensor,
     target_idx: torch.Tensor,
+    noised: torch.Tensor | None,
+    noise_weight: float,
+    consistency: float,
+    consistency_stop: str,
     beta: float,
     eps: float,
-    need_grad: bool,
+    need_pred: bool,
+    need_noised: bool,
     impl: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> _Outputs:
     loss = pred.new_empty((), dtype=torch.float32)
-    return loss, pred.new_empty(pred.shape if need_grad else (0,))
+    terms = pred.new_empty(0 if noised is None else 3, dtype=torch.float32)
+    dpred, dnoised = (
+        pred.new_empty(pred.shape if need else (0,)) for need in (need_pred, need_noised)
+    )
+    return loss, terms, dpred, dnoised
 
 
-def _backward(grad: torch.Tensor, slope: torch.Tensor, impl: str) -> torch.Tensor:
-    dpred: torch.Tensor = backend(_OP, impl, slope).backward(grad, slope)
-    return dpred
+def _backward(
+    grad: torch.Tensor, dpred: torch.Tensor | None, dnoised: torch.Tensor | None, impl: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    both = [
+        grad.new_empty(0) if slope is None else torch.empty_like(slope)
+        for slope in (dpred, dnoised)
+    ]
+    slopes = [(s, out) for s, out in zip((dpred, dnoised), both, strict=True) if s is not None]
+    _scale([s for s, _ in slopes], [out for _, out in slopes], grad, impl)
+    return both[0], both[1]
 
 
-def _backward_fake(grad: torch.Tensor, slope: torch.Tensor, impl: str) -> torch.Tensor:
-    return torch.empty_like(slope)
+def _backward_fake(
+    grad: torch.Tensor, dpred: torch.Tensor | None, dnoised: torch.Tensor | None, impl: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    first, second = (
+        grad.new_empty(0) if slope is None else torch.empty_like(slope)
+        for slope in (dpred, dnoised)
+    )
+    return first, second
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.impl = inputs[6]
-    ctx.save_for_backward(output[1])
+def _scale(
+    slopes: list[torch.Tensor], out: list[torch.Tensor], grad: torch.Tensor, impl: str
+) -> None:
+    _, scale = _scales(slopes[0].dtype, slopes[0].numel())
+    backend(_OP, impl, slopes[0]).backward(grad, slopes, out, scale)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
+    need_pred, need_noised, ctx.impl = inputs[9:]
+    _, terms, dpred, dnoised = output
+    ctx.mark_non_differentiable(terms, dpred, dnoised)
+    ctx.save_for_backward(dpred if need_pred else None, dnoised if need_noised else None)
 
 
 def _gradients(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    (slope,) = ctx.saved_tensors
-    dpred = _backward_op(grad, slope, ctx.impl) if ctx.needs_input_grad[0] else None
-    return dpred, *[None] * 6
+    dpred, dnoised = ctx.saved_tensors
+    if may_reuse_saved():
+        slopes = [slope for slope in (dpred, dnoised) if slope is not None]
+        _scale(slopes, slopes, grad, ctx.impl)
+    else:
+        scaled = _backward_op(grad, dpred, dnoised, ctx.impl)
+        dpred = None if dpred is None else scaled[0]
+        dnoised = None if dnoised is None else scaled[1]
+    return dpred, None, None, dnoised, *[None] * 8
 
 
 _backward_op = register(
-    "jepa_loss_backward(Tensor grad, Tensor slope, str impl) -> Tensor",
+    "jepa_loss_backward(Tensor grad, Tensor? dpred, Tensor? dnoised, str impl) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
 _forward_op = register(
-    "jepa_loss(Tensor pred, Tensor h, Tensor target_idx, float beta, float eps,"
-    " bool need_grad, str impl) -> (Tensor loss, Tensor slope)",
+    "jepa_loss(Tensor pred, Tensor h, Tensor target_idx, Tensor? noised, float noise_weight,"
+    " float consistency, str consistency_stop, float beta, float eps, bool need_pred,"
+    " bool need_noised, str impl)"
+    " -> (Tensor loss, Tensor terms, Tensor dpred, Tensor dnoised)",
     _forward,
     _forward_fake,
     setup_context=_setup_context,
@@ -125,6 +196,14 @@ def jepa_loss(
         all sums inside. The terms are detached and unweighted; the last two are None without
         ``noised``. An empty batch gives nan.
 
+    The fused implementations compute the gradients in the forward, from the same read of every row,
+    and keep those that are asked for: at their final scale (in fp16 short of the mean's 1 / count).
+    The last backward of a graph returns these buffers, scaled in place, or as they are where the
+    gradient of the loss is 1; under ``retain_graph=True``, ``create_graph=True`` and
+    ``torch.compile`` it writes new ones. Inputs are taken contiguous (others are copied) and
+    autocast is not heeded, as in the reference: the types are those of the arguments. No fp64, no
+    second derivative. Deterministic.
+
     Raises:
         TypeError, ValueError: wrong type, shape, device or number, or an index outside [0, N) (on
             an accelerator only under ``njepa_kernels.debug_checks()``, to spare a host sync).
@@ -155,7 +234,7 @@ def jepa_loss(
         raise ValueError(f"{op}: eps must be above 0, got {eps}")
     check_index_range(op, "target_idx", target_idx, n)
     name = choose(op, impl, device, pred, h, noised)
-    if name == "reference" or noised is not None:
+    if name == "reference":
         return jepa_loss_reference(
             pred,
             h,
@@ -167,6 +246,21 @@ def jepa_loss(
             beta=beta,
             eps=eps,
         )
-    need_grad = pred.requires_grad and torch.is_grad_enabled()
-    loss, _ = _forward_op(pred, h.detach(), target_idx, float(beta), float(eps), need_grad, name)
-    return JepaLoss(loss, loss.detach(), None, None)
+    grad = torch.is_grad_enabled()
+    loss, terms, _, _ = _forward_op(
+        pred,
+        h.detach(),
+        target_idx,
+        noised,
+        float(noise_weight),
+        float(consistency),
+        consistency_stop,
+        float(beta),
+        float(eps),
+        grad and pred.requires_grad,
+        grad and noised is not None and noised.requires_grad,
+        name,
+    )
+    if noised is None:
+        return JepaLoss(loss, loss.detach(), None, None)
+    return JepaLoss(loss, *terms.unbind())

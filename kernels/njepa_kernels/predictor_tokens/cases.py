@@ -11,6 +11,8 @@ from ..testing import Inputs, Mode, OpCase, draw_indices, vit_sizes
 from .op import predictor_tokens
 from .reference import predictor_tokens_reference
 
+_Draw = Literal["per_block", "shared"]
+
 
 def predictor_tokens_eager(
     context: torch.Tensor,
@@ -48,7 +50,7 @@ def _case(
     n: int,
     d: int,
     *,
-    noise: Literal["per_block", "shared"] | None = "per_block",
+    noise: _Draw | None = "per_block",
     small: bool = True,
     devices: tuple[str, ...] = ("cpu", "cuda"),
 ) -> OpCase:
@@ -93,6 +95,8 @@ def _case(
     )
 
 
+_LARGE: tuple[tuple[str, _Draw | None], ...] = (("", None), ("-noise", "per_block"))
+
 CASES = [
     _case("b3-m4-kc10-kt6-n36-d48-clean", 3, 4, 10, 6, 36, 48, noise=None),
     _case("b3-m4-kc10-kt6-n36-d48-noise", 3, 4, 10, 6, 36, 48),
@@ -115,6 +119,6 @@ CASES = [
             devices=on,
         )
         for size, vit, b, on in vit_sizes()
-        for suffix, noise in (("", None), ("-noise", "per_block"))
+        for suffix, noise in _LARGE
     ),
 ]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from njepa_kernels import philox_normal, predictor_tokens
+from njepa_kernels import NoiseKey, philox_normal, predictor_tokens
 from njepa_kernels._triton import _box_muller, _cos_sin, _log
+from noise_checks import check_draws, noise_of
 
 
 @triton.jit
@@ -70,54 +72,43 @@ def test_extreme_words_give_finite_normals() -> None:
     torch.testing.assert_close(torch.hypot(first, second).double(), radius, rtol=1e-6, atol=1e-6)
 
 
-def _noise(width: int, seed: int, step: int, ids: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
-    """The noise alone: no position, no mask token, sigma 1."""
-    batch, n_blocks, n_targets = idx.shape
-    out = predictor_tokens(
-        torch.zeros(batch, 0, width),
-        torch.zeros(int(idx.max()) + 1, width),
-        torch.zeros(width),
-        torch.zeros(batch, 0, dtype=torch.int64),
-        idx,
-        torch.ones(batch, n_blocks),
-        seed,
-        step,
-        ids,
-        impl="triton",
-    )
-    return out.view(n_blocks, batch, n_targets, width).transpose(0, 1)
+_noise = noise_of(partial(predictor_tokens, impl="triton"))
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("width", [1, 30, 384])
 @pytest.mark.parametrize(
     ("seed", "step"), [(0, 0), (1, 1), (-3, 2**40 + 9), (2**31, 2**32 - 1), (16, 32)]
 )
-def test_equal_to_1e_6(width: int, seed: int, step: int) -> None:
+def test_equal_to_1e_6(width: int, seed: int, step: int, shared: bool) -> None:
     ids = torch.tensor([0, 2**31 + 5, 2**33 + 1])
     idx = torch.randint(0, 200, (3, 4, 5))
-    expected = philox_normal(seed, step, ids, idx, width)
-    got = _noise(width, seed, step, ids, idx)
+    noise = NoiseKey(seed, step, ids, shared)
+    expected = philox_normal(noise, idx, width)
+    got = _noise(noise, idx, width)
     assert float(((got - expected).abs() / expected.abs().clamp_min(1.0)).max()) <= 1e-6
 
 
 def test_independent_of_the_batch() -> None:
     ids, idx = torch.tensor([5, 9, 2]), torch.randint(0, 36, (3, 2, 4))
-    whole = _noise(40, 1, 2, ids, idx)
+    whole = _noise(NoiseKey(1, 2, ids), idx, 40)
     order = torch.tensor([2, 0])
-    assert torch.equal(_noise(40, 1, 2, ids[order], idx[order]), whole[order])
+    assert torch.equal(_noise(NoiseKey(1, 2, ids[order]), idx[order], 40), whole[order])
 
 
-@pytest.mark.parametrize("mix", ["ve", "vp", "edm"])
+def test_draws_per_block_and_shared() -> None:
+    check_draws(_noise)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_sigma_zero_is_clean_bit_for_bit(mix: Any, dtype: torch.dtype) -> None:
+def test_sigma_zero_is_clean_bit_for_bit(dtype: torch.dtype) -> None:
     inputs: dict[str, Any] = {
         "context": torch.randn(2, 3, 20).to(dtype),
         "pos": torch.randn(9, 20),
         "mask_token": torch.randn(20),
         "context_idx": torch.randint(0, 9, (2, 3)),
         "target_idx": torch.randint(0, 9, (2, 2, 3)),
-        "sample_ids": torch.arange(2),
-        "mix": mix,
+        "noise": NoiseKey(0, 0, torch.arange(2)),
         "impl": "triton",
     }
     clean = predictor_tokens(**inputs)
@@ -139,9 +130,7 @@ def test_nan_in_sigma_is_not_hidden() -> None:
         torch.zeros(1, 0, dtype=torch.int64),
         torch.zeros(1, 1, 1, dtype=torch.int64),
         torch.full((1, 1), float("nan")),
-        0,
-        0,
-        torch.zeros(1, dtype=torch.int64),
+        NoiseKey(0, 0, torch.zeros(1, dtype=torch.int64)),
         impl="triton",
     )
     assert bool(out.isnan().all())

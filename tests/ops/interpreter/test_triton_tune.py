@@ -31,7 +31,7 @@ def _defaults() -> Iterator[None]:
 
 def _case(op: str) -> OpCase:
     """A small case whose rows are no power of two, with noise where there is noise."""
-    names = {"predictor_tokens": "b2-m2-kc10-kt6-n36-d48-edm-token"}
+    names = {"predictor_tokens": "b3-m4-kc10-kt6-n36-d48-noise"}
     cases = all_cases(op, small=True)
     return next(c for c in cases if c.size == names.get(op, cases[1].size))
 
