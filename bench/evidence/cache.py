@@ -76,13 +76,17 @@ class Task:
         kind = "floors" if self.floors else self.settings.get("method", "default")
         return f"{kind}-s{self.seed}-{digest[:12]}"
 
+    @property
+    def steps(self) -> int:
+        """Length of the training; 0 where there is none."""
+        return 0 if self.floors else int(self.asked["run.max_steps"])
+
     def arguments(self, run_dir: Path) -> list[str]:
         """``section.key=value`` for ``njepa.recipes.load_config``."""
-        steps = self.asked.get("run.max_steps", 500)
         given = {
             **TECHNICAL,
             **self.asked,
-            "run.log_every": max(1, steps // 25),
+            "run.log_every": max(1, self.steps // 25),
             "run.dir": str(run_dir),
         }
         return [f"{key}={json.dumps(value)}" for key, value in given.items()]

@@ -159,10 +159,13 @@ def plot(table: Table, rows: Sequence[Row], floor: Row, path: Path) -> None:
         for axis, name in ((middle, "feature_std"), (right, "loss_clean")):
             steps, curve = mean_curve(row, name)
             axis.plot(steps, curve, color=colour, linewidth=1.2)
-    for key, label in (("knn_top1_init", "untrained"), ("knn_top1_pixels", "pixels")):
+    for key, label, side in (
+        ("knn_top1_init", "untrained ", "right"),
+        ("knn_top1_pixels", " pixels", "left"),
+    ):
         if (m := floor.mean(key)) is not None:
             left.axvline(m.value, color="grey", linestyle=":", linewidth=1)
-            left.text(m.value, -0.6, label, fontsize=7, color="grey", ha="center")
+            left.text(m.value, -0.6, label, fontsize=7, color="grey", ha=side)
     left.set_yticks(range(len(rows)), [textwrap.fill(r.arm.name, 24) for r in rows], fontsize=8)
     for label, colour in zip(left.get_yticklabels(), colours, strict=True):
         label.set_color(colour)
@@ -235,9 +238,10 @@ def _origin(records: Sequence[dict[str, Any]]) -> str:
         f"torch {r['machine']['torch']}"
         for r in records
     }
+    steps = sorted({r["settings"]["run.max_steps"] for r in records})
     dates = sorted({r["date"] for r in records})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"{'; '.join(sorted(machines))}; {when}"
+    return f"{' and '.join(map(str, steps))} steps; {'; '.join(sorted(machines))}; {when}"
 
 
 def _fill(text: str) -> str:

@@ -70,6 +70,7 @@ def sweep(
     """
     waiting = deque(task for task in tasks if not finished(task, folder))
     total, done = len(waiting), 0
+    work_done, work_left = 0, sum(_cost(task) for task in waiting)
     say(f"{len(tasks)} runs, {len(tasks) - total} of them known, {total} to do")
     if not waiting:
         return []
@@ -91,8 +92,8 @@ def sweep(
                         failed.append(task)
                         day = f"{datetime.now(UTC):%Y-%m-%d}"
                         save(task, {"status": "failed", "error": error, "date": day}, folder)
-                    elapsed = time.perf_counter() - began
-                    left = elapsed / done * (total - done)
+                    work_done, work_left = work_done + _cost(task), work_left - _cost(task)
+                    left = (time.perf_counter() - began) / work_done * work_left
                     seconds = time.perf_counter() - worker.began
                     say(
                         f"[{done:3d}/{total}] {task.name}, seed {task.seed}: "
@@ -111,6 +112,11 @@ def sweep(
             for worker in workers:
                 worker.end()
     return failed
+
+
+def _cost(task: Task) -> int:
+    """What a run takes, in images; an evaluation takes about as long as 3,000 in training."""
+    return 3000 + task.steps * int(task.ds["train_micro_batch_size_per_gpu"])
 
 
 def _outcome(task: Task, error: str | None, folder: Path) -> str:

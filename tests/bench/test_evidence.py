@@ -86,8 +86,11 @@ def test_every_arm_is_a_valid_configuration_with_the_values_it_asks_for(tmp_path
 
 def test_arms_of_two_tables_run_once_and_the_first_seed_of_all_arms_comes_first() -> None:
     tasks = tasks_of(TABLES, [0, 1, 2])
-    assert len({task.key for task in tasks}) == len(tasks) == 3 * (1 + 23)
-    assert [task.seed for task in tasks] == [0] * 24 + [1] * 24 + [2] * 24
+    arms = {str({**table.base, **arm.overrides}) for table in TABLES for arm in table.arms}
+    each = len(arms) + 1  # the floors
+    assert each < 1 + sum(len(table.arms) for table in TABLES)
+    assert len({task.key for task in tasks}) == len(tasks) == 3 * each
+    assert [task.seed for task in tasks] == [0] * each + [1] * each + [2] * each
     assert [t.seed for t in tasks if t.floors] == [0, 1, 2]
 
 
@@ -161,7 +164,14 @@ def test_the_table_pairs_seeds_and_shows_losing_failed_and_missing_runs(tmp_path
     assert "Failed: bad, seed 0: NonFiniteLoss: nan" in text
     assert "| untrained | 25.0 | 40.0 |" in text
     assert "| raw pixels | 36.0 | – |" in text
-    for part in ("## A title", "66.8.", "Undecided.", "`python -m bench.evidence t`", "2026-11-24"):
+    for part in (
+        "## A title",
+        "66.8.",
+        "Undecided.",
+        "`python -m bench.evidence t`",
+        "2026-11-24",
+        f"{BASE['run.max_steps']} steps",
+    ):
         assert part in text
     prose = [line for line in text.splitlines() if not line.startswith(("|", "Failed"))]
     assert max(len(line) for line in prose) <= 110
