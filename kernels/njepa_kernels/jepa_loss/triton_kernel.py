@@ -149,7 +149,7 @@ def _scale(out_ptr, slope_ptr, factor, start, count, BLOCK: tl.constexpr):
     tl.store(out_ptr + start + at, slope * factor, mask=mask)
 
 
-@triton.jit(do_not_specialize=["count", "scale"])
+@triton.jit(do_not_specialize=["scale"])
 def _jepa_loss_bwd_kernel(
     out_ptr,
     slope_ptr,
