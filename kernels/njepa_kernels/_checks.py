@@ -79,19 +79,6 @@ def check_index_range(op: str, name: str, idx: torch.Tensor, size: int) -> None:
         raise ValueError(f"{op}: {name} must be int64 in [0, {size}), got {bad}")
 
 
-def check_per_block(
-    op: str,
-    name: str,
-    value: object,
-    target_idx: torch.Tensor,
-    dtypes: Sequence[torch.dtype] = FLOATS,
-) -> None:
-    """Check a number per block [B, M] or per target [B, M, Kt] of ``target_idx`` [B, M, Kt]."""
-    per_token = isinstance(value, torch.Tensor) and value.dim() == 3
-    layout, shape = "[B,M] or [B,M,Kt]", target_idx.shape[: 3 if per_token else 2]
-    check_tensor(op, name, value, layout, shape, dtypes=dtypes, device=target_idx.device)
-
-
 def check_like(
     op: str, name: str, value: object, dtypes: Sequence[torch.dtype], like: torch.Tensor
 ) -> None:
