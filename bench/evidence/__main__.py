@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = []
     if not given.report:
         os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes that train
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends its workers, as Ctrl-C does
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends its workers
         try:
             failed = sweep(tasks_of(tables, given.seeds), given.jobs, say=_say)
         except RuntimeError as error:
