@@ -255,8 +255,9 @@ class NoiseConfig(Section):
     """``per_block``: every target block has noise of its own (the paper's multi-level). ``shared``:
     a patch has the same noise in all blocks of an image (single-level)."""
     predictors: Literal["unshared", "shared", "single"] = "unshared"
-    """``unshared``: the noised predictor has weights of its own. ``shared``: one predictor makes
-    both predictions. ``single``: one predictor, all of its queries noised, no clean loss."""
+    """``unshared``, as published: the noised predictor has weights of its own. ``shared``: one
+    predictor makes both predictions; ``method=ncjepa`` sets it. ``single``: one predictor, all of
+    its queries noised, no clean loss."""
     mask_token: Literal["unshared", "shared"] = "unshared"
     """Whether clean and noised queries start from one mask token."""
     space: Literal["predictor", "encoder_tied"] = "predictor"
@@ -397,7 +398,8 @@ class Config(Section):
 
     method: Method = "njepa"
     """ijepa, cjepa (+ VICReg), njepa (+ noise) or ncjepa (both); sets the defaults of
-    ``noise.weight``, ``noise.consistency`` and ``vicreg.weight``, explicit values win."""
+    ``noise.weight``, ``noise.consistency``, ``noise.predictors`` and ``vicreg.weight``, explicit
+    values win."""
     recipe: str = "custom"
     """Name of the recipe that this configuration came from."""
     data: DataConfig = DataConfig()
@@ -420,7 +422,12 @@ class Config(Section):
         single = isinstance(noise, dict) and noise.get("predictors") == "single"
         noised = 0.1 if method in ("njepa", "ncjepa") else 0.0
         defaults = {
-            "noise": {"weight": noised, "consistency": 0.0 if single else noised},
+            "noise": {
+                "weight": noised,
+                "consistency": 0.0 if single else noised,
+                # With VICReg one predictor is the better one by far (docs/evidence.md, N + C).
+                "predictors": "shared" if method == "ncjepa" else "unshared",
+            },
             "vicreg": {"weight": 0.001 if method in ("cjepa", "ncjepa") else 0.0},
         }
         filled = dict(raw)

@@ -186,6 +186,8 @@ TABLES: tuple[Table, ...] = (
                 ("C-JEPA", CJEPA),
                 ("N-JEPA", NJEPA),
                 ("N+C-JEPA", NCJEPA),
+                ("N-JEPA, one predictor", {**NJEPA, "noise.predictors": "shared"}),
+                ("N+C-JEPA, one predictor", {**NCJEPA, "noise.predictors": "shared"}),
             )
         ),
         baseline="I-JEPA",

@@ -22,8 +22,8 @@ from njepa.step import TrainModule
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 METHODS = {
     "ijepa": ("ijepa", {}),
-    "ncjepa": ("ncjepa", {}),
-    "tied": ("ncjepa", {"noise": {"space": "encoder_tied", "mask_token": "shared"}}),
+    "ncjepa": ("ncjepa", {"noise": {"predictors": "unshared"}}),
+    "tied": ("njepa", {"noise": {"space": "encoder_tied", "mask_token": "shared"}}),
     "shared": (
         "ncjepa",
         {"model": {"predictor": {"width": 24, "depth": 2, "heads": 2, "context": "shared"}}},

@@ -29,6 +29,15 @@ def test_method_only_sets_defaults(method, noise, vicreg):
     assert weights(noise={"predictors": "shared"}) == (noise, noise, vicreg)
 
 
+@pytest.mark.parametrize("method", ["ijepa", "cjepa", "njepa", "ncjepa"])
+def test_noise_and_vicreg_together_share_the_predictor_unless_told_otherwise(method):
+    default = "shared" if method == "ncjepa" else "unshared"
+    assert parse_config({"method": method}).noise.predictors == default
+    for asked in ("unshared", "shared"):
+        config = parse_config({"method": method, "noise": {"predictors": asked}})
+        assert config.noise.predictors == asked
+
+
 def test_the_defaults_of_the_noise_are_the_published_ones():
     noise = parse_config({"method": "njepa"}).noise
     assert noise.model_dump() == {

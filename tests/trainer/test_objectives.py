@@ -187,7 +187,8 @@ def test_pred_blocks_is_the_loop_over_ordered_pairs(projector: object):
 
 
 def test_pred_blocks_takes_the_clean_predictions_where_there_are_any():
-    both, alone = tiny_config("ncjepa"), tiny_config("cjepa")
+    both = tiny_config("ncjepa", noise={"predictors": "unshared"})
+    alone = tiny_config("cjepa")
     batch = make_batch(both)
     jepa, output, h = forward(both, batch)
     plain_jepa, plain, _ = forward(alone, batch._replace(sigma=None))

@@ -257,7 +257,7 @@ MASK_TOKENS = {
 @pytest.mark.parametrize("name", MASK_TOKENS)
 def test_parameter_groups(name: str):
     noise, mask_tokens = MASK_TOKENS[name]
-    module = TrainModule(tiny_config("ncjepa", noise=noise))
+    module = TrainModule(tiny_config("ncjepa", noise={"predictors": "unshared", **noise}))
     decayed, plain = param_groups(module, 0.04)
     assert decayed["weight_decay"] == 0.04
     assert plain["weight_decay"] == 0.0
@@ -281,7 +281,7 @@ RANK_CASES = {
     "ijepa": {"method": "ijepa"},
     "cjepa": {"method": "cjepa"},
     "njepa": {"method": "njepa"},
-    "ncjepa": {"method": "ncjepa"},
+    "ncjepa": {"method": "ncjepa", "noise": {"predictors": "unshared"}},
     "shared-draw": {"method": "njepa", "noise": {"draw": "shared"}},
     "shared-predictors": {"method": "ncjepa", "noise": {"predictors": "shared"}},
     "shared-token": {"method": "njepa", "noise": {"mask_token": "shared"}},

@@ -17,6 +17,10 @@ ROOT = Path(__file__).parents[2]
 STEPS = 6
 
 
+#: One mask token that is a parameter of two predictors.
+TWO_MODULES = ["noise.predictors=unshared", "noise.mask_token=shared"]
+
+
 def job(root, name, overrides, stage, world, folder=None, accumulation=1):
     return {
         "name": name,
@@ -50,7 +54,7 @@ def trained(tmp_path_factory):
     make_images(root / "images", 26)
     one_predictor = ["noise.predictors=shared", "noise.sigma=edm"]
     one = interrupted(root, 0, 1) + interrupted(root, 1, 1, accumulation=2, noise=one_predictor)
-    two = interrupted(root, 3, 2, noise=["noise.mask_token=shared"])  # of two modules
+    two = interrupted(root, 3, 2, noise=TWO_MODULES)
     records = run_jobs(one, 1, root / "one") | run_jobs(two, 2, root / "two")
     return root / "runs", records
 
