@@ -77,8 +77,9 @@ def product_tile(side: int, arch: int) -> ProductTile:
     Small results get small tiles, or most multiprocessors would have nothing to do.
     """
     block = 32 if side <= 512 else 64
-    # For sm_100 ptxas aims at 128 registers and spills 8 bytes; elsewhere it finds its way alone.
-    return ProductTile(block, 32, 4, 2 if arch < 90 else 3, 208 if arch >= 100 else None)
+    # From sm_90 on ptxas may aim at 128 registers and spill 8 bytes (sm_100, and with Triton 3.9
+    # sm_90 too); for sm_80 it finds its way alone.
+    return ProductTile(block, 32, 4, 2 if arch < 90 else 3, 208 if arch >= 90 else None)
 
 
 _TileType = TypeVar("_TileType", Tile, ProductTile)
