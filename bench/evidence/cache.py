@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from bench.evidence.tables import RECIPE, Settings, Table
+from bench.evidence.tables import IJEPA, RECIPE, Settings, Table
 from njepa.run_folder import write_atomically
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +97,7 @@ def tasks_of(tables: Iterable[Table], seeds: Iterable[int]) -> list[Task]:
     found: dict[str, Task] = {}
     tables = list(tables)
     for seed in seeds:
-        task = Task("untrained", {"method": "ijepa"}, seed, floors=True)  # of any length
+        task = Task("untrained", IJEPA, seed, floors=True)  # of any length
         found.setdefault(task.key, task)
         for table in tables:
             for arm in table.arms:

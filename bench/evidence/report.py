@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.evidence.cache import FOLDER, ROOT, Task, load
-from bench.evidence.tables import BASE, RECIPE, TABLES, Arm, Table
+from bench.evidence.tables import BASE, IJEPA, RECIPE, TABLES, Arm, Table
 
 DOCUMENT = ROOT / "docs" / "evidence.md"
 PLOTS = ROOT / "docs" / "evidence"
@@ -96,7 +96,7 @@ def rows_of(table: Table, seeds: Sequence[int], folder: Path = FOLDER) -> list[R
 
 def floors(seeds: Sequence[int], folder: Path = FOLDER) -> Row:
     """The untrained network and raw pixels."""
-    arm = Arm("untrained", {"method": "ijepa"})
+    arm = Arm("untrained", IJEPA)
     found = {s: load(Task(arm.name, arm.overrides, s, floors=True), folder) for s in seeds}
     return Row(arm, {s: r for s, r in found.items() if r and r["status"] == "done"}, {})
 
@@ -199,7 +199,7 @@ def document(tables: Sequence[Table], seeds: Sequence[int], folder: Path = FOLDE
             "one file per run. Change the words in `bench/evidence/tables.py`, not here."
         ),
         _fill(
-            f"**What was run.** Recipe `{RECIPE}` on the embedded images: the first table whole, "
+            f"**What was run.** Recipe `{RECIPE}` on the embedded images: the last table whole, "
             f"the others its first {BASE['run.max_steps']} steps with batches of "
             f"{BASE['ds.train_micro_batch_size_per_gpu']}. "
             "The noise is the published one in proportion to positions that the "

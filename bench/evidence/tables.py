@@ -215,9 +215,9 @@ TABLES: tuple[Table, ...] = (
             )
         ),
         baseline="I-JEPA",
-        verdict="C-JEPA above I-JEPA: supported. N-JEPA above I-JEPA: not supported at this "
-        "scale with two predictors; the curves show a valley that is about twice as "
-        "long, and a rise of the same shape behind it.",
+        verdict="C-JEPA above I-JEPA: supported in direction. N-JEPA above I-JEPA: not supported "
+        "with the published two predictors, whose valley is about twice as long; with one "
+        "predictor it equals I-JEPA. N + C with one predictor is the best of all. One seed so far.",
         base=WHOLE,
     ),
 )

@@ -150,7 +150,7 @@ def test_the_table_pairs_seeds_and_shows_losing_failed_and_missing_runs(tmp_path
         save(task(0, seed), record(score, 50.0), tmp_path)
         save(task(1, seed), record(score - 2 + 0.1 * seed, 50.0 + seed), tmp_path)
     save(task(2, 0), {"status": "failed", "error": "NonFiniteLoss: nan"}, tmp_path)
-    floor = Task("untrained", {"method": "ijepa"}, 0, floors=True)
+    floor = Task("untrained", IJEPA, 0, floors=True)
     scores = {"knn_top1_init": 25.0, "linear_top1_init": 40.0, "knn_top1_pixels": 36.0}
     save(floor, {"status": "done", "scores": scores}, tmp_path)
 
