@@ -421,7 +421,7 @@ class Config(Section):
         noise = raw.get("noise")
         single = isinstance(noise, dict) and noise.get("predictors") == "single"
         noised = 0.1 if method in ("njepa", "ncjepa") else 0.0
-        defaults = {
+        defaults: dict[str, dict[str, Any]] = {
             "noise": {
                 "weight": noised,
                 "consistency": 0.0 if single else noised,
