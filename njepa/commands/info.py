@@ -1,0 +1,50 @@
+"""``njepa info``: versions, recipes, configuration keys, what runs on this machine."""
+
+from __future__ import annotations
+
+import argparse
+
+from njepa import __version__
+from njepa.config import Config, Section
+from njepa.recipes import load_config, recipe_names
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Print it; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description="What there is to configure, and what runs here."
+    )
+    parser.add_argument(
+        "--keys", action="store_true", help="every configuration key with its default"
+    )
+    args = parser.parse_args(argv)
+    if args.keys:
+        _print_keys(Config)
+        return 0
+    import njepa_kernels
+    import torch
+
+    print(
+        f"njepa {__version__}, torch {torch.__version__}, CUDA device: "
+        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}"
+    )
+    print("\nfused ops:")
+    for op, impls in njepa_kernels.available_impls().items():
+        print(f"  {op}: " + "; ".join(f"{impl}: {why}" for impl, why in impls.items()))
+    print("\nrecipes:")
+    for name in recipe_names():
+        c = load_config(name, ["data.path=."])
+        patches = f"{c.model.encoder}/{c.model.patch_size} at {c.data.image_size} px"
+        print(f"  {name}: {c.method}, {patches}, {c.optim.epochs} epochs")
+    print("\n`njepa info --keys` lists the configuration.")
+    return 0
+
+
+def _print_keys(model: type[Section], prefix: str = "") -> None:
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            _print_keys(kind, f"{prefix}{name}.")
+            continue
+        text = " ".join((field.description or "").split())
+        print(f"{prefix}{name} = {field.default!r}\n    {text}")

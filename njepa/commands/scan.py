@@ -1,0 +1,34 @@
+"""``njepa scan``: decode a source once, list the good images."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from njepa.data.scan import scan
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Write the list and print the report; returns the exit status (0 done, 2 bad input)."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Decode every image once, write a list of the good ones (usable as data.path) "
+        "and name the bad ones.",
+    )
+    parser.add_argument("path", type=Path, help="image folder or list file")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("good.txt"),
+        help="list of good images (default: %(default)s)",
+    )
+    parser.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
+    args = parser.parse_args(argv)
+    try:
+        report = scan(args.path, args.out, args.workers)
+    except ValueError as error:
+        print(f"njepa: {error}", file=sys.stderr)
+        return 2
+    print(report)
+    return 0
