@@ -20,7 +20,7 @@ from torch import Tensor
 
 from njepa.config import MaskConfig
 from njepa.data.batch import Lengths
-from njepa.masking import MaskSampler
+from njepa.draws.masks import MaskSampler
 from njepa.models.attention import Attention, Kernel, Sdpa, Sequences
 from njepa.models.attention_kernels import load_kernel, probe
 from njepa.models.encoder import SIZES

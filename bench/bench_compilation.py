@@ -21,8 +21,8 @@ from bench.measure import peak_bytes
 from njepa.compilation import compile_blocks
 from njepa.config import Config, MaskConfig, parse_config
 from njepa.data.batch import Batch
+from njepa.draws.masks import MaskSampler
 from njepa.ema import ema_parameters, make_target, update_target
-from njepa.masking import MaskSampler
 from njepa.step import TrainModule, param_groups
 
 SIZE = "vits16-224-b8"

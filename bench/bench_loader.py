@@ -44,9 +44,9 @@ from torchvision import transforms
 
 from njepa.config import Config, parse_config
 from njepa.data.loader import build_loader
-from njepa.data.order import SampleOrder
 from njepa.data.sources import open_source
-from njepa.masking import MaskSampler
+from njepa.draws.masks import MaskSampler
+from njepa.draws.order import SampleOrder
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("NJEPA_DATA", ROOT.parent / "shared" / "data"))

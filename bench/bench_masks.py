@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from njepa.config import MaskConfig
-from njepa.masking import MaskSampler
+from njepa.draws.masks import MaskSampler
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "trainer"))
 from mask_oracle import OracleSampler

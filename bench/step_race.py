@@ -23,8 +23,8 @@ from bench.published_step import Phase, PublishedCollator, PublishedStep, Size, 
 from njepa import planning
 from njepa.config import Config, PredictorConfig, RunConfig
 from njepa.data.batch import Batch
+from njepa.draws.masks import MaskSampler
 from njepa.ema import ema_parameters, make_target, update_target
-from njepa.masking import MaskSampler
 from njepa.recipes import load_config
 from njepa.step import TrainModule, param_groups
 

@@ -28,12 +28,12 @@ from njepa.config import Config, ConfigError, dump_config
 from njepa.data.batch import Batch
 from njepa.data.decode import DecodeError, UnreadableImage
 from njepa.data.loader import build_loader, choose_backend
-from njepa.data.order import SampleOrder
 from njepa.data.sources import open_source
+from njepa.draws.masks import MaskSampler
+from njepa.draws.order import SampleOrder
 from njepa.ds_engine import BatchSizes
 from njepa.ema import ema_parameters, frozen_copy, make_target, update_target
 from njepa.evaluation.evaluate import Evaluator, open_test_side, report
-from njepa.masking import MaskSampler
 from njepa.models.attention_kernels import choose_attention
 from njepa.models.encoder import Encoder, build_encoder
 from njepa.models.predictor import check_sizes

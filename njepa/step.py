@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from njepa.config import Config
 from njepa.data.batch import Batch
+from njepa.draws.streams import stream_seed
 from njepa.models.attention import SDPA, Attention
 from njepa.models.jepa import build_jepa
 from njepa.objectives import objective
-from njepa.randomness import stream_seed
 
 
 class TrainModule(nn.Module):

@@ -9,8 +9,8 @@ from typing import Any
 
 from njepa import planning as plan
 from njepa.config import Config, ConfigError
+from njepa.draws.masks import MaskSampler
 from njepa.ds_engine import BatchSizes, load_ds_config, resolve_batch
-from njepa.masking import MaskSampler
 from njepa.recipes import load_config
 
 DESCRIPTION = """What a step of a configuration costs, and on how many GPUs it fits:

@@ -15,8 +15,8 @@ from torch.utils.dlpack import from_dlpack
 from njepa.config import DataConfig
 from njepa.data.decode import DecodeError, UnreadableImage, decode
 from njepa.data.index import ImageIndex
-from njepa.data.order import SampleOrder
 from njepa.data.pixels import Pixels, planned_views
+from njepa.draws.order import SampleOrder
 
 dali: Any = nvidia_dali  # its annotations leave out what is used here
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from njepa.config import Config
 from njepa.data.batch import Batch, Lengths
 from njepa.data.index import ImageIndex
-from njepa.data.order import SampleOrder
 from njepa.data.pixels import PixelSource
 from njepa.data.torch_loader import TorchPixels
-from njepa.masking import MaskSampler
-from njepa.noise import block_sigmas
+from njepa.draws.masks import MaskSampler
+from njepa.draws.order import SampleOrder
+from njepa.draws.sigmas import block_sigmas
 
 logger = logging.getLogger(__name__)
 

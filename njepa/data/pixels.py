@@ -9,9 +9,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from njepa.config import DataConfig
-from njepa.data.crops import crop_windows, flips
 from njepa.data.index import ImageIndex
-from njepa.data.order import Planned
+from njepa.draws.crops import crop_windows, flips
+from njepa.draws.order import Planned
 
 
 class Pixels(NamedTuple):

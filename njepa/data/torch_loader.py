@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from njepa.config import DataConfig
-from njepa.data.crops import crop_windows
 from njepa.data.decode import DecodeError, decode, resize
 from njepa.data.index import ImageIndex
-from njepa.data.order import Planned, SampleOrder
 from njepa.data.pixels import Pixels, planned_views
+from njepa.draws.crops import crop_windows
+from njepa.draws.order import Planned, SampleOrder
 
 
 class PlannedImages(Dataset["Pixels | DecodeError"]):

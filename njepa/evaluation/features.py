@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from njepa.config import Config, ConfigError
 from njepa.data.eval_views import eval_images
 from njepa.data.index import ImageIndex
-from njepa.randomness import permutation
+from njepa.draws.streams import permutation
 
 
 @dataclass(frozen=True)

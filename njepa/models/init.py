@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from njepa.config import ModelConfig
-from njepa.randomness import stream_seed
+from njepa.draws.streams import stream_seed
 
 
 def init_generator(seed: int, module: str) -> torch.Generator:

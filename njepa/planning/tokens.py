@@ -9,8 +9,8 @@ from functools import lru_cache
 import numpy as np
 
 from njepa.config import Config, MaskConfig
+from njepa.draws.masks import MaskSampler
 from njepa.ds_engine import BatchSizes
-from njepa.masking import MaskSampler
 from njepa.planning.network import Shape
 
 #: Steps whose masks are drawn, and images at most among which the shortest context is sought. More

@@ -2,7 +2,7 @@
 
 Written from the description in docs/method.md, section 2, in the way the published collator works
 (torch, one image and one block at a time, global generator for places). It is also the opponent in
-``bench/bench_masks.py``. It shares no code with ``njepa.masking``.
+``bench/bench_masks.py``. It shares no code with ``njepa.draws.masks``.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from njepa.data.crops import crop_windows, flips
+from njepa.draws.crops import crop_windows, flips
 
 SCALE, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
 

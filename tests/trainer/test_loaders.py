@@ -18,14 +18,14 @@ from pictures import class_folders, data_folder, encoded, picture, shard, specia
 from PIL import Image, ImageOps
 
 from njepa.config import parse_config
-from njepa.data.crops import crop_windows, flips
 from njepa.data.decode import DecodeError, decode
 from njepa.data.eval_views import eval_images
 from njepa.data.loader import build_loader, choose_backend, default_workers
-from njepa.data.order import SampleOrder
 from njepa.data.sources import open_source
-from njepa.masking import MaskSampler
-from njepa.noise import block_sigmas
+from njepa.draws.crops import crop_windows, flips
+from njepa.draws.masks import MaskSampler
+from njepa.draws.order import SampleOrder
+from njepa.draws.sigmas import block_sigmas
 
 CPU = torch.device("cpu")
 SIZE = 48

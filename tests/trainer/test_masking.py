@@ -17,8 +17,8 @@ from mask_oracle import block_size as oracle_block_size
 from scipy import stats
 
 from njepa.config import MaskConfig
-from njepa.masking import Masks, MaskSampler, block_size, choose_random, possible_sizes
-from njepa.randomness import words
+from njepa.draws.masks import Masks, MaskSampler, block_size, choose_random, possible_sizes
+from njepa.draws.streams import words
 
 GRID = (14, 14)
 ONE = (1.0, 1.0)
@@ -474,7 +474,7 @@ def test_hopeless_rooms_end_with_overlap_and_say_so_once(
 ) -> None:
     """Twenty targets leave hardly any patch: constraints are dropped from the last one on."""
     masks = sampler(compat, (8, 8), n_targets=20, min_keep=8)
-    with caplog.at_level(logging.WARNING, logger="njepa.masking"):
+    with caplog.at_level(logging.WARNING, logger="njepa.draws.masks"):
         drawn = [masks(step, ids_of(step, 64)) for step in range(20)]
     assert masks.overlapped
     assert len(caplog.records) == 1
@@ -517,7 +517,7 @@ def test_constraints_are_dropped_after_exactly_twenty_failures(
         attempts.append(args[-1])
         return words(*args)
 
-    monkeypatch.setattr("njepa.masking.words", recorded)
+    monkeypatch.setattr("njepa.draws.masks.words", recorded)
     masks = sampler("upstream", (8, 8), n_targets=20, min_keep=8)
     ended: set[int] = set()
     for i in range(60):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from njepa.config import SIGMA_DATA, NoiseConfig
-from njepa.noise import block_sigmas
+from njepa.draws.sigmas import block_sigmas
 
 IDS = np.arange(3000, dtype=np.int64)
 
@@ -61,7 +61,7 @@ def test_edm_of_a_shared_draw_has_one_sigma_for_each_image() -> None:
 def test_edm_is_finite_at_the_ends_of_the_uniform_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their smallest value is 0, where a quantile is -inf, and their largest 1 - 2^-32."""
     ends = np.array([[0.0, 1 - 2.0**-32]])
-    monkeypatch.setattr("njepa.noise.uniform", lambda *_: ends)
+    monkeypatch.setattr("njepa.draws.sigmas.uniform", lambda *_: ends)
     low, high = draw("edm", 2, ids=IDS[:1])[0].astype(np.float64)
     assert np.log(low) == pytest.approx(-1.2 + 1.2 * stats.norm.ppf(2.0**-33), rel=1e-6)
     assert np.log(high) == pytest.approx(-1.2 + 1.2 * stats.norm.isf(2.0**-33), rel=1e-6)

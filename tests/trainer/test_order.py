@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from njepa.data.order import SampleOrder
+from njepa.draws.order import SampleOrder
 
 
 def test_an_epoch_visits_every_sample_at_most_once_and_epochs_differ():

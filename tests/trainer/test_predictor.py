@@ -12,8 +12,8 @@ from torch import Tensor
 
 from njepa.config import Config, ConfigError
 from njepa.data.batch import Batch
+from njepa.draws.streams import stream_seed
 from njepa.models.predictor import Predictor, build_predictor
-from njepa.randomness import stream_seed
 
 BATCH, STEP = 4, 3
 

@@ -20,10 +20,10 @@ from tiny import SIDE, key_of, make_batch, tiny_config
 from njepa.config import Config, MaskConfig
 from njepa.data.batch import Batch, Lengths
 from njepa.data.loader import build_loader
-from njepa.data.order import SampleOrder
 from njepa.data.sources import open_source
+from njepa.draws.masks import MaskSampler
+from njepa.draws.order import SampleOrder
 from njepa.ema import make_target
-from njepa.masking import MaskSampler
 from njepa.models.attention import Attention, Sequences
 from njepa.models.jepa import JepaOutput
 from njepa.objectives import objective

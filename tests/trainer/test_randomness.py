@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from njepa_kernels._philox import philox4x32
 from scipy import stats
 
-from njepa.randomness import STREAMS, permutation, stream_seed, uniform, uniform_of_step, words
+from njepa.draws.streams import STREAMS, permutation, stream_seed, uniform, uniform_of_step, words
 
 IDS = np.arange(2000, dtype=np.int64)
 

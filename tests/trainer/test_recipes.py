@@ -8,9 +8,9 @@ import torch
 
 from njepa.cli import main
 from njepa.data.batch import Batch
+from njepa.draws.masks import MaskSampler
 from njepa.ds_engine import load_ds_config, resolve_batch
 from njepa.ema import make_target
-from njepa.masking import MaskSampler
 from njepa.models.predictor import check_sizes
 from njepa.recipes import load_config, recipe_names
 from njepa.step import TrainModule

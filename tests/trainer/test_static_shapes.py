@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from njepa import masking
 from njepa.config import MaskConfig
-from njepa.masking import MaskSampler, context_counts
+from njepa.draws import masks as masking
+from njepa.draws.masks import MaskSampler, context_counts
 
 GRID = (14, 14)
 
@@ -161,7 +161,7 @@ def test_a_count_that_cannot_be_met_ends_with_overlap_and_says_so(
     _, static = pair("fixed", 14, 8)
     for sizes in static.counts:
         static.counts[sizes] = 160  # a 13x13 block without any target has 169
-    with caplog.at_level(logging.WARNING, logger="njepa.masking"):
+    with caplog.at_level(logging.WARNING, logger="njepa.draws.masks"):
         context, target, _ = static(0, ids_of(0, 8))
     assert context.shape == (8, 160)
     assert any(np.isin(c, t).any() for c, t in zip(context, target, strict=True))

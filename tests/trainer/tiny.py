@@ -9,7 +9,7 @@ from njepa_kernels import NoiseKey
 
 from njepa.config import Config, parse_config
 from njepa.data.batch import Batch
-from njepa.randomness import stream_seed
+from njepa.draws.streams import stream_seed
 
 SIDE, N_BLOCKS, N_CONTEXT, N_TARGETS = 6, 4, 10, 5
 SIGMAS = (1.5, 0.5, 0.25, 0.1)

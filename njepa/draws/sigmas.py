@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from njepa.config import NoiseConfig
-from njepa.randomness import Int64Array, uniform
+from njepa.draws.streams import Int64Array, uniform
 
 P_MEAN, P_STD = -1.2, 1.2  # ln σ of EDM's training distribution
 

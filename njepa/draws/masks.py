@@ -14,13 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from njepa.config import MaskConfig, Range
-from njepa.randomness import Float64Array, Int64Array, stream_seed, uniform_of_step, words
+from njepa.config import MaskConfig
+from njepa.draws.block_sizes import Size, block_size, possible_sizes
+from njepa.draws.streams import Float64Array, Int64Array, stream_seed, uniform_of_step, words
 
 BoolArray = npt.NDArray[np.bool_]
-Size = tuple[int, int]
 Sizes = tuple[Size, Size]
-_Steps = tuple[int, int, int]
 
 _log = logging.getLogger(__name__)
 _FAILURES = 20  # draws of an image before it has to respect one target block less
@@ -37,36 +36,6 @@ class Masks(NamedTuple):
     """[G, M, Kt]; blocks of an image may overlap one another."""
     lengths: Int64Array
     """[G], the context patches of each image before any of them is cut off."""
-
-
-def block_size(r: float, scale: Range, aspect: Range, grid: Size, largest: Size) -> Size:
-    """Height and width of a block from one number r in [0, 1].
-
-    With s and a at the fraction r of their ranges and A = int(H W s): h = round(sqrt(A a)) and
-    w = round(sqrt(A / a)), halves to even, at most ``largest``. One r sets both area and aspect, as
-    published: small blocks are wide, large ones tall.
-    """
-    _, h, w = _area_and_sides(r, scale, aspect, grid)
-    return min(h, largest[0]), min(w, largest[1])
-
-
-def possible_sizes(scale: Range, aspect: Range, grid: Size, largest: Size) -> set[Size]:
-    """Every value of ``block_size`` for r = 0, 2^-32, ..., 1 - 2^-32 (and 1)."""
-
-    # Area and height grow with r and the width shrinks while the area stands: two draws that agree
-    # in all three have nothing else between them, so bisection finds every step.
-    def between(low: int, high: int, at_low: _Steps, at_high: _Steps) -> set[_Steps]:
-        if at_low == at_high or high - low == 1:
-            return {at_low, at_high}
-        middle = (low + high) // 2
-        at_middle = at(middle)
-        return between(low, middle, at_low, at_middle) | between(middle, high, at_middle, at_high)
-
-    def at(word: int) -> _Steps:
-        return _area_and_sides(word * 2.0**-32, scale, aspect, grid)
-
-    steps = between(0, 2**32, at(0), at(2**32))
-    return {(min(h, largest[0]), min(w, largest[1])) for _, h, w in steps}
 
 
 class MaskSampler:
@@ -317,12 +286,6 @@ def _padded(kept: BoolArray, lengths: Int64Array) -> Int64Array:
     padded = np.zeros((len(kept), lengths.max()), dtype=np.int64)
     padded[row, np.arange(len(row)) - (lengths.cumsum() - lengths)[row]] = patch
     return padded
-
-
-def _area_and_sides(r: float, scale: Range, aspect: Range, grid: Size) -> _Steps:
-    area = int(grid[0] * grid[1] * (scale[0] + r * (scale[1] - scale[0])))
-    ratio = aspect[0] + r * (aspect[1] - aspect[0])
-    return area, round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
 
 
 def _least_overlap(a: Size, b: Size, grid: Size) -> int:

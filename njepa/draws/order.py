@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from njepa.randomness import permutation
+from njepa.draws.streams import permutation
 
 Int64Array = npt.NDArray[np.int64]
 

@@ -1,0 +1,1 @@
+"""Everything random: pure functions of (seed, step or epoch, sample id), without state."""
