@@ -500,7 +500,8 @@ def test_shared_and_without_noise_both_predictions_are_one(
     eps = torch.finfo(dtype).eps
     clean, noised = metrics["loss_clean"].item(), metrics["loss_noise"].item()
     assert metrics["loss_consistency"].item() <= (8 * eps) ** 2
-    assert noised == pytest.approx(clean, rel=8 * eps) and clean > 0
+    assert noised == pytest.approx(clean, rel=8 * eps)
+    assert clean > 0
 
 
 # --- the noise that reaches the predictor --------------------------------------------------------
