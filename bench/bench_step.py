@@ -30,11 +30,11 @@ if MISSING:
 
 from bench.measure import Replay  # noqa: E402
 from bench.step_race import Race, variants  # noqa: E402
+from njepa.config import load_config  # noqa: E402
 from njepa.data.loader import Loader  # noqa: E402
 from njepa.data.pixels import Pixels  # noqa: E402
 from njepa.draws.masks import MaskSampler  # noqa: E402
 from njepa.draws.order import SampleOrder  # noqa: E402
-from njepa.recipes import load_config  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"

@@ -21,11 +21,10 @@ from torch import Tensor
 from bench.facts import machine
 from bench.published_step import Phase, PublishedCollator, PublishedStep, Size, no_phase
 from njepa import planning
-from njepa.config import Config, PredictorConfig, RunConfig
+from njepa.config import Config, PredictorConfig, RunConfig, load_config
 from njepa.data.batch import Batch
 from njepa.draws.masks import MaskSampler
 from njepa.ema import ema_parameters, make_target, update_target
-from njepa.recipes import load_config
 from njepa.step import TrainModule, param_groups
 
 #: Encoder and depth of the predictor by the letter in a size's name (published depths).

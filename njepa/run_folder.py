@@ -15,15 +15,7 @@ from typing import Any
 
 import yaml
 
-from njepa.config import Config, ConfigError, dump_config
-
-#: Settings that may change when a run is resumed; all others decide its result.
-FREE_ON_RESUME = (
-    "recipe", "run", "eval", "impl", "model.attention", "model.checkpoint_blocks",
-    "data.path", "data.eval_path", "data.backend", "data.workers", "data.prefetch",
-    "data.hw_decoder_load", "data.cache_dir",
-)  # fmt: skip
-FIXED_IN_RUN = ("run.seed", "run.max_steps")
+from njepa.config import Config, ConfigError, dump_config, free_on_resume
 
 
 class RunFolder:
@@ -102,7 +94,7 @@ def _check_same_run(file: Path, config: Config) -> None:
     changed = [
         f"  {key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _free(key)
+        if before.get(key) != now.get(key) and not free_on_resume(key)
     ]
     if changed:
         raise ConfigError(
@@ -110,12 +102,6 @@ def _check_same_run(file: Path, config: Config) -> None:
             + "\n".join(changed)
             + "\nrestore them, or start a new run in another run.dir"
         )
-
-
-def _free(key: str) -> bool:
-    if key in FIXED_IN_RUN:
-        return False
-    return any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

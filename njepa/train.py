@@ -13,8 +13,7 @@ import os
 import sys
 import warnings
 
-from njepa.config import ConfigError
-from njepa.recipes import load_config, recipe_names
+from njepa.config import ConfigError, load_config, recipe_names
 
 EPILOG = """overrides:
   section.key=value      any key of the recipe, the value in YAML, for example

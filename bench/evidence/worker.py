@@ -20,7 +20,7 @@ from bench.evidence.cache import Task, save
 from bench.evidence.tables import RECIPE
 from bench.facts import machine
 from njepa import checkpointing
-from njepa.config import Config
+from njepa.config import Config, load_config
 from njepa.data.sources import open_source
 from njepa.ds_engine import load_ds_config
 from njepa.evaluation.evaluate import Evaluator, open_test_side
@@ -28,7 +28,6 @@ from njepa.evaluation.features import LabelledImages
 from njepa.loop import Trainer
 from njepa.models.encoder import build_encoder
 from njepa.ranks import Ranks, join_ranks, leave_ranks
-from njepa.recipes import load_config
 
 CURVE_POINTS = 25
 _CURVES = ("loss", "vicreg_", "feature_std", "rankme")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 
 from njepa import __version__
-from njepa.config import Config, Section
-from njepa.recipes import load_config, recipe_names
+from njepa.config import Config, Section, free_on_resume, load_config, recipe_names
 
 
 def main(argv: list[str], prog: str) -> int:
@@ -47,4 +46,5 @@ def _print_keys(model: type[Section], prefix: str = "") -> None:
             _print_keys(kind, f"{prefix}{name}.")
             continue
         text = " ".join((field.description or "").split())
-        print(f"{prefix}{name} = {field.default!r}\n    {text}")
+        resume = " A resumed run may change it." if free_on_resume(f"{prefix}{name}") else ""
+        print(f"{prefix}{name} = {field.default!r}\n    {text}{resume}")

@@ -16,8 +16,7 @@ from bench.evidence import cache, report, runs
 from bench.evidence.cache import Task, finished, load, save, tasks_of
 from bench.evidence.tables import BASE, IJEPA, NJEPA, RECIPE, SIGMA, TABLES, Arm, Table
 from bench.evidence.worker import thin
-from njepa.config import dump_config
-from njepa.recipes import load_config
+from njepa.config import dump_config, load_config
 
 TASK = Task("a", {**BASE, **NJEPA}, 0)
 

@@ -16,11 +16,11 @@ from jobs import TINY, make_images
 from tiny import tiny_config
 
 from njepa.compilation import GraphedForward, compile_blocks
+from njepa.config import load_config
 from njepa.ema import ema_parameters, make_target, update_target
 from njepa.loop import Trainer
 from njepa.models.encoder import build_encoder
 from njepa.ranks import Ranks, join_ranks, leave_ranks
-from njepa.recipes import load_config
 
 pytestmark = [
     pytest.mark.gpu,

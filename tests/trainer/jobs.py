@@ -74,8 +74,8 @@ def run_jobs(jobs: list[dict[str, Any]], world: int, folder: Path) -> dict[str, 
 
 
 def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
+    from njepa.config import load_config
     from njepa.loop import Trainer
-    from njepa.recipes import load_config
 
     config = load_config("shapes-tiny", TINY + job["overrides"])
     trainer = Trainer(config, job["ds"], ranks)

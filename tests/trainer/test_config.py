@@ -5,8 +5,17 @@ import re
 import pytest
 import yaml
 
-from njepa.config import RETIRED, Config, ConfigError, Section, dump_config, parse_config
-from njepa.recipes import load_config, recipe_names
+from njepa.config import (
+    Config,
+    ConfigError,
+    Section,
+    dump_config,
+    free_on_resume,
+    load_config,
+    parse_config,
+    recipe_names,
+)
+from njepa.config.loading import RETIRED
 
 SMALL = {"data": {"image_size": 64}, "model": {"patch_size": 8}}
 
@@ -235,3 +244,20 @@ def test_options_that_have_nothing_to_act_on_are_allowed():
     assert not config.noise.active
     one = {"mask": {"n_targets": 1}, "vicreg": {"on": "context_vs_target"}}
     assert parse_config({"method": "ncjepa", **one}).vicreg.weight == 0.001
+
+
+def test_what_a_resumed_run_may_change():
+    """What decides the result stays; where the data lies and how the run is watched may change."""
+    sections = parse_config(SMALL).model_dump()
+    keys = {"recipe", "method"}
+    for name, section in sections.items():
+        if isinstance(section, dict):
+            keys |= {f"{name}.{key}" for key in section}
+    free = {key for key in keys if free_on_resume(key)}
+    watched = {key for key in keys if key.split(".")[0] in ("run", "eval", "impl")}
+    assert free == (watched - {"run.seed", "run.max_steps"}) | {
+        "recipe", "model.attention", "model.checkpoint_blocks", "data.path", "data.eval_path",
+        "data.backend", "data.workers", "data.prefetch", "data.hw_decoder_load", "data.cache_dir",
+    }  # fmt: skip
+    assert not free_on_resume("model.predictor.width")
+    assert not free_on_resume("gone.key")

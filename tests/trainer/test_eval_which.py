@@ -6,10 +6,10 @@ import pytest
 import torch
 from jobs import TINY, make_images, run_jobs
 
+from njepa.config import load_config
 from njepa.data.sources import open_source
 from njepa.evaluation.features import load_split, pooled_features
 from njepa.models.encoder import build_encoder
-from njepa.recipes import load_config
 
 STEPS = 6
 #: Ranks and ZeRO stage; the runs of each.

@@ -17,11 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from njepa import planning as plan
 from njepa.cli import main
+from njepa.config import load_config
 from njepa.draws.masks import MaskSampler
 from njepa.ds_engine import BatchSizes
 from njepa.ema import make_target
 from njepa.models.encoder import Encoder, encoder_size
-from njepa.recipes import load_config
 from njepa.step import TrainModule
 
 SHAPE, BATCH = plan.Shape(N_CONTEXT, N_TARGETS), 4

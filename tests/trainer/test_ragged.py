@@ -17,7 +17,7 @@ from jobs import TINY, make_images
 from packed_attention import ATTENTION
 from tiny import SIDE, key_of, make_batch, tiny_config
 
-from njepa.config import Config, MaskConfig
+from njepa.config import Config, MaskConfig, load_config
 from njepa.data.batch import Batch, Lengths
 from njepa.data.loader import build_loader
 from njepa.data.sources import open_source
@@ -27,7 +27,6 @@ from njepa.ema import make_target
 from njepa.models.attention import Attention, Sequences
 from njepa.models.jepa import JepaOutput
 from njepa.objectives import objective
-from njepa.recipes import load_config
 from njepa.step import TrainModule
 
 CPU = torch.device("cpu")

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from njepa.cli import main
+from njepa.config import load_config, recipe_names
 from njepa.data.batch import Batch
 from njepa.draws.masks import MaskSampler
 from njepa.ds_engine import load_ds_config, resolve_batch
 from njepa.ema import make_target
 from njepa.models.predictor import check_sizes
-from njepa.recipes import load_config, recipe_names
 from njepa.step import TrainModule
 
 FOLDER = Path(__file__).parents[2] / "njepa/recipes"

@@ -1,52 +1,23 @@
-"""Typed configuration; ``njepa.recipes`` reads it from YAML and ``section.key=value``.
+"""All sections in one table (hence its length): each field, its meaning, its unit, its default.
 
 The recipe owns everything except what the DeepSpeed file owns (batch size, accumulation, ZeRO,
-precision, clipping). A key that exists nowhere is an error that names the nearest existing one.
+precision, clipping).
 """
 
 from __future__ import annotations
 
-import difflib
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Method = Literal["ijepa", "cjepa", "njepa", "ncjepa"]
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Range = tuple[float, float]
 #: YAML reads a bare ``off`` as false.
 _Off = BeforeValidator(lambda value: "off" if value is False else value)
-
-#: What the DeepSpeed file owns. Named here so that a recipe that sets one of them gets told where.
-DS_OWNED = {
-    "batch_size", "train_batch_size", "train_micro_batch_size_per_gpu", "micro_batch_size",
-    "gradient_accumulation_steps", "accumulation", "zero_stage", "zero", "zero_optimization",
-    "bf16", "fp16", "precision", "dtype", "amp", "torch_autocast",
-    "gradient_clipping", "clip_grad", "grad_clip",
-}  # fmt: skip
-
-
-#: Keys that the noise section had before the paper could be read: what took their place.
-RETIRED = {
-    "schedule": "noise.sigma takes a number, 'edm' or a list",
-    "levels": "noise.sigma takes a list with one number a level",
-    "sigma_min": "noise.sigma takes a number, 'edm' or a list",
-    "sigma_max": "noise.sigma takes a number, 'edm' or a list",
-    "sigmas": "noise.sigma takes the list",
-    "rho": "noise.sigma takes a list; write the values of the grid there",
-    "jitter": "noise.sigma=edm draws log-normal sigmas",
-    "anneal_to": "sigma is constant over the training, as published",
-    "unit": "sigma is in the unit of the position table; model.pos_scale scales that",
-    "map": "noise.draw says what blocks share; sigma belongs to a block",
-    "mix": "the noise is added to the position, which is not scaled, as published",
-    "level_weights": "all blocks weigh the same, as published",
-    "normalise": "the loss is the weighted sum of its terms, as published",
-    "level_embedding": "the predictor is not told sigma, as published",
-}  # fmt: skip
 
 #: sigma_data of EDM (arXiv 2206.00364), N-JEPA's standard deviation of the noise (Algorithm 1).
 SIGMA_DATA = 0.5
@@ -55,8 +26,17 @@ SIGMA_DATA = 0.5
 UNSET = "???"
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message says what was got, expected and how to mend."""
+@dataclass(frozen=True)
+class OnResume:
+    """Mark of a field or a section: whether a resumed run may have another value there.
+
+    The innermost mark counts; without any, the value decides the result of the run and stays.
+    """
+
+    free: bool
+
+
+FREE, FIXED = OnResume(True), OnResume(False)
 
 
 class Section(BaseModel):
@@ -72,13 +52,13 @@ def _increasing(name: str, values: Range, low: float, high: float = math.inf) ->
 
 
 class DataConfig(Section):
-    path: Path | None = None
+    path: Annotated[Path | None, FREE] = None
     """Image folder, list file (.txt), tar shard (.tar) or folder of tar shards. None: the embedded
     set ``shapes``."""
-    eval_path: Path | None = None
+    eval_path: Annotated[Path | None, FREE] = None
     """Labelled test images (class folders, or a list or shards with labels), for kNN and linear
     probe; ``path`` then needs labels too."""
-    backend: Literal["auto", "dali", "torch"] = "auto"
+    backend: Annotated[Literal["auto", "dali", "torch"], FREE] = "auto"
     """``auto``: DALI on a GPU where it is installed, torchvision otherwise."""
     image_size: PositiveInt = 224
     """Side of the square crop, in pixels."""
@@ -92,16 +72,16 @@ class DataConfig(Section):
     """Subtracted per channel, for pixels in [0, 1]."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Divides per channel."""
-    workers: Annotated[int, Field(ge=0)] | None = None
+    workers: Annotated[Annotated[int, Field(ge=0)] | None, FREE] = None
     """Loader processes (torchvision) or threads (DALI) per rank. None: on a GPU the cores of this
     machine shared among its ranks, at most 16; on a CPU one. 0: decode in the training process
     (torchvision only)."""
-    prefetch: PositiveInt = 2
+    prefetch: Annotated[PositiveInt, FREE] = 2
     """Batches decoded ahead, per worker (torchvision) or in all (DALI)."""
-    hw_decoder_load: Fraction = 0.65
+    hw_decoder_load: Annotated[Fraction, FREE] = 0.65
     """Share of the JPEGs that DALI gives to the GPU's hardware decoder, where there is one (A100,
     H100, H200); the rest is decoded by its CUDA kernels. DALI's default."""
-    cache_dir: Path | None = None
+    cache_dir: Annotated[Path | None, FREE] = None
     """Where the index of a source and the embedded set are kept. None: ``~/.cache/njepa``."""
 
     @model_validator(mode="after")
@@ -196,7 +176,7 @@ class ModelConfig(Section):
     """Overrides the encoder's number of blocks."""
     heads: PositiveInt | None = None
     """Overrides the encoder's number of attention heads."""
-    attention: Literal["auto", "sdpa", "xformers", "varlen"] = "auto"
+    attention: Annotated[Literal["auto", "sdpa", "xformers", "varlen"], FREE] = "auto"
     """What computes the attention. ``sdpa``: torch's scaled_dot_product_attention; ``varlen``:
     torch's kernel for packed sequences (CUDA, bf16); ``xformers``: that of mslk or xformers (CUDA).
     ``auto``: sdpa, with ``mask.ragged`` the first of varlen, xformers and sdpa that works here."""
@@ -211,7 +191,7 @@ class ModelConfig(Section):
     re-draws every linear layer, so its effective value is false."""
     pos_scale: Annotated[float, Field(gt=0)] = 1.0
     """Factor on the encoder's and predictors' frozen sin-cos tables (published: 1)."""
-    checkpoint_blocks: bool = False
+    checkpoint_blocks: Annotated[bool, FREE] = False
     """Keep only the input of each block of the context encoder and the predictors for the backward,
     and compute the rest again there: the same gradients, less memory, about a third more
     arithmetic."""
@@ -344,9 +324,9 @@ class RunConfig(Section):
     """Run folder. None: ``runs/<recipe>``."""
     resume: bool = False
     """Continue the run in ``dir`` from its last checkpoint."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32), FIXED] = 0
     """The one seed behind weights, order, crops, masks, levels and noise."""
-    max_steps: PositiveInt | None = None
+    max_steps: Annotated[PositiveInt | None, FIXED] = None
     """Length of the training and of all schedules in steps; overrides ``optim.epochs``."""
     stop_after: PositiveInt | None = None
     """Write a checkpoint and stop after this global step, as if interrupted (schedules keep their
@@ -391,125 +371,3 @@ class EvalConfig(Section):
 class ImplConfig(Section):
     default: Literal["auto", "reference", "triton", "native"] = "auto"
     """Implementation of every fused op; what was chosen is printed at start."""
-
-
-class Config(Section):
-    """One run. Sections are documented where they are defined."""
-
-    method: Method = "njepa"
-    """ijepa, cjepa (+ VICReg), njepa (+ noise) or ncjepa (both); sets the defaults of
-    ``noise.weight``, ``noise.consistency``, ``noise.predictors`` and ``vicreg.weight``, explicit
-    values win."""
-    recipe: str = "custom"
-    """Name of the recipe that this configuration came from."""
-    data: DataConfig = DataConfig()
-    mask: MaskConfig = MaskConfig()
-    model: ModelConfig = ModelConfig()
-    noise: NoiseConfig = NoiseConfig()
-    vicreg: VicregConfig = VicregConfig()
-    optim: OptimConfig = OptimConfig()
-    run: RunConfig = RunConfig()
-    eval: EvalConfig = EvalConfig()
-    impl: ImplConfig = ImplConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _method_defaults(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict):
-            return raw
-        method = raw.get("method", "njepa")
-        noise = raw.get("noise")
-        single = isinstance(noise, dict) and noise.get("predictors") == "single"
-        noised = 0.1 if method in ("njepa", "ncjepa") else 0.0
-        defaults: dict[str, dict[str, Any]] = {
-            "noise": {
-                "weight": noised,
-                "consistency": 0.0 if single else noised,
-                # With VICReg one predictor is the better one by far (docs/evidence.md, N + C).
-                "predictors": "shared" if method == "ncjepa" else "unshared",
-            },
-            "vicreg": {"weight": 0.001 if method in ("cjepa", "ncjepa") else 0.0},
-        }
-        filled = dict(raw)
-        for section, values in defaults.items():
-            given = filled.get(section)
-            if given is None or isinstance(given, dict):
-                filled[section] = {**values, **(given or {})}
-        return filled
-
-    @model_validator(mode="after")
-    def _check(self) -> Config:
-        size, patch = self.data.image_size, self.model.patch_size
-        if size % patch:
-            below = size // patch * patch
-            raise ValueError(
-                f"data.image_size must be a multiple of model.patch_size={patch}, got {size}; "
-                f"set data.image_size={below or patch} or {below + patch}"
-            )
-        sigma, blocks = self.noise.sigma, self.mask.n_targets
-        if self.noise.active and isinstance(sigma, tuple) and len(sigma) > blocks:
-            raise ValueError(
-                f"noise.sigma has {len(sigma)} values, {list(sigma)}, for mask.n_targets={blocks} "
-                f"blocks of an image; give at most {blocks} values or raise mask.n_targets"
-            )
-        if self.vicreg.weight > 0 and self.vicreg.on == "pred_blocks" and self.mask.n_targets < 2:
-            raise ValueError(
-                f"vicreg.on=pred_blocks compares the target blocks of an image and needs "
-                f"mask.n_targets >= 2, got {self.mask.n_targets}"
-            )
-        return self
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches per column and per row (H, W)."""
-        side = self.data.image_size // self.model.patch_size
-        return side, side
-
-
-def parse_config(raw: dict[str, Any], origin: str = "configuration") -> Config:
-    """Validate a mapping of sections; every problem found is named at once."""
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        lines = [f"  {_explain(e)}" for e in error.errors()]
-        raise ConfigError("\n".join([f"{origin} is not valid:", *lines])) from None
-
-
-def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML that ``load_config`` reads back to an equal one."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    return text
-
-
-def _explain(error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
-    where = ".".join(location) or "configuration"
-    kind, got = error["type"], error.get("input")
-    if kind == "extra_forbidden":
-        key = location[-1]
-        if key in DS_OWNED:
-            return f"{where}: belongs to the DeepSpeed file (--ds_config), not to the recipe"
-        if location[:-1] == ["noise"] and key in RETIRED:
-            return f"{where}: gone, since the published method has no such thing; {RETIRED[key]}"
-        known = list(_fields_at(location[:-1]))
-        home = [s for s in _fields_at([]) if key in _fields_at([s])]
-        moved = f"; {key} lives in section {home[0]!r}" if home else ""
-        return f"{where}: unknown key{did_you_mean(key, known) or moved}; known: {', '.join(known)}"
-    message = error["msg"].removeprefix("Value error, ")
-    if kind == "value_error":
-        return str(message)  # the validators above name their keys
-    return f"{where}: {message[0].lower()}{message[1:]}, got {got!r}"
-
-
-def _fields_at(location: list[str]) -> list[str]:
-    model: Any = Config
-    for part in location:
-        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
-        model = field.annotation if field is not None else None
-    return list(model.model_fields) if hasattr(model, "model_fields") else []
-
-
-def did_you_mean(word: str, known: list[str]) -> str:
-    """``; did you mean 'x'?`` for the nearest known word, or nothing."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""

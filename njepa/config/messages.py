@@ -1,0 +1,15 @@
+"""Errors of a configuration, and how they are put into words."""
+
+from __future__ import annotations
+
+import difflib
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message says what was got, expected and how to mend."""
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """``; did you mean 'x'?`` for the nearest known word, or nothing."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
