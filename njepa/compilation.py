@@ -15,10 +15,10 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from njepa.config import Config, ConfigError
+from njepa.models.block import Block
 
 _WARM_UP = 3  # forward passes before a capture: compilation, library handles, allocations
 

@@ -2,19 +2,18 @@
 
 Shapes: R sequences of at most L tokens, T tokens without padding, H heads of width h, D = H*h.
 
-A model owns an ``Attention`` (a kernel for dense sequences, one for ragged ones), puts it into its
-blocks with ``use_attention``, and says in its forward how the sequences lie:
+A model owns an ``Attention`` (a kernel for dense sequences, one for ragged ones) and says in its
+forward how the sequences lie:
 
     sequences = self.attention.sequences(rows, length, lengths, tail)
     x = sequences.enter(x)                        # [R, L, D]; packing kernels: [1, T, D]
     for block in blocks:
-        x = block(x, attn_mask=sequences)         # timm's Block hands it on to ``SelfAttention``
+        x = block(x, sequences)
     y = sequences.leave(x)                        # [R, L, D], zeros where there is padding
     y = sequences.last(x, n)                      # or only the last n tokens of each: [R, n, D]
 
 Outside of the blocks everything is padded, [R, L, D]; only between ``enter`` and ``leave`` may it
-be packed. What acts on tokens alone (norm, MLP, projection) may stand on either side. A block
-called without ``attn_mask`` takes its rows as dense, as timm's does.
+be packed. What acts on tokens alone (norm, MLP, projection) may stand on either side.
 
 ``lengths`` are those of the B images. Sequence r = m*B + b has the tokens [0, lengths[b]) and the
 last ``tail`` of the L: no tail and R = B in the encoder; tail = Kt and R = M*B, rows m*B + b, in
@@ -22,19 +21,18 @@ the predictor. Without lengths, or where they are all equal to L - tail, the seq
 mask, no packing, the same bits.
 
 From queries to keys of other lengths: ``queries.over(keys)``, two ``Sequences`` of equally many
-rows; the kernel then takes q as ``queries`` lie and k, v as ``keys`` lie. ``SelfAttention`` takes
-all tokens, as ``keys`` lie, and lets the last of each sequence ask.
+rows; the kernel then takes q as ``queries`` lie and k, v as ``keys`` lie. A block takes all tokens,
+as ``keys`` lie, and lets the last of each sequence ask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -113,6 +111,11 @@ class Sequences:
         """Of tokens as ``keys`` lie those that ask: the last of each sequence, [R, L, ...]."""
         return x if self.keys is None else self.keys.last(x, self.length)
 
+    def attend(self, qkv: Tensor) -> Tensor:
+        """q, k and v [..., 3, H, h], as ``keys`` lie, to [..., H*h], as the queries lie."""
+        q, k, v = qkv.unbind(2)
+        return self.kernel(self.take_queries(q), k, v, self).flatten(2)
+
 
 @dataclass(frozen=True)
 class Sdpa:
@@ -183,35 +186,3 @@ class Attention:
 
 #: SDPA as torch orders it, for every kind of sequences.
 SDPA = Attention()
-
-
-class SelfAttention(nn.Module):
-    """timm's ``Attention`` (multi-head, no dropout) with a kernel of our choice.
-
-    It takes over the two layers of the module it replaces: names and state-dict keys stay.
-    """
-
-    def __init__(self, attn: Any, attention: Attention) -> None:
-        super().__init__()
-        self.num_heads, self.attention = attn.num_heads, attention
-        self.qkv, self.proj = attn.qkv, attn.proj
-
-    def forward(
-        self, x: Tensor, attn_mask: Sequences | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """[R, L, D] or packed [1, T, D], as ``attn_mask`` says; None: dense. The name is timm's.
-
-        With keys of their own, ``x`` lies as they do, and the output [R, L, D] as the queries.
-        """
-        assert not is_causal
-        sequences = attn_mask or self.attention.sequences(*x.shape[:2])
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        q = sequences.take_queries(q)
-        out: Tensor = self.proj(sequences.kernel(q, k, v, sequences).flatten(2))
-        return out
-
-
-def use_attention(blocks: Iterable[nn.Module], attention: Attention) -> None:
-    """Let timm's blocks compute their attention with ``attention``."""
-    for block in blocks:
-        block.attn = SelfAttention(block.get_submodule("attn"), attention)

@@ -1,4 +1,4 @@
-"""The encoder: timm's Vision Transformer, run on a subset of its tokens.
+"""The encoder: a Vision Transformer, run on a subset of its tokens.
 
 Shapes: B images, N patches, K kept patches, D width.
 """
@@ -8,19 +8,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from njepa_kernels import gather_tokens
 from njepa_kernels._dispatch import Impl
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from njepa.config import Config, ConfigError, ModelConfig, did_you_mean
 from njepa.data.batch import Lengths
-from njepa.models.attention import SDPA, Attention, use_attention
+from njepa.models.attention import SDPA, Attention
+from njepa.models.block import Block, BlockNorm, run_blocks
 from njepa.models.init import init_generator, init_weights, rescale_by_depth
 from njepa.models.patch_projection import PatchProjection
 from njepa.models.positions import position_table
-from njepa.models.recompute import run_blocks
 
 
 class EncoderSize(NamedTuple):
@@ -78,19 +76,10 @@ def check_heads(section: str, width: int, heads: int) -> None:
         )
 
 
-class BlockNorm(nn.LayerNorm):
-    """LayerNorm with the published eps, 1e-6."""
+class Encoder(nn.Module):
+    """A Vision Transformer without class token, with a frozen 2-D sin-cos position table.
 
-    def __init__(
-        self, width: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__(width, eps=1e-6, device=device, dtype=dtype)
-
-
-class Encoder(VisionTransformer):
-    """timm's ViT without class token, with a frozen 2-D sin-cos position table.
-
-    Parameter names, shapes and outputs on full images are those of timm's ``VisionTransformer(
+    Parameter names, shapes and features of full images are those of timm's ``VisionTransformer(
     class_token=False, global_pool="avg", fc_norm=False, num_classes=0)``.
     """
 
@@ -106,58 +95,43 @@ class Encoder(VisionTransformer):
         attention: Attention = SDPA,
         checkpoint_blocks: bool = False,
     ) -> None:
-        """``mean``, ``std``: normalise bytes; see ``njepa.config.DataConfig``."""
-        # The layers draw their own defaults first; init_weights replaces them all.
-        with torch.random.fork_rng(devices=[]):
-            super().__init__(
-                img_size=image_size,
-                patch_size=patch_size,
-                embed_dim=size.width,
-                depth=size.depth,
-                num_heads=size.heads,
-                mlp_ratio=size.mlp_ratio,
-                class_token=False,
-                global_pool="avg",
-                fc_norm=False,
-                num_classes=0,
-                norm_layer=BlockNorm,
-                weight_init="skip",
-            )
-            self.patch_embed.proj = PatchProjection(size.width, patch_size, mean, std, impl)
-        self.impl, self.attention = impl, attention
-        self.checkpoint_blocks = checkpoint_blocks
-        use_attention(self.blocks, attention)
+        """``mean``, ``std``: normalise the bytes; see ``njepa.config.DataConfig``."""
+        super().__init__()
+        self.attention, self.checkpoint_blocks = attention, checkpoint_blocks
         table = position_table(size.width, (image_size // patch_size,) * 2, pos_scale)
         self.pos_embed: nn.Parameter = nn.Parameter(table.unsqueeze(0), requires_grad=False)
+        # The layers draw their own defaults first; init_weights replaces them all.
+        with torch.random.fork_rng(devices=[]):
+            projection = PatchProjection(size.width, patch_size, mean, std, impl)
+            self.patch_embed = nn.ModuleDict({"proj": projection})
+            self.blocks = nn.ModuleList(
+                Block(size.width, size.heads, int(size.width * size.mlp_ratio))
+                for _ in range(size.depth)
+            )
+            self.norm = BlockNorm(size.width)
 
-    def forward(  # type: ignore[override]  # timm's takes an attention mask
+    def forward(
         self, images: Tensor, idx: Tensor | None = None, lengths: Lengths | None = None
     ) -> Tensor:
         """Features after the final norm.
 
         Args:
-            images: uint8 [B, S, S, 3], or floating [B, 3, S, S], normalised and cast here to the
-                type of the parameters.
+            images: uint8 [B, S, S, 3].
             idx: int64 [B, K], the patches that enter the blocks, or None for all.
             lengths: how many of the K are patches of each image; the rest is padding. None: all.
 
         Returns:
             [B, K, D] or [B, N, D], zeros (without gradient) where there is padding. Masking comes
             after the positions and before the blocks, as in facebookresearch/ijepa,
-            src/models/vision_transformer.py. Of bytes only the kept patches are embedded: patches
-            do not see one another before the blocks, so the order is free.
+            src/models/vision_transformer.py. Only the kept patches are embedded: patches do not see
+            one another before the blocks, so the order is free.
         """
         pos = self.pos_embed
         # Under autocast the residual stream stays in the type of the parameters, as published.
-        if images.dtype == torch.uint8:
-            x = self.patch_embed.proj(images, idx).to(pos.dtype)
-            x = x + (pos if idx is None else F.embedding(idx, pos[0]))
-        else:
-            x = self.patch_embed(images.to(pos.dtype)).to(pos.dtype)
-            x = x + pos if idx is None else gather_tokens(x, idx, pos[0], impl=self.impl)
+        x = self.patch_embed["proj"](images, idx).to(pos.dtype)
+        x = x + (pos if idx is None else F.embedding(idx, pos[0]))
         sequences = self.attention.sequences(x.shape[0], x.shape[1], lengths)
-        x = sequences.enter(x)
-        x = run_blocks(self.blocks, x, self.checkpoint_blocks, attn_mask=sequences)
+        x = run_blocks(self.blocks, sequences.enter(x), sequences, self.checkpoint_blocks)
         return sequences.leave(self.norm(x))
 
 

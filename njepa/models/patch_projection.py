@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class PatchProjection(nn.Conv2d):
-    """The patch convolution of a ViT, which takes bytes too, and then of the wanted patches only.
+    """The patch convolution of a ViT over bytes, of the wanted patches only.
 
     Parameters are those of ``Conv2d(3, width, patch_size, patch_size)``: weight [D, 3, p, p], bias
     [D]. It stays one module that owns and uses them, which ZeRO-3 needs to gather them in time.
@@ -24,7 +24,7 @@ class PatchProjection(nn.Conv2d):
         std: tuple[float, float, float],
         impl: Impl = "auto",
     ) -> None:
-        """``mean``, ``std``: per channel, for pixels in [0, 1]; they apply to bytes only."""
+        """``mean``, ``std``: per channel, for pixels in [0, 1]."""
         super().__init__(3, width, patch_size, patch_size)
         self.patch_size, self.mean, self.std, self.impl = patch_size, mean, std, impl
 
@@ -32,16 +32,12 @@ class PatchProjection(nn.Conv2d):
         """Project patches.
 
         Args:
-            images: uint8 [B, S, S, 3]; or floating [B, 3, S, S], normalised, where ``idx`` must be
-                None.
+            images: uint8 [B, S, S, 3].
             idx: int64 [B, K], the patches that are wanted, or None for all.
 
         Returns:
-            [B, K, D] or [B, N, D] for bytes; [B, D, S/p, S/p], as every convolution, otherwise.
+            [B, K, D] or [B, N, D].
         """
-        if images.dtype != torch.uint8:
-            assert idx is None
-            return super().forward(images)
         device = images.device.type
         # Autocast would round the input of the linear layer: written rounded, it is read once less.
         low = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

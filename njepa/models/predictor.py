@@ -9,19 +9,17 @@ from __future__ import annotations
 import torch
 from njepa_kernels import NoiseKey, philox_normal, predictor_tokens
 from njepa_kernels._dispatch import Impl
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from njepa.config import Config
 from njepa.data.batch import Lengths
-from njepa.models.attention import SDPA, Attention, Sequences, use_attention
-from njepa.models.encoder import BlockNorm, EncoderSize, check_heads, encoder_size
+from njepa.models.attention import SDPA, Attention
+from njepa.models.block import Block, BlockNorm, Layout, run_blocks
+from njepa.models.encoder import EncoderSize, check_heads, encoder_size
 from njepa.models.init import init_generator, init_weights, rescale_by_depth
-from njepa.models.last_block import LastBlock
 from njepa.models.positions import position_table
-from njepa.models.recompute import run_blocks
-from njepa.models.shared_context import Segments, share_context
+from njepa.models.shared_context import Segments
 
 
 class Predictor(nn.Module):
@@ -55,7 +53,7 @@ class Predictor(nn.Module):
         """A predictor with torch's default weights.
 
         Args:
-            depth: blocks, at least 1; the last is a ``LastBlock``.
+            depth: blocks, at least 1.
             tied_noise: draw the noise in the encoder's width and project it by
                 ``predictor_embed`` without its bias (StoP, arXiv 2308.00566).
             noise_mask_token: noised queries start from a mask token of their own.
@@ -76,13 +74,8 @@ class Predictor(nn.Module):
             self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
             self.predictor_pos_embed = nn.Parameter(table.unsqueeze(0), requires_grad=False)
             self.predictor_blocks = nn.ModuleList(
-                block(width, heads, qkv_bias=True, norm_layer=BlockNorm)
-                for block in (*[Block] * (depth - 1), LastBlock)
+                Block(width, heads, 4 * width) for _ in range(depth)
             )
-            if shared_context:
-                share_context(self.predictor_blocks)
-            else:
-                use_attention(self.predictor_blocks, attention)
             self.predictor_norm = BlockNorm(width)
             self.predictor_proj = nn.Linear(width, encoder_width)
             self.noise_mask_token: nn.Parameter | None = None
@@ -174,13 +167,11 @@ class Predictor(nn.Module):
         rows = (sigma[..., None, None] * tied).transpose(0, 1).flatten(0, 1).to(tokens.dtype)
         return tokens + F.pad(rows, (0, 0, tokens.shape[1] - rows.shape[1], 0))
 
-    def _run_blocks(
-        self, tokens: Tensor, everything: Sequences | Segments, queries: Sequences | Segments
-    ) -> Tensor:
+    def _run_blocks(self, tokens: Tensor, everything: Layout, queries: Layout) -> Tensor:
         """All tokens in, the queries out: no block behind the last one reads its other tokens."""
         *blocks, last = self.predictor_blocks
-        tokens = run_blocks(blocks, tokens, self.checkpoint_blocks, attn_mask=everything)
-        return run_blocks([last], tokens, self.checkpoint_blocks, attn_mask=queries)
+        tokens = run_blocks(blocks, tokens, everything, self.checkpoint_blocks)
+        return run_blocks([last], tokens, queries, self.checkpoint_blocks)
 
     def _embed_with_noise(
         self, z: Tensor, target_idx: Tensor, noise: NoiseKey

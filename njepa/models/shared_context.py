@@ -15,12 +15,10 @@ to context b and to itself. Of the last layer the context needs keys and values 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from njepa.data.batch import Lengths
 from njepa.models.attention import Attention, Sequences
@@ -62,8 +60,12 @@ class Segments:
         return replace(self, context=None)
 
     def take_queries(self, rows: Tensor) -> Tensor:
-        """Rows [B*Kc + L*B*Kt, ...] to those of the queries, [L*B*Kt, ...]."""
-        return self.split(rows)[1].flatten(0, 2)
+        """Rows [B*Kc + L*B*Kt, ...] as they are, or to those of the queries, [L*B*Kt, ...]."""
+        return rows if self.context is not None else self.split(rows)[1].flatten(0, 2)
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """q, k and v of all rows, [..., 3, H, e], to [..., H*e] of those that ask."""
+        return shared_context_attention(*self.split(qkv), self)
 
     def join(self, context: Tensor, queries: Tensor) -> Tensor:
         """[B, Kc, d] and [L*B, Kt, d] to rows [B*Kc + L*B*Kt, d]."""
@@ -109,28 +111,3 @@ def _attend(sequences: Sequences, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     k, v = (keys.enter(x.flatten(2)).unflatten(2, heads) for x in (k, v))
     out = sequences.kernel(q, k, v, sequences).flatten(2)
     return sequences.leave(out).flatten(0, 1)
-
-
-class SharedContextAttention(nn.Module):
-    """In the place of timm's ``Attention``, with its two layers: the state-dict keys stay."""
-
-    def __init__(self, attn: Any) -> None:
-        super().__init__()
-        self.num_heads = attn.num_heads
-        self.qkv, self.proj = attn.qkv, attn.proj
-
-    def forward(self, x: Tensor, attn_mask: Segments, is_causal: bool = False) -> Tensor:
-        """Rows [B*Kc + L*B*Kt, d] in and out, or those of the queries out.
-
-        timm's ``Block`` hands ``attn_mask`` on.
-        """
-        assert not is_causal
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        out: Tensor = self.proj(shared_context_attention(*attn_mask.split(qkv), attn_mask))
-        return out
-
-
-def share_context(blocks: Iterable[nn.Module]) -> None:
-    """Let timm's blocks take rows, and ``Segments`` as their ``attn_mask``."""
-    for block in blocks:
-        block.attn = SharedContextAttention(block.get_submodule("attn"))

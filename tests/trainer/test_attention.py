@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 from packed_attention import ATTENTION, VARLEN, XFORMERS, fake_fmha
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block as TimmBlock
 
 from njepa import train
 from njepa.config import ConfigError, MaskConfig, ModelConfig
 from njepa.data.batch import Lengths
 from njepa.ds_engine import compute_dtype
-from njepa.models.attention import Attention, Sdpa, Sequences, use_attention
+from njepa.models.attention import Attention, Sdpa, Sequences
 from njepa.models.attention_kernels import CUDNN_FIRST, choose_attention, load_kernel, probe
-from njepa.models.encoder import BlockNorm
+from njepa.models.block import Block, BlockNorm
 
 CPU = torch.device("cpu")
 COUNTS = (3, 7, 1, 4)
@@ -108,14 +108,13 @@ def test_equal_lengths_are_dense(kind: str):
 def test_a_block_is_timms_with_any_kernel(kind: str):
     """Same keys, same values: strictly for SDPA, which gets the tensors that timm's block gives."""
     torch.manual_seed(3)
-    theirs = Block(16, 2, qkv_bias=True, norm_layer=BlockNorm)
-    ours = Block(16, 2, qkv_bias=True, norm_layer=BlockNorm)
-    use_attention([ours], ATTENTION[kind])
+    theirs = TimmBlock(16, 2, qkv_bias=True, norm_layer=BlockNorm)
+    ours = Block(16, 2, 64)
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = draw(5, 6, 16)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
-    outputs = [block(i) for block, i in zip((ours, theirs), inputs, strict=True)]
+    outputs = [ours(inputs[0], ATTENTION[kind].sequences(5, 6)), theirs(inputs[1])]
     for output in outputs:
         (output * draw(5, 6, 16, seed=1)).sum().backward()
     exact = {"rtol": 0.0, "atol": 0.0} if kind == "padded" else {}
@@ -127,15 +126,13 @@ def test_a_block_is_timms_with_any_kernel(kind: str):
 
 @pytest.mark.parametrize("kind", ["padded", "varlen"])
 def test_a_ragged_block_is_one_graph(kind: str):
-    block = Block(16, 2, qkv_bias=True, norm_layer=BlockNorm)
-    attention = ATTENTION[kind]
+    block, attention = Block(16, 2, 64), ATTENTION[kind]
     if kind == "varlen":  # without the stand-in's checks, which read values
         attention = Attention(Sdpa(), Trivial())
-    use_attention([block], attention)
 
     def run(x: torch.Tensor, own: Lengths) -> torch.Tensor:
         sequences = attention.sequences(4, 7, own)
-        return sequences.leave(block(sequences.enter(x), attn_mask=sequences))
+        return sequences.leave(block(sequences.enter(x), sequences))
 
     compiled = torch.compile(run, backend="eager", fullgraph=True)
     x = draw(4, 7, 16)

@@ -1,4 +1,4 @@
-"""The last block of a predictor is timm's block, read at its queries, and computes nothing else."""
+"""A block whose queries alone ask is the whole block, read at the queries, and computes no more."""
 
 from __future__ import annotations
 
@@ -7,37 +7,34 @@ from collections.abc import Callable
 import pytest
 import torch
 from packed_attention import ATTENTION
-from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from njepa.data.batch import Lengths
-from njepa.models.attention import Attention, use_attention
-from njepa.models.last_block import LastBlock
+from njepa.models.attention import Attention
+from njepa.models.block import Block
 from njepa.models.predictor import Predictor
-from njepa.models.shared_context import Segments, share_context
+from njepa.models.shared_context import Segments
 
 B, M, KC, KT, D, HEADS = 3, 2, 7, 4, 24, 2
 Run = Callable[[Tensor, Tensor], Tensor]
 
 
-def pair() -> tuple[Block, LastBlock]:
-    whole, last = (kind(D, HEADS, qkv_bias=True).double() for kind in (Block, LastBlock))
-    g = torch.Generator().manual_seed(0)
+def random_block() -> Block:
+    block, g = Block(D, HEADS, 4 * D).double(), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in whole.parameters():
+        for parameter in block.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=g))
-    last.load_state_dict(whole.state_dict())
-    return whole, last
+    return block
 
 
-def assert_same(whole: Block, last: LastBlock, both: tuple[Run, Run]) -> None:
+def assert_same(block: Block, both: tuple[Run, Run]) -> None:
     """Predictions, and gradients of the tokens and of every parameter, fp64."""
     g = torch.Generator().manual_seed(1)
     context = torch.randn(B, KC, D, dtype=torch.float64, generator=g)
     queries = torch.randn(M * B, KT, D, dtype=torch.float64, generator=g)
     grad = torch.randn(M * B, KT, D, dtype=torch.float64, generator=g)
     results = []
-    for block, run in zip((whole, last), both, strict=True):
+    for run in both:
         inputs = [context.clone().requires_grad_(), queries.clone().requires_grad_()]
         out = run(*inputs)
         results.append([out, *torch.autograd.grad(out, [*inputs, *block.parameters()], grad)])
@@ -50,8 +47,7 @@ def assert_same(whole: Block, last: LastBlock, both: tuple[Run, Run]) -> None:
 @pytest.mark.parametrize("kernel", ATTENTION)
 def test_a_context_for_each_block(kernel: str, counts: tuple[int, ...] | None):
     attention: Attention = ATTENTION[kernel]
-    whole, last = pair()
-    use_attention((whole, last), attention)
+    block = random_block()
     lengths = None if counts is None else Lengths(counts, torch.tensor(counts))
     sequences = attention.sequences(M * B, KC + KT, lengths, tail=KT)
     queries_alone = attention.sequences(M * B, KT).over(sequences)
@@ -59,24 +55,23 @@ def test_a_context_for_each_block(kernel: str, counts: tuple[int, ...] | None):
     def enter(context: Tensor, queries: Tensor) -> Tensor:
         return sequences.enter(torch.cat((context.repeat(M, 1, 1), queries), dim=1))
 
-    assert_same(whole, last, (
-        lambda *x: sequences.last(whole(enter(*x), attn_mask=sequences), KT),
-        lambda *x: last(enter(*x), attn_mask=queries_alone),
+    assert_same(block, (
+        lambda *x: sequences.last(block(enter(*x), sequences), KT),
+        lambda *x: block(enter(*x), queries_alone),
     ))  # fmt: skip
 
 
 @pytest.mark.parametrize("counts", [None, (7, 2, 5)], ids=["dense", "ragged"])
 @pytest.mark.parametrize("kernel", ATTENTION)
 def test_a_shared_context(kernel: str, counts: tuple[int, ...] | None):
-    whole, last = pair()
-    share_context((whole, last))
+    block = random_block()
     lengths = None if counts is None else Lengths(counts, torch.tensor(counts))
     target_idx = torch.zeros(B, M, KT, dtype=torch.int64)
     segments = Segments.of(ATTENTION[kernel], torch.zeros(B, KC, D), target_idx, lengths)
     alone = segments.of_queries_alone()
-    assert_same(whole, last, (
-        lambda *x: segments.split(whole(segments.join(*x), attn_mask=segments))[1].flatten(0, 1),
-        lambda *x: last(segments.join(*x), attn_mask=alone).unflatten(0, (-1, KT)),
+    assert_same(block, (
+        lambda *x: segments.split(block(segments.join(*x), segments))[1].flatten(0, 1),
+        lambda *x: block(segments.join(*x), alone).unflatten(0, (-1, KT)),
     ))  # fmt: skip
 
 

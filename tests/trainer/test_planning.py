@@ -171,8 +171,8 @@ def test_activations_with_checkpointed_blocks():
         h = make_target(module.jepa.encoder)(batch.images)
     for block in [*module.jepa.encoder.blocks, *module.jepa.predictor.predictor_blocks]:
         # The re-entrant form saves the block's input where the hooks can see it.
-        block.forward = lambda x, attn_mask=None, f=block.forward: checkpoint(
-            f, x, attn_mask, use_reentrant=True
+        block.forward = lambda x, layout, f=block.forward: checkpoint(
+            f, x, layout, use_reentrant=True
         )
     net = plan.network(config)
     rows = BATCH * SHAPE.context, BATCH * net.predictor_rows(SHAPE, 4)
