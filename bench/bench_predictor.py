@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from njepa.models.architecture import Stack
 from njepa.models.attention import SDPA
 from njepa.models.predictor import Predictor
 from njepa.models.shared_context import Segments, shared_context_attention
@@ -119,7 +120,8 @@ def test_predictor(benchmark: Any, name: str, n_blocks: int, impl: str) -> None:
     torch.manual_seed(0)
     sizes = (size.encoder_width, WIDTH, size.depth, size.heads)
     published = PublishedPredictor(size.side, *sizes).to(DEVICE)
-    predictor = Predictor(sizes[0], (size.side,) * 2, *sizes[1:], shared_context=shared).to(DEVICE)
+    stack = Stack(WIDTH, size.depth, size.heads, 4 * WIDTH)
+    predictor = Predictor(sizes[0], (size.side,) * 2, stack, shared_context=shared).to(DEVICE)
     predictor.load_state_dict(published.state_dict())
     torch._dynamo.reset()
     call = torch.compile(predictor, fullgraph=True) if impl.endswith("compile") else predictor

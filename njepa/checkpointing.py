@@ -110,7 +110,6 @@ def load_checkpoint(
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers, for the JSON state."""
     import deepspeed
-    import timm
 
     import njepa
 
@@ -118,7 +117,6 @@ def versions() -> dict[str, str]:
         "njepa": njepa.__version__,
         "torch": torch.__version__,
         "deepspeed": deepspeed.__version__,
-        "timm": timm.__version__,
     }
 
 

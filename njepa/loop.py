@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from njepa_kernels import available_impls
 from njepa_kernels._dispatch import choose
 from torch import Tensor
 
@@ -34,9 +33,9 @@ from njepa.draws.order import SampleOrder
 from njepa.ds_engine import BatchSizes
 from njepa.ema import ema_parameters, frozen_copy, make_target, update_target
 from njepa.evaluation.evaluate import Evaluator, open_test_side, report
+from njepa.models.architecture import architecture
 from njepa.models.attention_kernels import choose_attention
 from njepa.models.encoder import Encoder, build_encoder
-from njepa.models.predictor import check_sizes
 from njepa.monitors import FeatureMonitor, MetricMeans, Stopwatch
 from njepa.ranks import Ranks
 from njepa.run_folder import RunFolder, run_dir
@@ -51,6 +50,10 @@ log = logging.getLogger(__name__)
 
 #: The loader met an image that nothing can replace.
 UNREADABLE = (UnreadableImage, DecodeError)
+
+
+#: The fused ops of every step; VICReg's is the fifth.
+OPS = ("patchify", "predictor_tokens", "jepa_loss", "ema_update_")
 
 
 class NonFiniteLoss(RuntimeError):
@@ -74,14 +77,14 @@ class Trainer:
         self.sizes = ds_engine.resolve_batch(ds, ranks.world)
         check_vicreg_batch(config, self.sizes)
         with _as_config_error():  # a pure check, before anything is read or written
-            size = check_sizes(config)
+            parts = architecture(config)
             choose_backend(config.data.backend, ranks.device)
             self.impl = choose_impls(config, ranks.device)
-            part = config.model.predictor
+            stacks = parts.encoder, parts.predictor
             self.attention = choose_attention(
                 config.model,
                 config.mask,
-                {size.width // size.heads, part.width // (part.heads or size.heads)},
+                {stack.width // stack.heads for stack in stacks},
                 ranks.device,
                 ds_engine.compute_dtype(ds, ranks.device),
             )
@@ -415,7 +418,7 @@ class Trainer:
 
     def describe(self) -> str:
         """What will run, for the first lines of the log."""
-        config, sizes, predictor = self.config, self.sizes, self.config.model.predictor
+        config, sizes, parts = self.config, self.sizes, architecture(self.config)
         trainable = sum(
             getattr(p, "ds_numel", p.numel()) for p in self.engine.parameters() if p.requires_grad
         )
@@ -428,9 +431,9 @@ class Trainer:
             "steps": f"{self.step} of {self.total_steps} done, {self.steps_per_epoch} an epoch",
             "model": f"{config.model.encoder}/{config.model.patch_size} at "
             f"{config.data.image_size} px: {len(self.target.blocks)} blocks of width "
-            f"{self.target.embed_dim}; {trainable / 1e6:.2f} M trainable parameters in all",
-            "predictor": f"{predictor.depth} blocks of width {predictor.width}, "
-            f"context {predictor.context}",
+            f"{parts.encoder.width}; {trainable / 1e6:.2f} M trainable parameters in all",
+            "predictor": f"{parts.predictor.depth} blocks of width {parts.predictor.width}, "
+            f"context {config.model.predictor.context}",
             "device": device_name(self.ranks.device),
             "ops": ", ".join(f"{op}: {impl}" for op, impl in self.impl.items()),
             "attention": str(self.attention),
@@ -445,13 +448,14 @@ class Trainer:
 
 
 def choose_impls(config: Config, device: torch.device) -> dict[str, str]:
-    """The implementation that will run for each op.
+    """The implementation that will run for each op of this training.
 
     Raises:
         ConfigError: ``impl.default`` asks for one that cannot run here; says why.
     """
     try:
-        return {op: choose(op, config.impl.default, device) for op in available_impls()}
+        ops = (*OPS, "vicreg") if config.vicreg.weight > 0 else OPS
+        return {op: choose(op, config.impl.default, device) for op in ops}
     except RuntimeError as error:
         raise ConfigError(f"impl.default={config.impl.default}: {error}") from None
 

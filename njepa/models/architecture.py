@@ -1,4 +1,4 @@
-"""What a configuration builds: every size and part, decided once, for the models and for planning."""
+"""What a configuration builds: every size and part, decided once for models and planning."""
 
 from __future__ import annotations
 

@@ -5,75 +5,19 @@ Shapes: B images, N patches, K kept patches, D width.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from njepa_kernels._dispatch import Impl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from njepa.config import Config, ConfigError, ModelConfig, did_you_mean
+from njepa.config import Config
 from njepa.data.batch import Lengths
+from njepa.models.architecture import Stack, encoder_stack
 from njepa.models.attention import SDPA, Attention
 from njepa.models.block import Block, BlockNorm, run_blocks
 from njepa.models.init import init_generator, init_weights, rescale_by_depth
 from njepa.models.patch_projection import PatchProjection
 from njepa.models.positions import position_table
-
-
-class EncoderSize(NamedTuple):
-    width: int
-    depth: int
-    heads: int
-    mlp_ratio: float = 4.0
-
-
-#: facebookresearch/ijepa, src/models/vision_transformer.py.
-SIZES = {
-    "vit_tiny": EncoderSize(192, 12, 3),
-    "vit_small": EncoderSize(384, 12, 6),
-    "vit_base": EncoderSize(768, 12, 12),
-    "vit_large": EncoderSize(1024, 24, 16),
-    "vit_huge": EncoderSize(1280, 32, 16),
-    "vit_giant": EncoderSize(1408, 40, 16, 48 / 11),
-}
-
-
-def encoder_size(config: ModelConfig) -> EncoderSize:
-    """The named size with the overrides of the configuration.
-
-    Raises:
-        ConfigError: unknown name, or a width that heads or the position table cannot divide.
-    """
-    if config.encoder not in SIZES:
-        raise ConfigError(
-            f"model.encoder={config.encoder!r} is unknown"
-            f"{did_you_mean(config.encoder, list(SIZES))}; known: {', '.join(SIZES)}"
-        )
-    named = SIZES[config.encoder]
-    size = EncoderSize(
-        config.width or named.width,
-        config.depth or named.depth,
-        config.heads or named.heads,
-        named.mlp_ratio,
-    )
-    if size.width % 4:
-        raise ConfigError(
-            f"model.width must be a multiple of 4 (2-D sin-cos positions), got {size.width}"
-        )
-    check_heads("model", size.width, size.heads)
-    return size
-
-
-def check_heads(section: str, width: int, heads: int) -> None:
-    """Raise ConfigError unless ``heads`` divides ``width``."""
-    if width % heads:
-        fitting = [n for n in range(1, width + 1) if width % n == 0]
-        near = min(fitting, key=lambda n: abs(n - heads))
-        raise ConfigError(
-            f"{section}.width={width} must be a multiple of {section}.heads={heads}; "
-            f"set {section}.heads={near}, for example"
-        )
 
 
 class Encoder(nn.Module):
@@ -85,7 +29,7 @@ class Encoder(nn.Module):
 
     def __init__(
         self,
-        size: EncoderSize,
+        size: Stack,
         image_size: int,
         patch_size: int,
         pos_scale: float = 1.0,
@@ -105,8 +49,7 @@ class Encoder(nn.Module):
             projection = PatchProjection(size.width, patch_size, mean, std, impl)
             self.patch_embed = nn.ModuleDict({"proj": projection})
             self.blocks = nn.ModuleList(
-                Block(size.width, size.heads, int(size.width * size.mlp_ratio))
-                for _ in range(size.depth)
+                Block(size.width, size.heads, size.hidden) for _ in range(size.depth)
             )
             self.norm = BlockNorm(size.width)
 
@@ -139,7 +82,7 @@ def build_encoder(config: Config, attention: Attention = SDPA) -> Encoder:
     """The encoder of a configuration, on CPU, with weights from stream ``init/encoder``."""
     model = config.model
     encoder = Encoder(
-        encoder_size(model),
+        encoder_stack(model),
         config.data.image_size,
         model.patch_size,
         model.pos_scale,

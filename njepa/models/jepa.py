@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from njepa.config import Config
 from njepa.data.batch import Lengths
+from njepa.models.architecture import architecture
 from njepa.models.attention import SDPA, Attention
 from njepa.models.encoder import Encoder, build_encoder
 from njepa.models.predictor import Predictor, build_predictor
@@ -106,18 +107,21 @@ def build_jepa(
         group: ranks that share the projector's statistics, None for a single process.
         attention: what runs the attention of encoder and predictors.
     """
-    noise = config.noise
-    own_token = noise.active and noise.predictors == "shared" and noise.mask_token == "unshared"
+    parts = architecture(config)
+    own_token = parts.two_mask_tokens and not parts.two_predictors
     predictor = build_predictor(config, "predictor", attention, noise_mask_token=own_token)
     noise_predictor = None
-    if noise.active and noise.predictors == "unshared":
+    if parts.two_predictors:
         noise_predictor = build_predictor(config, "noise_predictor", attention)
-        if noise.mask_token == "shared":  # one parameter of both modules
+        if not parts.two_mask_tokens:  # one parameter of both modules
             noise_predictor.mask_token = predictor.mask_token
+    projector = None
+    if parts.projector is not None:
+        projector = build_projector(parts.projector, config.run.seed, group)
     return Jepa(
         build_encoder(config, attention),
         predictor,
         noise_predictor,
-        build_projector(config, group) if config.vicreg.weight > 0 else None,
-        (not noise.active or noise.predictors != "single", noise.active),
+        projector,
+        (parts.clean, parts.noised),
     )

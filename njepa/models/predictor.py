@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from njepa.config import Config
 from njepa.data.batch import Lengths
+from njepa.models.architecture import Stack, architecture
 from njepa.models.attention import SDPA, Attention
 from njepa.models.block import Block, BlockNorm, Layout, run_blocks
-from njepa.models.encoder import EncoderSize, check_heads, encoder_size
 from njepa.models.init import init_generator, init_weights, rescale_by_depth
 from njepa.models.positions import position_table
 from njepa.models.shared_context import Segments
@@ -38,9 +38,7 @@ class Predictor(nn.Module):
         self,
         encoder_width: int,
         grid: tuple[int, int],
-        width: int,
-        depth: int,
-        heads: int,
+        size: Stack,
         *,
         pos_scale: float = 1.0,
         tied_noise: bool = False,
@@ -53,17 +51,13 @@ class Predictor(nn.Module):
         """A predictor with torch's default weights.
 
         Args:
-            depth: blocks, at least 1.
             tied_noise: draw the noise in the encoder's width and project it by
                 ``predictor_embed`` without its bias (StoP, arXiv 2308.00566).
             noise_mask_token: noised queries start from a mask token of their own.
 
-        Raises:
-            ValueError: ``depth`` below 1.
         """
         super().__init__()
-        if depth < 1:
-            raise ValueError(f"depth must be at least 1, got {depth}")
+        width = size.width
         self.tied_noise, self.impl = tied_noise, impl
         self.shared_context, self.attention = shared_context, attention
         self.checkpoint_blocks = checkpoint_blocks
@@ -74,7 +68,7 @@ class Predictor(nn.Module):
             self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
             self.predictor_pos_embed = nn.Parameter(table.unsqueeze(0), requires_grad=False)
             self.predictor_blocks = nn.ModuleList(
-                Block(width, heads, 4 * width) for _ in range(depth)
+                Block(width, size.heads, size.hidden) for _ in range(size.depth)
             )
             self.predictor_norm = BlockNorm(width)
             self.predictor_proj = nn.Linear(width, encoder_width)
@@ -189,17 +183,6 @@ class Predictor(nn.Module):
         return context, (tied - bias).unflatten(1, target_idx.shape[1:])
 
 
-def check_sizes(config: Config) -> EncoderSize:
-    """The encoder's size, once it and the predictor's are known to be possible.
-
-    Raises:
-        ConfigError: unknown encoder, or a width that heads or the position table cannot divide.
-    """
-    size, part = encoder_size(config.model), config.model.predictor
-    check_heads("model.predictor", part.width, part.heads or size.heads)
-    return size
-
-
 def build_predictor(
     config: Config, name: str, attention: Attention = SDPA, *, noise_mask_token: bool = False
 ) -> Predictor:
@@ -210,18 +193,15 @@ def build_predictor(
         noise_mask_token: a second mask token, for noised queries, drawn like that of
             "noise_predictor".
     """
-    model, (width, _, heads, _) = config.model, check_sizes(config)
-    part = model.predictor
+    model, parts = config.model, architecture(config)
     predictor = Predictor(
-        width,
-        config.grid,
-        part.width,
-        part.depth,
-        part.heads or heads,
+        parts.encoder.width,
+        parts.grid,
+        parts.predictor,
         pos_scale=model.pos_scale,
-        tied_noise=config.noise.space == "encoder_tied",
+        tied_noise=parts.tied_noise,
         noise_mask_token=noise_mask_token,
-        shared_context=part.context == "shared",
+        shared_context=parts.shared_context,
         impl=config.impl.default,
         attention=attention,
         checkpoint_blocks=model.checkpoint_blocks,

@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from njepa.config import Config
-from njepa.models.encoder import encoder_size
 from njepa.models.init import init_generator
 
 
@@ -64,7 +62,9 @@ class DistributedBatchNorm(nn.BatchNorm1d):
         return tensor if self.group is None else _SumOverRanks.apply(tensor, self.group)
 
 
-def build_projector(config: Config, group: dist.ProcessGroup | None = None) -> nn.Module:
+def build_projector(
+    widths: tuple[int, ...], seed: int, group: dist.ProcessGroup | None = None
+) -> nn.Module:
     """Linear-BatchNorm-ReLU layers and a last Linear without bias, from stream ``init/projector``.
 
     The shape of VICReg's expander (facebookresearch/vicreg, main_vicreg.py), torch's default init;
@@ -72,22 +72,22 @@ def build_projector(config: Config, group: dist.ProcessGroup | None = None) -> n
     widths (D, D, D) are our reading.
 
     Args:
+        widths: from input to output; empty: the identity.
+        seed: of the run.
         group: ranks that share statistics, None for a single process.
     """
-    widths, encoder_width = config.vicreg.projector, encoder_size(config.model).width
-    if widths == "identity":
+    if not widths:
         return nn.Identity()
-    sizes = (encoder_width, *(widths or (encoder_width,) * 3))
     layers: list[nn.Module] = []
     with torch.random.fork_rng(devices=[]):
-        for fan_in, fan_out in pairwise(sizes):
+        for fan_in, fan_out in pairwise(widths):
             layers += [
                 nn.Linear(fan_in, fan_out, bias=False),
                 DistributedBatchNorm(fan_out, group),
                 nn.ReLU(),
             ]
     projector = nn.Sequential(*layers[:-2])
-    generator = init_generator(config.run.seed, "projector")
+    generator = init_generator(seed, "projector")
     for layer in projector:
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_uniform_(layer.weight, a=5**0.5, generator=generator)

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from njepa.config import Config, ConfigError
-from njepa.models.predictor import check_sizes
+from njepa.models import architecture
 
 
 class Precision(NamedTuple):
@@ -29,14 +29,8 @@ class Shape(NamedTuple):
     target: int
 
 
-@dataclass(frozen=True)
-class Stack:
-    """A stack of pre-norm transformer blocks."""
-
-    width: int
-    depth: int
-    heads: int
-    hidden: int
+class Stack(architecture.Stack):
+    """What a stack of pre-norm transformer blocks costs."""
 
     @property
     def matrix_parameters(self) -> int:
@@ -194,27 +188,21 @@ def network(config: Config) -> Network:
             "mask.ragged=true is not covered by `njepa plan`: every image has its own number of "
             "context tokens; plan with mask.ragged=false, where contexts are shorter"
         )
-    size, part, noise = check_sizes(config), config.model.predictor, config.noise
-    blocks, noisy = config.mask.n_targets, noise.active
+    parts, blocks = architecture.architecture(config), config.mask.n_targets
     passes: tuple[int, ...] = (blocks,)
-    two = noisy and noise.predictors != "single"  # predictions
-    if two:
-        passes = (blocks, blocks) if noise.predictors == "unshared" else (2 * blocks,)
-    widths = config.vicreg.projector
-    projector: tuple[int, ...] = ()
-    if config.vicreg.weight > 0 and widths != "identity":
-        projector = (size.width, *(widths or (size.width,) * 3))
+    if parts.clean and parts.noised:
+        passes = (blocks, blocks) if parts.two_predictors else (2 * blocks,)
     return Network(
-        patches=math.prod(config.grid),
-        patch_values=3 * config.model.patch_size**2,
-        encoder=Stack(size.width, size.depth, size.heads, int(size.width * size.mlp_ratio)),
-        predictor=Stack(part.width, part.depth, part.heads or size.heads, 4 * part.width),
+        patches=math.prod(parts.grid),
+        patch_values=3 * parts.patch_size**2,
+        encoder=Stack(*parts.encoder),
+        predictor=Stack(*parts.predictor),
         passes=passes,
         predictors=len(passes),
-        mask_tokens=2 if two and noise.mask_token == "unshared" else 1,
-        projector=projector,
-        shared_context=part.context == "shared",
-        tied_noise=noisy and noise.space == "encoder_tied",
+        mask_tokens=1 + parts.two_mask_tokens,
+        projector=parts.projector or (),
+        shared_context=parts.shared_context,
+        tied_noise=parts.tied_noise,
     )
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch._dynamo
 from jobs import make_images, run_jobs
-from timm.models.vision_transformer import Block
 from tiny import make_batch, tiny_config
 from torch import nn
 
@@ -17,6 +16,8 @@ from bench.measure import peak_bytes
 from njepa.compilation import Compilation, choose_compilation, compilations, compile_blocks, eagerly
 from njepa.config import ConfigError
 from njepa.ema import make_target
+from njepa.models.attention import SDPA
+from njepa.models.block import Block, run_blocks
 from njepa.step import TrainModule
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -123,14 +124,12 @@ def fresh_dynamo():
 
 def stack(depth, width=32):
     torch.manual_seed(0)
-    return nn.ModuleList(Block(width, 2) for _ in range(depth))
+    return nn.ModuleList(Block(width, 2, 4 * width) for _ in range(depth))
 
 
 def forward(blocks, tokens):
     x = torch.ones(2, tokens, 32, requires_grad=True)
-    for block in blocks:
-        x = block(x)
-    return x
+    return run_blocks(blocks, x, SDPA.sequences(2, tokens), recompute=False)
 
 
 def test_all_layers_share_one_compilation_for_each_shape(fresh_dynamo, monkeypatch):

@@ -11,8 +11,9 @@ from published_ijepa import sincos_table
 from timm.models.vision_transformer import VisionTransformer
 from tiny import make_batch, normalised, tiny_config
 
-from njepa.config import ConfigError
-from njepa.models.encoder import SIZES, Encoder, EncoderSize, build_encoder, encoder_size
+from njepa.config import ConfigError, ModelConfig
+from njepa.models.architecture import Stack, encoder_stack
+from njepa.models.encoder import Encoder, build_encoder
 from njepa.models.positions import position_table, sincos
 
 
@@ -49,7 +50,7 @@ def test_named_sizes_have_timms_shapes(ours: str, theirs: str):
     with torch.device("meta"):
         twin = timm.create_model(theirs, num_classes=0, class_token=False, global_pool="avg",
                                  fc_norm=False)  # fmt: skip
-        encoder = Encoder(SIZES[ours], 224, patch)
+        encoder = Encoder(encoder_stack(ModelConfig(encoder=ours)), 224, patch)
     shapes = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in twin.state_dict().items()}
     assert encoder.blocks[0].attn.num_heads == twin.blocks[0].attn.num_heads
@@ -221,9 +222,9 @@ def test_pure_bf16_parameters():
 )
 def test_bad_sizes(model: dict[str, object], message: str):
     with pytest.raises(ConfigError, match=message):
-        encoder_size(tiny_config(model=model).model)
+        encoder_stack(tiny_config(model=model).model)
 
 
 def test_overrides():
     config = tiny_config(model={"encoder": "vit_giant", "width": 1056, "depth": 3, "heads": 12})
-    assert encoder_size(config.model) == EncoderSize(1056, 3, 12, 48 / 11)
+    assert encoder_stack(config.model) == Stack(1056, 3, 12, 4608)

@@ -10,6 +10,7 @@ from packed_attention import ATTENTION
 from torch import Tensor
 
 from njepa.data.batch import Lengths
+from njepa.models.architecture import Stack
 from njepa.models.attention import Attention
 from njepa.models.block import Block
 from njepa.models.predictor import Predictor
@@ -77,7 +78,7 @@ def test_a_shared_context(kernel: str, counts: tuple[int, ...] | None):
 
 @pytest.mark.parametrize("shared", [False, True], ids=["per_block", "shared"])
 def test_only_queries_pass_its_projection_and_mlp(shared: bool):
-    predictor = Predictor(32, (6, 6), D, 2, HEADS, shared_context=shared)
+    predictor = Predictor(32, (6, 6), Stack(D, 2, HEADS, 4 * D), shared_context=shared)
     tokens: dict[str, int] = {}
     for name, layer in predictor.named_modules():
         if isinstance(layer, torch.nn.Linear):
@@ -91,8 +92,3 @@ def test_only_queries_pass_its_projection_and_mlp(shared: bool):
     assert tokens["predictor_blocks.1.attn.qkv"] == whole
     for name in ("attn.proj", "mlp.fc1", "mlp.fc2"):
         assert tokens[f"predictor_blocks.1.{name}"] == M * B * KT
-
-
-def test_a_predictor_without_blocks_is_refused():
-    with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
-        Predictor(32, (6, 6), D, 0, HEADS)

@@ -21,7 +21,8 @@ from njepa.config import load_config
 from njepa.draws.masks import MaskSampler
 from njepa.ds_engine import BatchSizes
 from njepa.ema import make_target
-from njepa.models.encoder import Encoder, encoder_size
+from njepa.models.architecture import encoder_stack
+from njepa.models.encoder import Encoder
 from njepa.step import TrainModule
 
 SHAPE, BATCH = plan.Shape(N_CONTEXT, N_TARGETS), 4
@@ -109,7 +110,7 @@ BIG = {
 def test_parameters_of_the_large_encoders(name: str):
     config = load_config("in1k-vitl16", ["data.path=.", *BIG[name]])
     with torch.device("meta"):
-        encoder = Encoder(encoder_size(config.model), 224, config.model.patch_size)
+        encoder = Encoder(encoder_stack(config.model), 224, config.model.patch_size)
     net = plan.network(config)
     assert net.encoder_parameters == numbers(encoder, trained=True)
     assert net.target_parameters == sum(p.numel() for p in encoder.parameters())

@@ -12,7 +12,7 @@ from njepa.data.batch import Batch
 from njepa.draws.masks import MaskSampler
 from njepa.ds_engine import load_ds_config, resolve_batch
 from njepa.ema import make_target
-from njepa.models.predictor import check_sizes
+from njepa.models.architecture import architecture
 from njepa.step import TrainModule
 
 FOLDER = Path(__file__).parents[2] / "njepa/recipes"
@@ -130,7 +130,7 @@ def test_batch_and_heads_are_the_papers(name):
     assert file in named
     assert all((FOLDER / other).is_file() for other in named)
     config = load_config(name, ["data.path=."])
-    assert (config.model.predictor.heads or check_sizes(config).heads) == heads
+    assert architecture(config).predictor.heads == heads
 
 
 @pytest.mark.parametrize("name", recipe_names())
