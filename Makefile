@@ -5,12 +5,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Extra arguments: make train ARGS="method=ijepa run.dir=runs/ijepa", make test ARGS="-k masks"
 ARGS ?=
+# Tests side by side: one process a core, at most 8 (each takes up to 2 GB), one thread each.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
 
-.PHONY: help setup native train test bench lint types clean
+.PHONY: help setup native train test test-all bench lint types clean
 help:
 	@echo "make setup   create $(VENV) and install njepa with everything it uses"
 	@echo "make train   train the tiny recipe on the embedded images (a few minutes on a CPU)"
-	@echo "make test    run the tests;  make bench: the benchmarks"
+	@echo "make test    the tests but the slow ones (6 minutes on 2 cores);  make test-all: all of them"
+	@echo "make bench   the benchmarks"
 	@echo "make native  build the C++ ops again (setup does it where there is a compiler)"
 	@echo "make lint    ruff;  make types: mypy"
 
@@ -30,7 +34,10 @@ train: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level warning njepa/train.py --ds_config ds.json $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(STAMP)
+	$(PYTEST) $(ARGS)
 
 bench: $(STAMP)
 	@mkdir -p .benchmarks

@@ -20,7 +20,7 @@ import torch
 from bench.measure import peak_bytes
 from njepa.compilation import compile_blocks
 from njepa.config import Config, MaskConfig, parse_config
-from njepa.data.batch import Batch
+from njepa.data.batch import Batch, Masks
 from njepa.draws.masks import MaskSampler
 from njepa.ema import ema_parameters, make_target, update_target
 from njepa.step import TrainModule, param_groups
@@ -52,7 +52,7 @@ def make_batch(config: Config) -> Batch:
     context, targets, _ = (torch.from_numpy(x) for x in masks(step, ids))
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (BATCH, 224, 224, 3), dtype=torch.uint8, generator=generator)
-    return Batch(images, torch.from_numpy(ids), context, targets, None, step)
+    return Batch(images, Masks(context, targets), None, torch.from_numpy(ids), step)
 
 
 def in_turns(
@@ -103,7 +103,7 @@ def test_step(benchmark: Any) -> None:
 
         return step
 
-    tokens = [batch.context_idx.shape[-1], batch.target_idx.shape[-1]]
+    tokens = [idx.shape[-1] for idx in batch.masks[:2]]
     runs = {name: stepper(name) for name in ("eager", "compile")}
     in_turns(benchmark, runs, 8, op="blocks", size=SIZE, tokens=tokens)
     np.testing.assert_allclose(losses["compile"], losses["eager"], rtol=2e-5)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from njepa.data.batch import Masks
 from njepa.models.architecture import Stack
 from njepa.models.attention import SDPA
 from njepa.models.predictor import Predictor
@@ -132,7 +133,7 @@ def test_predictor(benchmark: Any, name: str, n_blocks: int, impl: str) -> None:
 
     def forward() -> Tensor:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
-            out: Tensor = call(z, context_idx, target_idx)
+            out: Tensor = call(z, Masks(context_idx, target_idx))
         return out
 
     got = forward()

@@ -80,11 +80,13 @@ def test_step(benchmark: Any, races: dict[str, Race], size: str, impl: str) -> N
 class ReadyPixels:
     """A pixel source that never lets one wait; its images have one pixel."""
 
-    def __init__(self, batch: int) -> None:
-        self.images = torch.zeros(batch, 3, 1, 1, dtype=torch.uint8)
+    def __init__(self, order: SampleOrder) -> None:
+        self.images = torch.zeros(order.micro_batch, 3, 1, 1, dtype=torch.uint8)
+        self.order, self.step = order, -1
 
     def __next__(self) -> Pixels:
-        return Pixels(self.images, [])
+        self.step += 1
+        return Pixels(self.images, self.order.at(self.step).ids, [])
 
     def close(self) -> None:
         pass
@@ -99,7 +101,7 @@ def ready_loader(method: str, batch: int, steps: int) -> Loader:
     order.at(0)  # the permutation of an epoch is drawn once
     index: Any = None  # asked for the names of unreadable images alone
     return Loader(
-        config, index, order, masks, torch.device("cpu"), range(steps), ReadyPixels(batch), "ready",
+        config, index, order, masks, torch.device("cpu"), range(steps), ReadyPixels(order), "ready",
         "no pixels",
     )  # fmt: skip
 
@@ -125,8 +127,8 @@ def test_host_work(benchmark: Any, method: str) -> None:
 
     try:
         first = next(stream)
-        assert first.context_idx.shape[0] == first.target_idx.shape[0] == batch
-        assert (first.sigma is not None) == (method == "njepa")
+        assert [len(idx) for idx in first.masks[:2]] == [batch] * 2
+        assert (first.noise is not None) == (method == "njepa")
         benchmark.pedantic(drain, rounds=3, warmup_rounds=0)
     finally:
         loader.close()

@@ -22,7 +22,7 @@ from bench.facts import machine
 from bench.published_step import Phase, PublishedCollator, PublishedStep, Size, no_phase
 from njepa import planning
 from njepa.config import Config, PredictorConfig, RunConfig, load_config
-from njepa.data.batch import Batch
+from njepa.data.batch import Batch, Masks
 from njepa.draws.masks import MaskSampler
 from njepa.ema import ema_parameters, make_target, update_target
 from njepa.step import TrainModule, param_groups
@@ -219,7 +219,7 @@ class Runner:
     def step(self, inputs: Inputs, phase: Phase = no_phase) -> Tensor:
         before, batch = _graphs(), inputs.batch
         if self._published is not None:
-            masks = [batch.context_idx], list(batch.target_idx.unbind(1))
+            masks = [batch.masks.context_idx], list(batch.masks.target_idx.unbind(1))
             loss = self._published(inputs.normalised, *masks, phase)
         else:
             assert self._ours is not None
@@ -327,13 +327,13 @@ class Race:
     def inputs(self, number: int, images: Tensor) -> Inputs:
         """The images with the masks of a step."""
         ids, data = np.arange(len(images), dtype=np.int64), self.config.data
-        masks = self.sampler(number, ids)
-        indices = masks.context_idx, masks.target_idx
+        drawn = self.sampler(number, ids)
+        indices = drawn.context_idx, drawn.target_idx
         context, target = (torch.from_numpy(x).to(self.device) for x in indices)
-        ids_there = torch.from_numpy(ids).to(self.device)
         mean, std = (torch.tensor(x, device=self.device) for x in (data.mean, data.std))
         normalised = ((images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
-        return Inputs(Batch(images, ids_there, context, target, None, number), normalised)
+        masks = Masks(context, target)
+        return Inputs(Batch(images, masks, None, torch.from_numpy(ids), number), normalised)
 
     def _check(self, batch: int) -> None:
         """First steps: equal losses where the mathematics is equal; optimizers get their state."""
@@ -348,7 +348,7 @@ class Race:
 
     def _round(self, number: int) -> None:
         inputs = self.inputs(number, self.images)
-        counts = inputs.batch.context_idx.shape[-1], inputs.batch.target_idx.shape[-1]
+        counts = [idx.shape[-1] for idx in inputs.batch.masks[:2]]
         self.shapes.append(planning.Shape(*counts))
         names = list(self.runners)
         turn = number % len(names)

@@ -237,12 +237,12 @@ class Trainer:
                 self._norm = ds_engine.unsharded_gradient_norm(self.engine)
             self.engine.step()
             self._means.add(metrics)
-            lengths = batch.context_lengths
+            masks, lengths = batch.masks, batch.masks.context_lengths
             self._means.add_counts(
                 k_context=sum(lengths.counts) / len(lengths.counts)
                 if lengths is not None
-                else batch.context_idx.shape[-1],
-                k_target=batch.target_idx.shape[-1],
+                else masks.context_idx.shape[-1],
+                k_target=masks.target_idx.shape[-1],
                 context_cut_frac=batch.cut_frac,
             )
             self._features.add(h)

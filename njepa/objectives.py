@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from njepa.config import Config
-from njepa.data.batch import Batch
+from njepa.data.batch import Masks
 from njepa.models.jepa import JepaOutput
 
 
@@ -29,7 +29,7 @@ def objective(
     config: Config,
     output: JepaOutput,
     h: Tensor,
-    batch: Batch,
+    masks: Masks,
     projector: nn.Module | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Losses:
@@ -43,16 +43,16 @@ def objective(
         projector: of VICReg; None where ``vicreg.weight`` is 0.
         group: ranks whose batches VICReg's statistics cover, None for a single process.
     """
-    total, metrics = prediction_loss(config, output, h, batch)
+    total, metrics = prediction_loss(config, output, h, masks)
     if config.vicreg.weight > 0:
         assert projector is not None
-        regulariser = vicreg_loss(config, output, h, batch, projector, group)
+        regulariser = vicreg_loss(config, output, h, masks, projector, group)
         total = total + config.vicreg.weight * regulariser.total
         metrics = metrics | regulariser.metrics
     return Losses(total, {"loss": total.detach()} | metrics)
 
 
-def prediction_loss(config: Config, output: JepaOutput, h: Tensor, batch: Batch) -> Losses:
+def prediction_loss(config: Config, output: JepaOutput, h: Tensor, masks: Masks) -> Losses:
     """N-JEPA's loss (arXiv 2507.15216, eq. 7-10); without noise I-JEPA's, its first term.
 
         L = L_CT + lambda1 L_NT + lambda2 L_CN
@@ -68,12 +68,12 @@ def prediction_loss(config: Config, output: JepaOutput, h: Tensor, batch: Batch)
         pred = output.noised if output.clean is None else output.clean
         assert pred is not None
         name = "loss_noise" if output.clean is None else "loss_clean"
-        terms = jepa_loss(pred, h, batch.target_idx, impl=impl)
+        terms = jepa_loss(pred, h, masks.target_idx, impl=impl)
         return Losses(terms.loss, {name: terms.clean})
     terms = jepa_loss(
         output.clean,
         h,
-        batch.target_idx,
+        masks.target_idx,
         output.noised,
         noise_weight=noise.weight,
         consistency=noise.consistency,
@@ -96,7 +96,7 @@ def vicreg_loss(
     config: Config,
     output: JepaOutput,
     h: Tensor,
-    batch: Batch,
+    masks: Masks,
     projector: nn.Module,
     group: dist.ProcessGroup | None = None,
 ) -> Losses:
@@ -120,7 +120,7 @@ def vicreg_loss(
         views = projector(pred.mean(dim=1)).unflatten(0, (-1, len(output.context)))
         inv, std, cov = vicreg(views, settings.gamma, settings.eps, group, impl=impl)
     else:
-        lengths = batch.context_lengths
+        lengths = masks.context_lengths
         if lengths is None:
             pooled = output.context.mean(dim=1)
         else:  # padding is zero

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
-from njepa_kernels import NoiseKey
 from torch import Tensor, nn
 
 from njepa.config import Config
 from njepa.data.batch import Batch
-from njepa.draws.streams import stream_seed
 from njepa.models.attention import SDPA, Attention
 from njepa.models.jepa import build_jepa
 from njepa.objectives import objective
@@ -29,7 +27,6 @@ class TrainModule(nn.Module):
         super().__init__()
         self.config, self.group = config, group
         self.jepa = build_jepa(config, group, attention)
-        self.noise_seed = stream_seed(config.run.seed, "noise")
 
     def forward(self, batch: Batch, h: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a micro-batch, and detached scalar metrics.
@@ -37,19 +34,8 @@ class TrainModule(nn.Module):
         Args:
             h: [B, N, D], all features of the target encoder, computed without gradient.
         """
-        noise = None
-        if batch.sigma is not None:
-            shared = self.config.noise.draw == "shared"
-            noise = NoiseKey(self.noise_seed, batch.micro_step, batch.sample_ids, shared)
-        output = self.jepa(
-            batch.images,
-            batch.context_idx,
-            batch.target_idx,
-            batch.sigma,
-            noise,
-            batch.context_lengths,
-        )
-        losses = objective(self.config, output, h, batch, self.jepa.projector, self.group)
+        output = self.jepa(batch.images, batch.masks, batch.noise)
+        losses = objective(self.config, output, h, batch.masks, self.jepa.projector, self.group)
         return losses.total, losses.metrics
 
 

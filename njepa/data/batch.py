@@ -1,4 +1,4 @@
-"""The one contract between data and model."""
+"""The one contract between data and model. B images, Kc context patches, M target blocks of Kt."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from njepa_kernels import NoiseKey
 from torch import Tensor
 
 
@@ -22,35 +23,59 @@ class Lengths:
         return Lengths(self.counts, self.tensor.to(device, non_blocking=non_blocking))
 
 
-class Batch(NamedTuple):
-    """A micro-batch of one rank.
+class Masks(NamedTuple):
+    """Which patches are context and which are targets, by row-major index."""
 
-    B images of S x S pixels, Kc context patches, M target blocks of Kt patches.
-    """
+    context_idx: Tensor
+    """int64 [B, Kc], ascending; with ``context_lengths`` padded by 0."""
+    target_idx: Tensor
+    """int64 [B, M, Kt]."""
+    context_lengths: Lengths | None = None
+    """Context patches of each image, Kc being the largest; None: Kc for all."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Masks:
+        lengths = self.context_lengths
+        return Masks(
+            self.context_idx.to(device, non_blocking=non_blocking),
+            self.target_idx.to(device, non_blocking=non_blocking),
+            None if lengths is None else lengths.to(device, non_blocking),
+        )
+
+
+class Noise(NamedTuple):
+    """The noise of the queries: how strong, and what it is a function of."""
+
+    sigma: Tensor
+    """float32 [B, M]: the standard deviation in each block."""
+    key: NoiseKey
+    """Seed, micro-step and sample ids."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Noise:
+        ids = self.key.sample_ids.to(device, non_blocking=non_blocking)
+        sigma = self.sigma.to(device, non_blocking=non_blocking)
+        return Noise(sigma, self.key._replace(sample_ids=ids))
+
+
+class Batch(NamedTuple):
+    """A micro-batch of one rank."""
 
     images: Tensor
     """uint8 [B, S, S, 3], contiguous; the patch embedding normalises."""
+    masks: Masks
+    noise: Noise | None
+    """None: no prediction is noised."""
     sample_ids: Tensor
-    """int64 [B]: the planned ids. They key crop, mask, sigma and noise, also where an unreadable
-    image was replaced by another one."""
-    context_idx: Tensor
-    """int64 [B, Kc]: row-major patch indices, ascending; with ``context_lengths`` padded by 0."""
-    target_idx: Tensor
-    """int64 [B, M, Kt]."""
-    sigma: Tensor | None
-    """float32 [B, M]: the standard deviation of each block's noise; None: no noise."""
+    """int64 [B], on the host: the planned ids. They key crop, mask, sigma and noise, also where an
+    unreadable image was replaced by another one."""
     micro_step: int
-    context_lengths: Lengths | None = None
-    """Context patches of each image, Kc being the largest; None: Kc for all."""
     cut_frac: float = 0.0
     """Share of the context patches beyond those that the image with the fewest has, over the images
     that share Kc: cut off, or with ``mask.ragged`` kept."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device`` (asynchronously from pinned memory)."""
-        return Batch(
-            *(
-                x.to(device, non_blocking=True) if isinstance(x, Tensor | Lengths) else x  # type: ignore[arg-type]
-                for x in self
-            )
+        return self._replace(
+            images=self.images.to(device, non_blocking=True),
+            masks=self.masks.to(device, non_blocking=True),
+            noise=None if self.noise is None else self.noise.to(device, non_blocking=True),
         )

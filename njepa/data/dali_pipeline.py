@@ -56,8 +56,9 @@ class DaliPixels:
         except (RuntimeError, IndexError) as error:
             error.__traceback__ = None  # its frames would keep the pipeline alive
             raise self._explained(error) from error
+        plan = self._order.at(self._next)
         self._next += 1
-        return Pixels(self._delivered(images), [])
+        return Pixels(self._delivered(images), plan.ids, [])
 
     def close(self) -> None:
         """Drop the pipeline and its threads."""

@@ -14,16 +14,18 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 import torch
+from njepa_kernels import NoiseKey
 from torch import Tensor
 
 from njepa.config import Config
-from njepa.data.batch import Batch, Lengths
+from njepa.data.batch import Batch, Lengths, Masks, Noise
 from njepa.data.index import ImageIndex
-from njepa.data.pixels import PixelSource
+from njepa.data.pixels import Pixels, PixelSource
 from njepa.data.torch_loader import TorchPixels
 from njepa.draws.masks import MaskSampler
-from njepa.draws.order import SampleOrder
+from njepa.draws.order import Planned, SampleOrder
 from njepa.draws.sigmas import block_sigmas
+from njepa.draws.streams import stream_seed
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +97,7 @@ class Loader:
                     return
                 pixels = next(self._pixels)
                 self._report(pixels.unreadable)
-                if not self._put(self._assemble(micro_step, pixels.images)):
+                if not self._put(self._assemble(micro_step, pixels)):
                     return
         except Exception as error:  # handed to the consumer, who raises it
             last = error
@@ -110,8 +112,13 @@ class Loader:
                 continue
         return False
 
-    def _assemble(self, micro_step: int, images: Tensor) -> Batch:
-        plan, order = self._order.at(micro_step), self._order
+    def _assemble(self, micro_step: int, pixels: Pixels) -> Batch:
+        plan, order, images = self._order.at(micro_step), self._order, pixels.images
+        if not np.array_equal(pixels.ids, plan.ids):
+            raise RuntimeError(
+                f"the pixels of micro-step {micro_step} are of samples {pixels.ids.tolist()}, its "
+                f"masks of {plan.ids.tolist()}: a fault of the {self.backend} loader"
+            )
         mine = slice(order.rank * order.micro_batch, (order.rank + 1) * order.micro_batch)
         if self._config.mask.compat == "fixed":  # sizes follow the global batch
             masks = self._masks(micro_step, plan.global_ids)
@@ -125,22 +132,27 @@ class Loader:
             context_idx = context_idx[:, : lengths.max()]  # another rank's may be longer
             if lengths.min() < lengths.max():
                 context_lengths = Lengths(tuple(lengths.tolist()), self._tensor(lengths))
-        noise, sigma = self._config.noise, None
-        if noise.active:
-            blocks, seed = target_idx.shape[1], self._config.run.seed
-            sigma = self._tensor(block_sigmas(noise, blocks, seed, plan.step, plan.ids))
+        noise = None
+        if self._config.noise.active:
+            noise = self._noise(plan, blocks=target_idx.shape[1])
         if self._device.type == "cuda" and not images.is_cuda:
             images = images.pin_memory()
         return Batch(
             images,
-            self._tensor(plan.ids),
-            self._tensor(context_idx),
-            self._tensor(target_idx),
-            sigma,
+            Masks(self._tensor(context_idx), self._tensor(target_idx), context_lengths),
+            noise,
+            torch.from_numpy(plan.ids.copy()),
             micro_step,
-            context_lengths,
             float(1.0 - kept / masks.lengths.mean()),
         )
+
+    def _noise(self, plan: Planned, blocks: int) -> Noise:
+        config, seed = self._config.noise, self._config.run.seed
+        sigma = block_sigmas(config, blocks, seed, plan.step, plan.ids)
+        shared = config.draw == "shared"
+        ids = self._tensor(plan.ids)
+        key = NoiseKey(stream_seed(seed, "noise"), plan.micro_step, ids, shared)
+        return Noise(self._tensor(sigma), key)
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(array.copy())

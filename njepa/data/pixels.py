@@ -19,6 +19,8 @@ class Pixels(NamedTuple):
 
     images: Tensor
     """uint8 [B, S, S, 3], contiguous."""
+    ids: npt.NDArray[np.int64]
+    """[B]: the planned samples whose windows these are."""
     unreadable: list[tuple[int, str]]
     """Sample ids that were replaced by others, with the reason."""
 

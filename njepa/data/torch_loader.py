@@ -57,7 +57,7 @@ class PlannedImages(Dataset["Pixels | DecodeError"]):
                 unreadable.append((sample, str(error)))
                 view = self._replacement(plan, slot, unreadable)
             images[slot] = (view.flip(2) if mirrored[slot] else view).permute(1, 2, 0)
-        return Pixels(images, unreadable)
+        return Pixels(images, plan.ids, unreadable)
 
     def _view(self, sample: int, window: np.ndarray) -> Tensor:
         image = decode(self._index.read(sample))

@@ -27,7 +27,7 @@ _EFFORT = 2**30  # nanoseconds, roughly, for the lengths behind static shapes
 _CHUNK = 4096  # images at a time: their patches stay in the cache
 
 
-class Masks(NamedTuple):
+class DrawnMasks(NamedTuple):
     """Flat row-major patch numbers, ascending along the last axis."""
 
     context_idx: Int64Array
@@ -39,7 +39,7 @@ class Masks(NamedTuple):
 
 
 class MaskSampler:
-    """Masks of a batch as a pure function of (seed, micro_step, sample ids), without state.
+    """DrawnMasks of a batch as a pure function of (seed, micro_step, sample ids), without state.
 
     ``compat="fixed"``: a block may lie anywhere; contexts are cut to the shortest one of the given
     ids (pass the global batch) by a uniformly random choice of patches; an image whose context has
@@ -88,8 +88,8 @@ class MaskSampler:
             block_size(r_context, c.context_scale, (1.0, 1.0), self.grid, self._largest),
         )
 
-    def __call__(self, micro_step: int, sample_ids: Int64Array) -> Masks:
-        """Masks of the given samples, int64 [G].
+    def __call__(self, micro_step: int, sample_ids: Int64Array) -> DrawnMasks:
+        """DrawnMasks of the given samples, int64 [G].
 
         Places depend on each sample's id alone; the number Kc is the batch's, and with ``ragged``
         no more than the width of the padding.
@@ -101,7 +101,7 @@ class MaskSampler:
         lengths = kept.sum(axis=1)
         targets = self._targets(corners, sizes[0])
         if self.config.ragged:
-            return Masks(_padded(kept, lengths), targets, lengths)
+            return DrawnMasks(_padded(kept, lengths), targets, lengths)
         count = self.counts.get(sizes) or int(lengths.min())
         if self.config.compat == "fixed":
             chosen = choose_random(kept, count, keys)
@@ -110,7 +110,7 @@ class MaskSampler:
         # Each row of ``chosen`` holds as many patches as any other.
         flat = np.flatnonzero(chosen).reshape(len(sample_ids), count)
         flat -= np.arange(0, len(flat) * self._patches, self._patches)[:, None]
-        return Masks(flat, targets, lengths)
+        return DrawnMasks(flat, targets, lengths)
 
     def _draw(
         self, micro_step: int, ids: Int64Array, sizes: Sizes

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch.distributed as dist
-from njepa_kernels import NoiseKey
 from torch import Tensor, nn
 
 from njepa.config import Config
-from njepa.data.batch import Lengths
+from njepa.data.batch import Masks, Noise
 from njepa.models.architecture import architecture
 from njepa.models.attention import SDPA, Attention
 from njepa.models.encoder import Encoder, build_encoder
@@ -52,45 +51,34 @@ class Jepa(nn.Module):
         self.projector = projector
         self.predicts = predicts
 
-    def forward(
-        self,
-        images: Tensor,
-        context_idx: Tensor,
-        target_idx: Tensor,
-        sigma: Tensor | None = None,
-        noise: NoiseKey | None = None,
-        context_lengths: Lengths | None = None,
-    ) -> JepaOutput:
+    def forward(self, images: Tensor, masks: Masks, noise: Noise | None = None) -> JepaOutput:
         """Predict the target blocks from the context.
 
         Args:
-            images: uint8 [B, S, S, 3], or normalised [B, 3, S, S]. context_idx: int64 [B, Kc].
-            target_idx: int64 [B, M, Kt].
-            sigma: fp32 [B, M], and noise, its key; None exactly if no prediction is noised.
-            context_lengths: of each image where Kc is padded; None: Kc for all.
+            images: uint8 [B, S, S, 3].
+            noise: None exactly if no prediction is noised.
 
         Raises:
-            ValueError: sigma missing or unwanted.
+            ValueError: noise missing or unwanted.
         """
         wants_clean, wants_noised = self.predicts
-        if (sigma is not None) != wants_noised:
+        if (noise is not None) != wants_noised:
             raise ValueError(
-                "sigma must be given exactly if the model was built with noise (noise.weight or "
-                f"noise.consistency > 0); got sigma={None if sigma is None else list(sigma.shape)} "
-                f"and {'noise' if wants_noised else 'no noise'}"
+                "noise must be given exactly if the model was built with it (noise.weight or "
+                f"noise.consistency > 0); got {'none' if noise is None else 'some'} and a model "
+                f"{'with' if wants_noised else 'without'} a noised prediction"
             )
-        z = self.encoder(images, context_idx, context_lengths)
-        args = (z, context_idx, target_idx)
+        z = self.encoder(images, masks.context_idx, masks.context_lengths)
         clean = noised = None
         if self.noise_predictor is None and wants_clean and wants_noised:
-            both = self.predictor(*args, sigma, noise, context_lengths, with_clean=True)
+            both = self.predictor(z, masks, noise, with_clean=True)
             clean, noised = both.chunk(2)
         else:
             if wants_clean:
-                clean = self.predictor(*args, context_lengths=context_lengths)
+                clean = self.predictor(z, masks)
             if wants_noised:
                 noisy = self.predictor if self.noise_predictor is None else self.noise_predictor
-                noised = noisy(*args, sigma, noise, context_lengths)
+                noised = noisy(z, masks, noise)
         return JepaOutput(z, clean, noised)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from njepa.config import Config
-from njepa.data.batch import Lengths
+from njepa.data.batch import Masks, Noise
 from njepa.models.architecture import Stack, architecture
 from njepa.models.attention import SDPA, Attention
 from njepa.models.block import Block, BlockNorm, Layout, run_blocks
@@ -77,54 +77,41 @@ class Predictor(nn.Module):
                 self.noise_mask_token = nn.Parameter(torch.zeros(1, 1, width))
 
     def forward(
-        self,
-        z: Tensor,
-        context_idx: Tensor,
-        target_idx: Tensor,
-        sigma: Tensor | None = None,
-        noise: NoiseKey | None = None,
-        context_lengths: Lengths | None = None,
-        with_clean: bool = False,
+        self, z: Tensor, masks: Masks, noise: Noise | None = None, with_clean: bool = False
     ) -> Tensor:
         """Predicted features [M*B, Kt, D], row m*B + b.
 
         Args:
-            z: [B, Kc, D], encoded context.
-            context_idx: int64 [B, Kc]. target_idx: int64 [B, M, Kt].
-            sigma: fp32 [B, M], or None for clean queries. noise: what keys it; with ``sigma``.
-            context_lengths: how many of the Kc are patches of each image; the rest is padding,
-                which no token attends to. None: all.
+            z: [B, Kc, D], encoded context. No token attends to its padding.
+            noise: of the queries; None: clean ones.
             with_clean: both clean and noised predictions in one pass of the blocks: [2*M*B, Kt, D],
                 the clean ones first.
-
-        Raises:
-            ValueError: sigma without noise.
         """
+        context_idx, target_idx, lengths = masks
         tied = None
-        if sigma is not None and noise is not None and self.tied_noise:
-            context, tied = self._embed_with_noise(z, target_idx, noise)
+        if noise is not None and self.tied_noise:
+            context, tied = self._embed_with_noise(z, target_idx, noise.key)
         else:
             context = self.predictor_embed(z)
         context = context.to(self.predictor_pos_embed.dtype)  # the residual stream is not autocast
-        if with_clean or sigma is None:
-            tokens = self._tokens(context, context_idx, target_idx, self.mask_token)
-        if sigma is not None:
+        if with_clean or noise is None:
+            tokens = self._tokens(context, masks, self.mask_token)
+        if noise is not None:
             mask_token = self.mask_token if self.noise_mask_token is None else self.noise_mask_token
-            args = (context, context_idx, target_idx, mask_token)
-            noised = self._tokens(*args, sigma, noise, tied)
+            noised = self._tokens(context, masks, mask_token, noise, tied)
             tokens = torch.cat((tokens, noised)) if with_clean else noised
         n_targets = target_idx.shape[2]
         if self.shared_context:
             kept = context + F.embedding(context_idx, self.predictor_pos_embed[0])
             every = target_idx.repeat(1, 2, 1) if with_clean else target_idx
-            segments = Segments.of(self.attention, kept, every, context_lengths)
+            segments = Segments.of(self.attention, kept, every, lengths)
             tokens = self._run_blocks(
                 segments.join(kept, tokens), segments, segments.of_queries_alone()
             )
             queries = tokens.unflatten(0, (-1, n_targets))
         else:
             sequences = self.attention.sequences(
-                tokens.shape[0], tokens.shape[1], context_lengths, tail=n_targets
+                tokens.shape[0], tokens.shape[1], lengths, tail=n_targets
             )
             last = self.attention.sequences(sequences.rows, n_targets).over(sequences)
             queries = self._run_blocks(sequences.enter(tokens), sequences, last)
@@ -134,31 +121,30 @@ class Predictor(nn.Module):
     def _tokens(
         self,
         context: Tensor,
-        context_idx: Tensor,
-        target_idx: Tensor,
+        masks: Masks,
         mask_token: Tensor,
-        sigma: Tensor | None = None,
-        noise: NoiseKey | None = None,
+        noise: Noise | None = None,
         tied: Tensor | None = None,
     ) -> Tensor:
         """The input of the blocks, [M*B, Kc+Kt, d]; with ``shared_context`` the queries alone.
 
         ``tied``: W n [B, M, Kt, d] in the place of noise drawn in the predictor's width.
         """
-        direct = tied is None
+        drawn = noise if tied is None else None
         tokens = predictor_tokens(
             context[:, :0] if self.shared_context else context,
             self.predictor_pos_embed[0],
             mask_token.view(-1),
-            context_idx[:, :0] if self.shared_context else context_idx,
-            target_idx,
-            sigma if direct else None,
-            noise if direct else None,
+            masks.context_idx[:, :0] if self.shared_context else masks.context_idx,
+            masks.target_idx,
+            None if drawn is None else drawn.sigma,
+            None if drawn is None else drawn.key,
             impl=self.impl,
         )
-        if tied is None or sigma is None:
+        if tied is None or noise is None:
             return tokens
-        rows = (sigma[..., None, None] * tied).transpose(0, 1).flatten(0, 1).to(tokens.dtype)
+        rows = (noise.sigma[..., None, None] * tied).transpose(0, 1).flatten(0, 1)
+        rows = rows.to(tokens.dtype)
         return tokens + F.pad(rows, (0, 0, tokens.shape[1] - rows.shape[1], 0))
 
     def _run_blocks(self, tokens: Tensor, everything: Layout, queries: Layout) -> Tensor:

@@ -23,7 +23,7 @@ from bench.step_race import (
     variants,
 )
 from njepa.config import MaskConfig
-from njepa.data.batch import Batch
+from njepa.data.batch import Batch, Masks
 from njepa.step import TrainModule
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
@@ -46,7 +46,8 @@ def make_batch(step: int = 0) -> Batch:
     order = torch.rand(4, 5, 36, generator=generator).argsort(-1)
     images = torch.randint(0, 256, (4, 48, 48, 3), generator=generator, dtype=torch.uint8)
     targets = order[:, 1:, :6].sort(-1).values
-    return Batch(images, torch.arange(4), order[:, 0, :11].sort(-1).values, targets, None, step)
+    masks = Masks(order[:, 0, :11].sort(-1).values, targets)
+    return Batch(images, masks, None, torch.arange(4), step)
 
 
 def make_steps() -> tuple[PublishedStep, OurStep]:
@@ -74,7 +75,7 @@ def published(batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor], list[torc
     data = step_config(TINY).data
     mean, std = (torch.tensor(x)[:, None, None] for x in (data.mean, data.std))
     images = (batch.images.permute(0, 3, 1, 2) / 255 - mean) / std
-    return images, [batch.context_idx], list(batch.target_idx.unbind(1))
+    return images, [batch.masks.context_idx], list(batch.masks.target_idx.unbind(1))
 
 
 def test_loss_and_gradients():

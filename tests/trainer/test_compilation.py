@@ -160,7 +160,7 @@ def test_predictors_share_their_compilations_and_have_one_more_for_the_last_bloc
     for _ in range(2):
         torch.testing.assert_close(module(batch, h)[0], expected, rtol=1e-6, atol=0)
         assert compilations() - before == 2
-    shorter = batch._replace(context_idx=batch.context_idx[:, 1:])
+    shorter = batch._replace(masks=batch.masks._replace(context_idx=batch.masks.context_idx[:, 1:]))
     module(shorter, h)
     assert compilations() - before == 4
 

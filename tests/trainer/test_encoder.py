@@ -60,11 +60,11 @@ def test_subset_is_taken_after_positions_and_before_blocks():
     encoder, batch = build_encoder(tiny_config()).double(), make_batch(tiny_config())
     twin, exact = timm_twin().double(), {"rtol": 1e-12, "atol": 1e-12}
     twin.load_state_dict(encoder.state_dict())
-    got = encoder(batch.images, batch.context_idx)
+    got = encoder(batch.images, batch.masks.context_idx)
     tokens = twin.patch_embed(normalised(batch.images, tiny_config(), torch.float64))
     tokens = tokens + twin.pos_embed
     for b in range(len(tokens)):
-        kept = tokens[b, batch.context_idx[b]].unsqueeze(0)
+        kept = tokens[b, batch.masks.context_idx[b]].unsqueeze(0)
         torch.testing.assert_close(got[b], twin.norm(twin.blocks(kept))[0], **exact)
     everything = torch.arange(36).expand(4, -1)
     torch.testing.assert_close(encoder(batch.images, everything), encoder(batch.images), **exact)
@@ -111,21 +111,21 @@ def test_bytes_compile_as_one_graph(autocast: bool):
     encoder, batch = build_encoder(tiny_config()), make_batch(tiny_config())
     compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        for idx in (batch.context_idx, None):
+        for idx in (batch.masks.context_idx, None):
             expected = encoder(batch.images, idx)
             torch.testing.assert_close(compiled(batch.images, idx), expected)
 
 
 def test_patches_outside_the_subset_have_no_influence():
     encoder, batch = build_encoder(tiny_config()), make_batch(tiny_config())
-    kept = torch.zeros(4, 36, dtype=torch.bool).scatter(1, batch.context_idx, True)
-    before = encoder(batch.images, batch.context_idx)
+    kept = torch.zeros(4, 36, dtype=torch.bool).scatter(1, batch.masks.context_idx, True)
+    before = encoder(batch.images, batch.masks.context_idx)
     for b in range(4):
         for patch in range(36):
             images = batch.images.clone()
             top, left = 8 * (patch // 6), 8 * (patch % 6)
             images[b, top : top + 8, left : left + 8] = 0
-            changed = (encoder(images, batch.context_idx) != before).flatten(1).any(1)
+            changed = (encoder(images, batch.masks.context_idx) != before).flatten(1).any(1)
             assert changed[b] == kept[b, patch]
             assert changed.sum() == changed[b]
 
@@ -201,13 +201,13 @@ def test_autocast_keeps_the_residual_stream_in_fp32():
     encoder.blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         encoder(batch.images)
-        encoder(batch.images, batch.context_idx)
+        encoder(batch.images, batch.masks.context_idx)
     assert seen == [torch.float32, torch.float32]
 
 
 def test_pure_bf16_parameters():
     encoder, batch = build_encoder(tiny_config()).bfloat16(), make_batch(tiny_config())
-    features = encoder(batch.images, batch.context_idx)
+    features = encoder(batch.images, batch.masks.context_idx)
     assert features.dtype == torch.bfloat16
     assert features.isfinite().all()
 

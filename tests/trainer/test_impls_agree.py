@@ -12,7 +12,6 @@ from tiny import make_batch, tiny_config
 from torch import nn
 
 from njepa.config import Config
-from njepa.data.batch import Batch
 from njepa.ema import ema_parameters, make_target, update_target
 from njepa.step import TrainModule, param_groups
 
@@ -53,8 +52,7 @@ def _curve(
     optimizer = torch.optim.AdamW(param_groups(module, 0.05), lr=LR)
     losses = []
     for step in range(STEPS):
-        fields = make_batch(config, step=step % 8)
-        batch = Batch(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in fields))
+        batch = make_batch(config, step=step % 8).to(device)
         with torch.no_grad():
             h = target(batch.images)
         loss, _ = module(batch, h)

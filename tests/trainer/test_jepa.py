@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from tiny import N_BLOCKS, N_TARGETS, key_of, make_batch, tiny_config
+from tiny import N_BLOCKS, N_TARGETS, make_batch, tiny_config
 
 from njepa.config import Config
 from njepa.models.jepa import Jepa, JepaOutput, build_jepa
@@ -36,8 +36,7 @@ VARIANTS = {
 def run(config: Config, jepa: Jepa | None = None, sigmas: tuple[float, ...] = (0.5,)) -> JepaOutput:
     batch = make_batch(config, sigmas=sigmas)
     jepa = build_jepa(config) if jepa is None else jepa
-    return jepa(batch.images, batch.context_idx, batch.target_idx, batch.sigma,
-                key_of(config, batch))  # fmt: skip
+    return jepa(batch.images, batch.masks, batch.noise)
 
 
 # --- what is built -------------------------------------------------------------------------------
@@ -185,12 +184,11 @@ def test_a_mask_token_of_two_predictors_gets_the_sum_of_their_gradients():
         assert key == name or torch.equal(grads["shared"][key], grad), key
 
 
-def test_sigma_must_fit_the_model():
+def test_noise_must_fit_the_model():
     config = NOISED["unshared-unshared"]
     batch = make_batch(config)
-    args = (batch.images, batch.context_idx, batch.target_idx)
     for name in ("unshared-unshared", "shared-shared", "single-shared"):
-        with pytest.raises(ValueError, match="sigma=None and noise"):
-            build_jepa(NOISED[name])(*args)
-    with pytest.raises(ValueError, match="and no noise"):
-        build_jepa(VARIANTS["ijepa"])(*args, batch.sigma, key_of(config, batch))
+        with pytest.raises(ValueError, match="got none and a model with"):
+            build_jepa(NOISED[name])(batch.images, batch.masks)
+    with pytest.raises(ValueError, match="got some and a model without"):
+        build_jepa(VARIANTS["ijepa"])(batch.images, batch.masks, batch.noise)

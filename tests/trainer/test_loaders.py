@@ -20,12 +20,14 @@ from PIL import Image, ImageOps
 from njepa.config import parse_config
 from njepa.data.decode import DecodeError, decode
 from njepa.data.eval_views import eval_images
-from njepa.data.loader import build_loader, choose_backend, default_workers
+from njepa.data.loader import Loader, build_loader, choose_backend, default_workers
+from njepa.data.pixels import Pixels
 from njepa.data.sources import open_source
 from njepa.draws.crops import crop_windows, flips
 from njepa.draws.masks import MaskSampler
 from njepa.draws.order import SampleOrder
 from njepa.draws.sigmas import block_sigmas
+from njepa.draws.streams import stream_seed
 
 CPU = torch.device("cpu")
 SIZE = 48
@@ -84,12 +86,24 @@ class Case:
         return batch.images.permute(0, 3, 1, 2).float()
 
 
+def leaves(value):
+    """The tensors and numbers of batches."""
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
 def same(a, b):
     return len(a) == len(b) and all(
-        x == y if isinstance(x, int | float) else (x is y is None) or torch.equal(x, y)
-        for first, second in zip(a, b, strict=True)
-        for x, y in zip(first, second, strict=True)
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+        for x, y in zip(leaves(a), leaves(b), strict=True)
     )
+
+
+def without_pixels(batch):
+    return [batch._replace(images=None)]
 
 
 # ---- content ---------------------------------------------------------------------------------
@@ -141,8 +155,7 @@ def test_backends_agree_on_real_images(tmp_path, dali, size, patch):
     theirs = case.batches("dali", micro=20, stop=3)
     gaps, inner_gaps = [], []
     for a, b in zip(ours, theirs, strict=True):
-        for name in ("sample_ids", "context_idx", "target_idx", "sigma"):
-            assert torch.equal(getattr(a, name), getattr(b, name))
+        assert same(without_pixels(a), without_pixels(b))
         gap = (case.pixels(a) - case.pixels(b)).abs()
         gaps += gap.mean((1, 2, 3)).tolist()
         inner_gaps += gap[:, :, 1:-1, 1:-1].mean((1, 2, 3)).tolist()
@@ -179,16 +192,22 @@ def test_batch_fields(tmp_path, backend, sigma):
         assert batch.images.is_contiguous()
         plan = case.order.at(batch.micro_step)
         masks = case.masks(batch.micro_step, plan.global_ids)
-        assert torch.equal(batch.context_idx, torch.from_numpy(masks.context_idx))
-        assert torch.equal(batch.target_idx, torch.from_numpy(masks.target_idx))
+        assert torch.equal(batch.masks.context_idx, torch.from_numpy(masks.context_idx))
+        assert torch.equal(batch.masks.target_idx, torch.from_numpy(masks.target_idx))
         assert plan.step == batch.micro_step // 2
         expected = block_sigmas(case.config.noise, 4, case.config.run.seed, plan.step, plan.ids)
-        assert np.array_equal(batch.sigma.numpy(), expected)
-        assert batch.sigma.dtype == torch.float32
-        assert batch.sigma.is_contiguous()
+        assert np.array_equal(batch.noise.sigma.numpy(), expected)
+        assert batch.noise.sigma.dtype == torch.float32
+        assert batch.noise.sigma.is_contiguous()
+        seed, step, ids, shared = batch.noise.key
+        assert (seed, step) == (stream_seed(case.config.run.seed, "noise"), batch.micro_step)
+        assert ids.tolist() == batch.sample_ids.tolist() == plan.ids.tolist()
+        assert not shared
         moved = batch.to("meta")
         assert moved.images.is_meta
-        assert moved.sigma.is_meta
+        assert moved.masks.context_idx.is_meta
+        assert moved.noise.sigma.is_meta
+        assert moved.noise.key.sample_ids.is_meta
         assert moved.micro_step == batch.micro_step
 
 
@@ -200,8 +219,34 @@ def test_batch_fields(tmp_path, backend, sigma):
 def test_sigma_is_there_where_a_term_weighs(tmp_path, noise, some):
     case = Case(class_folders(tmp_path / "in", 12), tmp_path, noise=noise)
     batch = case.batches("torch", stop=1)[0]
-    assert (batch.sigma is not None) == some
-    assert (batch.to(CPU).sigma is not None) == some
+    assert (batch.noise is not None) == some
+    assert (batch.to(CPU).noise is not None) == some
+
+
+class Mispaired:
+    """Pixels of the step after the one that is asked for."""
+
+    def __init__(self, case: Case) -> None:
+        self.step, self.case = 0, case
+
+    def __next__(self) -> Pixels:
+        self.step += 1
+        ids = self.case.order.at(self.step).ids
+        return Pixels(torch.zeros(len(ids), SIZE, SIZE, 3, dtype=torch.uint8), ids, [])
+
+    def close(self) -> None:
+        pass
+
+
+def test_pixels_of_other_samples_are_an_error(tmp_path):
+    case = Case(class_folders(tmp_path / "in", 12), tmp_path)
+    case.batches("torch", stop=1)
+    loader = Loader(
+        case.config, case.index, case.order, case.masks, CPU, range(2), Mispaired(case), "torch", ""
+    )
+    with pytest.raises(RuntimeError, match="pixels of micro-step 0 are of samples"):
+        next(loader)
+    loader.close()
 
 
 # ---- order, ranks, restarts ------------------------------------------------------------------
@@ -231,12 +276,19 @@ def test_two_ranks_see_what_one_sees(tmp_path, backend, compat):
     one = case.batches(backend, micro=4)
     two = [case.batches(backend, micro=2, world=2, rank=rank) for rank in range(2)]
     for whole, *parts in zip(one, *two, strict=True):
-        for name in ("images", "sample_ids", "sigma"):
+        for name in ("images", "sample_ids"):
             joined = torch.cat([getattr(part, name) for part in parts])
             assert torch.equal(joined, getattr(whole, name))
+        assert torch.equal(torch.cat([p.noise.sigma for p in parts]), whole.noise.sigma)
+        ids = [p.noise.key.sample_ids for p in parts]
+        assert torch.equal(torch.cat(ids), whole.noise.key.sample_ids)
         if compat == "fixed":  # upstream cuts the contexts of each rank to their own length
-            assert torch.equal(torch.cat([p.context_idx for p in parts]), whole.context_idx)
-            assert torch.equal(torch.cat([p.target_idx for p in parts]), whole.target_idx)
+            assert torch.equal(
+                torch.cat([p.masks.context_idx for p in parts]), whole.masks.context_idx
+            )
+            assert torch.equal(
+                torch.cat([p.masks.target_idx for p in parts]), whole.masks.target_idx
+            )
 
 
 # ---- unreadable images -----------------------------------------------------------------------
@@ -277,7 +329,7 @@ def test_torch_replaces_what_it_cannot_read(tmp_path, caplog, kind):
     assert reason in record.getMessage()
     for before, after in zip(good, seen, strict=True):
         assert torch.equal(before.sample_ids, after.sample_ids)  # the planned ids stay
-        assert torch.equal(before.context_idx, after.context_idx)
+        assert torch.equal(before.masks.context_idx, after.masks.context_idx)
         same_pixels = (before.images == after.images).flatten(1).all(1)
         assert torch.equal(same_pixels, before.sample_ids != bad)
     window = crop_windows(

@@ -17,7 +17,7 @@ from mask_oracle import block_size as oracle_block_size
 from scipy import stats
 
 from njepa.config import MaskConfig
-from njepa.draws.masks import Masks, MaskSampler, block_size, choose_random, possible_sizes
+from njepa.draws.masks import DrawnMasks, MaskSampler, block_size, choose_random, possible_sizes
 from njepa.draws.streams import words
 
 GRID = (14, 14)
@@ -193,7 +193,7 @@ def test_upstream_lengths_and_visits_match_the_oracle(
 
 
 @cache
-def run(compat: str, side: int, batch: int, steps: int) -> list[Masks]:
+def run(compat: str, side: int, batch: int, steps: int) -> list[DrawnMasks]:
     masks = sampler(compat, (side, side))
     return [masks(step, ids_of(step, batch)) for step in range(steps)]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import N_BLOCKS, key_of, make_batch, tiny_config
+from tiny import N_BLOCKS, make_batch, tiny_config
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,8 +22,7 @@ def forward(config: Config, batch: Batch) -> tuple[Jepa, JepaOutput, torch.Tenso
     jepa = build_jepa(config)
     with torch.no_grad():
         h = make_target(jepa.encoder)(batch.images)
-    output = jepa(batch.images, batch.context_idx, batch.target_idx, batch.sigma,
-                  key_of(config, batch), batch.context_lengths)  # fmt: skip
+    output = jepa(batch.images, batch.masks, batch.noise)
     return jepa, output, h
 
 
@@ -53,9 +52,9 @@ def test_ijepa_loss():
     config = tiny_config("ijepa")
     batch = make_batch(config)
     _, output, h = forward(config, batch)
-    y = targets(h, batch.target_idx)
-    expected = smooth_l1(by_image(output.clean, batch.target_idx), y)
-    losses = objective(config, output, h, batch)
+    y = targets(h, batch.masks.target_idx)
+    expected = smooth_l1(by_image(output.clean, batch.masks.target_idx), y)
+    losses = objective(config, output, h, batch.masks)
     torch.testing.assert_close(losses.total, expected)
     assert losses.metrics.keys() == {"loss", "loss_clean"}
     assert torch.equal(losses.metrics["loss"], losses.total.detach())
@@ -75,9 +74,9 @@ def test_njepa_loss(predictors: str, stop: str, weight: float, consistency: floa
     batch = make_batch(config)
     _, output, h = forward(config, batch)
     h.requires_grad_()
-    losses = prediction_loss(config, output, h, batch)
-    y = targets(h.detach(), batch.target_idx)
-    clean, noised = (by_image(x, batch.target_idx) for x in (output.clean, output.noised))
+    losses = prediction_loss(config, output, h, batch.masks)
+    y = targets(h.detach(), batch.masks.target_idx)
+    clean, noised = (by_image(x, batch.masks.target_idx) for x in (output.clean, output.noised))
     pair = {
         "none": (clean, noised),
         "clean": (clean.detach(), noised),
@@ -111,7 +110,7 @@ def test_the_stop_decides_who_is_moved_by_the_difference():
         config = tiny_config("njepa", noise={"consistency": 5.0, "consistency_stop": stop})
         batch = make_batch(config)
         _, output, h = forward(config, batch)
-        total = prediction_loss(config, output, h, batch).total
+        total = prediction_loss(config, output, h, batch.masks).total
         grads[stop] = torch.autograd.grad(total, [output.clean, output.noised])
     for stop, stopped in (("clean", 0), ("noised", 1)):
         moved = 1 - stopped
@@ -125,10 +124,12 @@ def test_a_single_predictor_has_no_clean_loss_and_no_lambda(weight: float):
     config = tiny_config("njepa", noise={"predictors": "single", "weight": weight})
     batch = make_batch(config)
     _, output, h = forward(config, batch)
-    losses = prediction_loss(config, output, h, batch)
+    losses = prediction_loss(config, output, h, batch.masks)
     assert losses.metrics.keys() == {"loss_noise"}
     assert torch.equal(losses.total.detach(), losses.metrics["loss_noise"])
-    expected = smooth_l1(by_image(output.noised, batch.target_idx), targets(h, batch.target_idx))
+    expected = smooth_l1(
+        by_image(output.noised, batch.masks.target_idx), targets(h, batch.masks.target_idx)
+    )
     torch.testing.assert_close(losses.total, expected)
 
 
@@ -170,7 +171,7 @@ def test_pred_blocks_is_the_loop_over_ordered_pairs(projector: object):
     config = tiny_config("cjepa", vicreg={"projector": projector})
     batch = make_batch(config, batch=6)
     jepa, output, h = forward(config, batch)
-    losses = vicreg_loss(config, output, h, batch, jepa.projector)
+    losses = vicreg_loss(config, output, h, batch.masks, jepa.projector)
     u = jepa.projector(output.clean.mean(dim=1))
     views = [u[m * 6 : (m + 1) * 6] for m in range(N_BLOCKS)]
     pairs = [pair(views[i], views[j]) for i, j in itertools.permutations(range(N_BLOCKS), 2)]
@@ -191,11 +192,11 @@ def test_pred_blocks_takes_the_clean_predictions_where_there_are_any():
     alone = tiny_config("cjepa")
     batch = make_batch(both)
     jepa, output, h = forward(both, batch)
-    plain_jepa, plain, _ = forward(alone, batch._replace(sigma=None))
-    terms = terms_of(vicreg_loss(both, output, h, batch, jepa.projector))
-    assert terms == terms_of(vicreg_loss(alone, plain, h, batch, plain_jepa.projector))
+    plain_jepa, plain, _ = forward(alone, batch._replace(noise=None))
+    terms = terms_of(vicreg_loss(both, output, h, batch.masks, jepa.projector))
+    assert terms == terms_of(vicreg_loss(alone, plain, h, batch.masks, plain_jepa.projector))
     swapped = output._replace(clean=output.noised, noised=output.clean)
-    assert terms != terms_of(vicreg_loss(both, swapped, h, batch, jepa.projector))
+    assert terms != terms_of(vicreg_loss(both, swapped, h, batch.masks, jepa.projector))
 
 
 def test_pred_blocks_of_a_single_predictor_takes_the_noised_predictions():
@@ -206,7 +207,7 @@ def test_pred_blocks_of_a_single_predictor_takes_the_noised_predictions():
     views = [u[m * 6 : (m + 1) * 6] for m in range(N_BLOCKS)]
     pairs = [pair(x, y) for x, y in itertools.permutations(views, 2)]
     check(
-        vicreg_loss(config, output, h, batch, jepa.projector),
+        vicreg_loss(config, output, h, batch.masks, jepa.projector),
         tuple(sum(terms) / len(pairs) for terms in zip(*pairs, strict=True)),
     )
 
@@ -230,11 +231,12 @@ def context_case(counts: tuple[int, ...] | None) -> tuple[Config, Batch]:
     batch = make_batch(config, batch=6)
     if counts is not None:
         own = torch.tensor(counts)
-        place = torch.arange(batch.context_idx.shape[1])
-        batch = batch._replace(
-            context_idx=batch.context_idx.where(place < own[:, None], 0),
+        place = torch.arange(batch.masks.context_idx.shape[1])
+        masks = batch.masks._replace(
+            context_idx=batch.masks.context_idx.where(place < own[:, None], 0),
             context_lengths=Lengths(counts, own),
         )
+        batch = batch._replace(masks=masks)
     return config, batch
 
 
@@ -245,7 +247,7 @@ def test_context_vs_target_is_the_loop(counts: tuple[int, ...] | None):
     _, output, h = forward(config, batch)
     projector = Scaled()
     h.requires_grad_()
-    losses = vicreg_loss(config, output, h, batch, projector)
+    losses = vicreg_loss(config, output, h, batch.masks, projector)
 
     kept = counts or (output.context.shape[1],) * 6
     means = [sum(output.context[b, t] for t in range(n)) / n for b, n in enumerate(kept)]
@@ -270,7 +272,7 @@ def test_context_vs_target_is_the_loop(counts: tuple[int, ...] | None):
 def test_context_vs_target_reaches_no_predictor():
     config, batch = context_case(None)
     jepa, output, h = forward(config, batch)
-    vicreg_loss(config, output, h, batch, jepa.projector).total.backward()
+    vicreg_loss(config, output, h, batch.masks, jepa.projector).total.backward()
     assert all(p.grad is None for p in jepa.predictor.parameters())
     assert all(p.grad is not None for p in jepa.encoder.parameters() if p.requires_grad)
     assert jepa.projector[0].weight.grad.norm() > 0
@@ -286,7 +288,7 @@ def test_total_adds_every_term_with_its_weight(on: str):
     config = tiny_config("ncjepa", noise=noise, vicreg=vicreg)
     batch = make_batch(config)
     jepa, output, h = forward(config, batch)
-    losses = objective(config, output, h, batch, jepa.projector)
+    losses = objective(config, output, h, batch.masks, jepa.projector)
     m = {name: value.item() for name, value in losses.metrics.items()}
     regulariser = 2 * m["vicreg_inv"] + 3 * m["vicreg_std"] + 4 * m["vicreg_cov"]
     prediction = m["loss_clean"] + 0.3 * m["loss_noise"] + 0.7 * m["loss_consistency"]
@@ -298,8 +300,8 @@ def test_statistics_are_fp32_under_autocast(on: str):
     config = tiny_config("cjepa", vicreg={"on": on, "projector": "identity"})
     batch = make_batch(config, batch=6)
     jepa, output, h = forward(config, batch)
-    exact = vicreg_loss(config, output, h, batch, jepa.projector)
+    exact = vicreg_loss(config, output, h, batch.masks, jepa.projector)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = vicreg_loss(config, output, h, batch, jepa.projector)
+        cast = vicreg_loss(config, output, h, batch.masks, jepa.projector)
     assert cast.total.dtype == torch.float32
     torch.testing.assert_close(cast.total, exact.total, rtol=1e-6, atol=0)

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from njepa import planning as plan
 from njepa.cli import main
 from njepa.config import load_config
+from njepa.data.batch import Masks
 from njepa.draws.masks import MaskSampler
 from njepa.ds_engine import BatchSizes
 from njepa.ema import make_target
@@ -156,8 +157,7 @@ def test_activations_of_a_real_size(precision: plan.Precision):
     rows = torch.randn(2, 5, n).argsort(-1)
     batch = make_batch(config, batch=2)._replace(
         images=torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8),
-        context_idx=rows[:, 0, : shape.context],
-        target_idx=rows[:, 1:, : shape.target],
+        masks=Masks(rows[:, 0, : shape.context], rows[:, 1:, : shape.target]),
     )
     with torch.autocast("cpu", torch.bfloat16, enabled=precision is plan.AUTOCAST):
         saved = saved_bytes(module, batch, torch.randn(2, n, 384))

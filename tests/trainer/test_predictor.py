@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from njepa_kernels import NoiseKey, philox_normal
-from tiny import N_BLOCKS, N_CONTEXT, N_TARGETS, key_of, make_batch, tiny_config
+from tiny import N_BLOCKS, N_CONTEXT, N_TARGETS, make_batch, rows_of, tiny_config
 from torch import Tensor
 
 from njepa.config import Config, ConfigError
-from njepa.data.batch import Batch
+from njepa.data.batch import Batch, Masks, Noise
 from njepa.draws.streams import stream_seed
 from njepa.models.predictor import Predictor, build_predictor
 
@@ -31,15 +31,10 @@ def first_tokens(predictor: Predictor, *args: Any, **options: Any) -> Tensor:
     return seen[0]
 
 
-def arguments(config: Config, batch: Batch) -> tuple[Any, ...]:
-    """Of a noised call, after the context."""
-    return batch.context_idx, batch.target_idx, batch.sigma, key_of(config, batch)
-
-
 def noisy_tokens(config: Config, batch: Batch) -> tuple[Predictor, Tensor]:
     """A predictor and its noised queries as [B, M, Kt, d]."""
     predictor = build_predictor(config, "predictor")
-    tokens = first_tokens(predictor, context(), *arguments(config, batch))
+    tokens = first_tokens(predictor, context(), batch.masks, batch.noise)
     queries = tokens[:, N_CONTEXT:].unflatten(0, (N_BLOCKS, BATCH)).transpose(0, 1)
     return predictor, queries.detach()
 
@@ -59,12 +54,13 @@ def test_rows_are_block_major():
         make_batch(tiny_config()),
     )
     z = context()
-    rows = predictor(z, batch.context_idx, batch.target_idx)
+    rows = predictor(z, batch.masks)
     assert rows.shape == (N_BLOCKS * BATCH, N_TARGETS, 32)
     for m in range(N_BLOCKS):
         for b in range(BATCH):
             one = slice(b, b + 1)
-            alone = predictor(z[one], batch.context_idx[one], batch.target_idx[one, m : m + 1])
+            masks = Masks(batch.masks.context_idx[one], batch.masks.target_idx[one, m : m + 1])
+            alone = predictor(z[one], masks)
             torch.testing.assert_close(rows[m * BATCH + b], alone[0], rtol=1e-5, atol=1e-6)
 
 
@@ -74,12 +70,12 @@ def test_clean_tokens():
         make_batch(tiny_config()),
     )
     z = context()
-    tokens = first_tokens(predictor, z, batch.context_idx, batch.target_idx)
+    tokens = first_tokens(predictor, z, batch.masks)
     pos = predictor.predictor_pos_embed[0]
     for m in range(N_BLOCKS):
         for b in range(BATCH):
-            kept = predictor.predictor_embed(z[b]) + pos[batch.context_idx[b]]
-            queries = predictor.mask_token[0] + pos[batch.target_idx[b, m]]
+            kept = predictor.predictor_embed(z[b]) + pos[batch.masks.context_idx[b]]
+            queries = predictor.mask_token[0] + pos[batch.masks.target_idx[b, m]]
             torch.testing.assert_close(tokens[m * BATCH + b], torch.cat((kept, queries)))
 
 
@@ -99,11 +95,11 @@ def test_noised_queries(space: str, draw: str):
     seed = stream_seed(config.run.seed, "noise")
     key = NoiseKey(seed, STEP, batch.sample_ids, draw == "shared")
     with torch.no_grad():
-        noise = philox_normal(key, batch.target_idx, width)
+        noise = philox_normal(key, batch.masks.target_idx, width)
         if space == "encoder_tied":
             noise = noise @ predictor.predictor_embed.weight.T
-        psi = predictor.predictor_pos_embed[0][batch.target_idx]
-        expected = predictor.mask_token[0] + psi + batch.sigma[..., None, None] * noise
+        psi = predictor.predictor_pos_embed[0][batch.masks.target_idx]
+        expected = predictor.mask_token[0] + psi + batch.noise.sigma[..., None, None] * noise
     torch.testing.assert_close(queries, expected, rtol=1e-5, atol=2e-6)
     assert (queries - predictor.mask_token[0] - psi).abs().max() > 0.05
 
@@ -113,9 +109,9 @@ def test_noised_queries(space: str, draw: str):
 def test_a_shared_draw_gives_a_patch_the_same_noise_in_all_blocks(space: str, draw: str):
     config = tiny_config("njepa", noise={"space": space, "draw": draw})
     batch = make_batch(config, sigmas=(0.5,))
-    same = batch.target_idx[:, :1].expand(-1, N_BLOCKS, -1).clone()
+    same = batch.masks.target_idx[:, :1].expand(-1, N_BLOCKS, -1).clone()
     same[:, 1] = same[:, 1].flip(-1)  # the place inside the block does not matter either
-    _, queries = noisy_tokens(config, batch._replace(target_idx=same))
+    _, queries = noisy_tokens(config, batch._replace(masks=batch.masks._replace(target_idx=same)))
     queries[:, 1] = queries[:, 1].flip(1)
     gap = (queries - queries[:, :1]).abs().amax((-1, -2))
     images = (queries[0] - queries[1]).abs().max()
@@ -130,10 +126,10 @@ def test_variance_of_the_noise_is_sigma_squared_at_each_sigma():
     config = tiny_config("njepa", model={"predictor": {"width": 384, "depth": 1, "heads": 2}})
     batch = make_batch(config)
     predictor, queries = noisy_tokens(config, batch)
-    psi = predictor.predictor_pos_embed[0][batch.target_idx]
+    psi = predictor.predictor_pos_embed[0][batch.masks.target_idx]
     residual = (queries - predictor.mask_token[0] - psi).detach()
-    for sigma in batch.sigma.unique().tolist():
-        values = residual[batch.sigma == sigma]
+    for sigma in batch.noise.sigma.unique().tolist():
+        values = residual[batch.noise.sigma == sigma]
         error = 5 * (2 / values.numel()) ** 0.5  # five standard errors of a variance
         assert abs(values.var().item() / sigma**2 - 1) < error
         assert abs(values.mean().item()) < 5 * sigma / values.numel() ** 0.5
@@ -145,8 +141,8 @@ def test_no_noise_at_sigma_zero(space: str, draw: str):
     config = tiny_config("njepa", noise={"space": space, "draw": draw})
     predictor, batch = build_predictor(config, "predictor"), make_batch(config, sigmas=(0.0,))
     z = context()
-    noised = predictor(z, *arguments(config, batch))
-    clean = predictor(z, batch.context_idx, batch.target_idx)
+    noised = predictor(z, batch.masks, batch.noise)
+    clean = predictor(z, batch.masks)
     if space == "predictor":
         assert torch.equal(noised, clean)
     else:  # the context passes through a wider matrix product, which may round differently
@@ -156,15 +152,16 @@ def test_no_noise_at_sigma_zero(space: str, draw: str):
 def test_noise_depends_on_step_and_sample_only():
     config = tiny_config("njepa")
     predictor, batch = build_predictor(config, "predictor"), make_batch(config, step=STEP)
-    args = (context(), batch.context_idx, batch.target_idx, batch.sigma)
-    key = key_of(config, batch)
-    tokens = first_tokens(predictor, *args, key)
-    half = first_tokens(predictor, *(x[2:] for x in args), key_of(config, batch, slice(2, None)))
+    z, (sigma, key) = context(), batch.noise
+    tokens = first_tokens(predictor, z, batch.masks, batch.noise)
+    second = rows_of(batch, slice(2, None))
+    half = first_tokens(predictor, z[2:], second.masks, second.noise)
     rows = tokens.unflatten(0, (N_BLOCKS, BATCH))[:, 2:]
     torch.testing.assert_close(half.unflatten(0, (N_BLOCKS, 2)), rows, rtol=0, atol=1e-6)
-    assert not torch.allclose(first_tokens(predictor, *args, key._replace(step=4)), tokens)
-    other = key._replace(sample_ids=key.sample_ids + 1)
-    moved = first_tokens(predictor, *args, other)
+    later = Noise(sigma, key._replace(step=4))
+    assert not torch.allclose(first_tokens(predictor, z, batch.masks, later), tokens)
+    other = Noise(sigma, key._replace(sample_ids=key.sample_ids + 1))
+    moved = first_tokens(predictor, z, batch.masks, other)
     assert not torch.allclose(moved, tokens)
     assert torch.equal(moved[:, :N_CONTEXT], tokens[:, :N_CONTEXT])
 
@@ -172,7 +169,7 @@ def test_noise_depends_on_step_and_sample_only():
 def test_tied_noise_trains_the_context_projection_but_not_its_bias():
     config = tiny_config("njepa", noise={"space": "encoder_tied"})
     predictor, batch = build_predictor(config, "predictor"), make_batch(config)
-    tokens = first_tokens(predictor, context(), *arguments(config, batch))
+    tokens = first_tokens(predictor, context(), batch.masks, batch.noise)
     tokens[:, N_CONTEXT:].square().sum().backward()
     assert predictor.predictor_embed.weight.grad.abs().max() > 1
     assert predictor.predictor_embed.bias.grad.abs().max() < 1e-4
@@ -182,17 +179,9 @@ def test_position_table_is_not_written_to():
     config = tiny_config("njepa", noise={"space": "encoder_tied"})
     predictor, batch = build_predictor(config, "predictor"), make_batch(config)
     before = predictor.predictor_pos_embed.clone()
-    predictor(context(), *arguments(config, batch), with_clean=True)
+    predictor(context(), batch.masks, batch.noise, with_clean=True)
     assert torch.equal(predictor.predictor_pos_embed, before)
     assert not predictor.predictor_pos_embed.requires_grad
-
-
-@pytest.mark.parametrize("space", SPACES)
-def test_sigma_needs_what_keys_the_noise(space: str):
-    config = tiny_config("njepa", noise={"space": space})
-    predictor, batch = build_predictor(config, "predictor"), make_batch(config)
-    with pytest.raises((TypeError, ValueError), match="noise"):
-        predictor(context(), batch.context_idx, batch.target_idx, batch.sigma)
 
 
 # --- both predictions in one pass ----------------------------------------------------------------
@@ -216,11 +205,11 @@ def test_with_clean_equals_two_calls(space: str, kind: str, own_token: bool):
     for together in (True, False):
         predictor = build_predictor(config, "predictor", noise_mask_token=own_token)
         z = context().requires_grad_()
-        args = arguments(config, batch)
+        args = (z, batch.masks, batch.noise)
         if together:
-            both = predictor(z, *args, with_clean=True)
+            both = predictor(*args, with_clean=True)
         else:
-            both = torch.cat((predictor(z, *args[:2]), predictor(z, *args)))
+            both = torch.cat((predictor(*args[:2]), predictor(*args)))
         (both * weight).sum().backward()
         trained = {n: p.grad for n, p in predictor.named_parameters() if p.requires_grad}
         results.append({"both": both.detach(), "z": z.grad, **trained})
@@ -234,8 +223,8 @@ def test_with_clean_equals_two_calls(space: str, kind: str, own_token: bool):
 def test_the_token_of_noised_queries_reaches_them_alone():
     config = tiny_config("njepa")
     predictor, batch = with_own_token(config), make_batch(config, sigmas=(0.0,))
-    z, args = context(), arguments(config, batch)
-    tokens = first_tokens(predictor, z, *args, with_clean=True).detach()
+    args = (context(), batch.masks, batch.noise)
+    tokens = first_tokens(predictor, *args, with_clean=True).detach()
     clean, noised = tokens.chunk(2)
     assert torch.equal(noised[:, :N_CONTEXT], clean[:, :N_CONTEXT])
     torch.testing.assert_close(
@@ -247,7 +236,7 @@ def test_the_token_of_noised_queries_reaches_them_alone():
     )  # fmt: skip
     for call, own in ((args[:2], False), (args, True)):
         predictor.zero_grad()
-        predictor(z, *call).square().sum().backward()
+        predictor(*call).square().sum().backward()
         assert (predictor.noise_mask_token.grad is not None) == own
         assert (predictor.mask_token.grad is not None) != own
 

@@ -30,8 +30,8 @@ from tiny import (
     N_CONTEXT,
     N_TARGETS,
     SIDE,
-    key_of,
     make_batch,
+    noise_of,
     normalised,
     tiny_config,
 )
@@ -246,11 +246,11 @@ def build(impl: str, batch: int = 2, step: int = 5, **noise: Any) -> tuple[Confi
     config = tiny_config("njepa", noise=noise, impl={"default": impl}, run={"seed": 9})
     made = make_batch(config, batch, step)
     ids = torch.arange(batch) * 2**32 + 7 * torch.arange(1, batch + 1)  # more than 32 bits
-    sigma = None
+    drawn = None
     if config.noise.active:
-        drawn = block_sigmas(config.noise, N_BLOCKS, config.run.seed, step, ids.numpy())
-        sigma = torch.tensor(drawn)
-    return config, made._replace(sample_ids=ids, sigma=sigma)
+        sigma = block_sigmas(config.noise, N_BLOCKS, config.run.seed, step, ids.numpy())
+        drawn = noise_of(config, torch.tensor(sigma), step, ids)
+    return config, made._replace(sample_ids=ids, noise=drawn)
 
 
 def enlarge(module: TrainModule) -> None:
@@ -312,7 +312,7 @@ def oracle(config: Config, batch: Batch, parts: Any, target: dict[str, torch.Ten
     target = {name: value.double() for name, value in target.items()}
     return njepa_loss(
         *parts, target, (2, 2), normalised(batch.images, config, torch.float64),
-        batch.context_idx, batch.target_idx, batch.sigma, stream_of(config, batch),
+        *batch.masks[:2], batch.noise.sigma, stream_of(config, batch),
         noise.weight, noise.consistency, noise.consistency_stop,
     )  # fmt: skip
 
@@ -417,7 +417,7 @@ def test_without_weights_it_is_published_ijepa() -> None:
     predictor = PublishedPredictor(SIDE, encoder_width=32, width=24, depth=2, heads=2)
     for step in range(3):
         _, batch = build("reference", step=step, weight=0.0, consistency=0.0)
-        assert batch.sigma is None
+        assert batch.noise is None
         encoder.load_state_dict(modules[0].jepa.encoder.state_dict())
         predictor.load_state_dict(modules[0].jepa.predictor.state_dict())
         target = {name: p.detach().clone() for name, p in encoder.named_parameters()}
@@ -434,7 +434,7 @@ def test_without_weights_it_is_published_ijepa() -> None:
             assert torch.equal(ours, theirs)
         published = published_loss(
             encoder, predictor, encoder, normalised(batch.images, config),
-            [batch.context_idx], list(batch.target_idx.unbind(1)),
+            [batch.masks.context_idx], list(batch.masks.target_idx.unbind(1)),
         )  # fmt: skip
         assert losses[0].item() == pytest.approx(published.item(), rel=1e-6)
 
@@ -456,11 +456,9 @@ def test_without_consistency_it_is_the_sum_of_two_branches(predictors: str) -> N
     loss.backward()
     got = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
     module.zero_grad()
-    output = module.jepa(
-        batch.images, batch.context_idx, batch.target_idx, batch.sigma, key_of(config, batch)
-    )
+    output = module.jepa(batch.images, batch.masks, batch.noise)
     y = torch.nn.functional.layer_norm(h, (h.shape[-1],))
-    rows = torch.cat([gathered(y, idx) for idx in batch.target_idx.unbind(1)])
+    rows = torch.cat([gathered(y, idx) for idx in batch.masks.target_idx.unbind(1)])
     assert output.clean is not None
     assert output.noised is not None
     smooth_l1 = torch.nn.functional.smooth_l1_loss
@@ -513,7 +511,8 @@ def noise_in_the_step(draw: str, sigma: Any, batch: int = 96) -> tuple[torch.Ten
     Taken from what enters the first block of the noised predictor.
     """
     config, made = build("auto", batch, sigma=sigma, draw=draw)
-    made = made._replace(target_idx=made.target_idx[:, :1].expand(-1, N_BLOCKS, -1).contiguous())
+    same = made.masks.target_idx[:, :1].expand(-1, N_BLOCKS, -1).contiguous()
+    made = made._replace(masks=made.masks._replace(target_idx=same))
     module = TrainModule(config)
     predictor = module.jepa.noise_predictor
     assert predictor is not None
@@ -525,9 +524,9 @@ def noise_in_the_step(draw: str, sigma: Any, batch: int = 96) -> tuple[torch.Ten
         module(made, features(module, target_of(module), made))
     hook.remove()
     tokens = seen[0].view(N_BLOCKS, batch, N_CONTEXT + N_TARGETS, -1)[:, :, N_CONTEXT:]
-    psi = predictor.predictor_pos_embed[0, made.target_idx].transpose(0, 1)
-    assert made.sigma is not None
-    return (tokens - psi - predictor.mask_token).detach(), made.sigma
+    psi = predictor.predictor_pos_embed[0, made.masks.target_idx].transpose(0, 1)
+    assert made.noise is not None
+    return (tokens - psi - predictor.mask_token).detach(), made.noise.sigma
 
 
 @pytest.mark.parametrize(("sigma", "draw"), NOISES, ids=lambda value: str(value))

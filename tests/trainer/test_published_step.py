@@ -62,8 +62,8 @@ def test_loss_and_all_gradients(dtype: torch.dtype, tolerance: float):
     loss, _ = module(batch, h)
     loss.backward()
     expected = published_loss(
-        encoder, predictor, published_target, images, [batch.context_idx],
-        list(batch.target_idx.unbind(1)),
+        encoder, predictor, published_target, images, [batch.masks.context_idx],
+        list(batch.masks.target_idx.unbind(1)),
     )  # fmt: skip
     expected.backward()
 
@@ -109,8 +109,8 @@ def test_five_updates():
 
         expected = published_loss(
             encoder, predictor, published_target, normalised(batch.images, CONFIG),
-            [batch.context_idx],
-            list(batch.target_idx.unbind(1)),
+            [batch.masks.context_idx],
+            list(batch.masks.target_idx.unbind(1)),
         )  # fmt: skip
         published_optimizer.zero_grad()
         expected.backward()

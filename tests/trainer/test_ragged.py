@@ -15,10 +15,10 @@ import pytest
 import torch
 from jobs import TINY, make_images
 from packed_attention import ATTENTION
-from tiny import key_of, make_batch, tiny_config
+from tiny import make_batch, rows_of, tiny_config
 
 from njepa.config import Config, MaskConfig, load_config
-from njepa.data.batch import Batch, Lengths
+from njepa.data.batch import Batch, Lengths, Masks
 from njepa.data.loader import build_loader
 from njepa.data.sources import open_source
 from njepa.draws.masks import MaskSampler
@@ -39,17 +39,17 @@ COUNTS = (10, 3, 7, 10, 1)
 def ragged_batch(config: Config, counts: tuple[int, ...] = COUNTS, padding: int = 0) -> Batch:
     batch = make_batch(config, batch=len(counts))
     own = torch.tensor(counts)
-    place = torch.arange(batch.context_idx.shape[1])
-    context_idx = batch.context_idx.where(place < own[:, None], padding)
-    return batch._replace(context_idx=context_idx, context_lengths=Lengths(counts, own))
+    place = torch.arange(batch.masks.context_idx.shape[1])
+    context_idx = batch.masks.context_idx.where(place < own[:, None], padding)
+    masks = batch.masks._replace(context_idx=context_idx, context_lengths=Lengths(counts, own))
+    return batch._replace(masks=masks)
 
 
 def image_alone(batch: Batch, b: int) -> Batch:
     """Image b with its own tokens and nothing else."""
-    one = Batch(*(x[b : b + 1] if isinstance(x, torch.Tensor) else x for x in batch))
-    assert batch.context_lengths is not None
-    n = batch.context_lengths.counts[b]
-    return one._replace(context_idx=one.context_idx[:, :n], context_lengths=None)
+    assert batch.masks.context_lengths is not None
+    n, one = batch.masks.context_lengths.counts[b], rows_of(batch, slice(b, b + 1))
+    return one._replace(masks=Masks(one.masks.context_idx[:, :n], one.masks.target_idx))
 
 
 def features(module: TrainModule, batch: Batch) -> torch.Tensor:
@@ -62,8 +62,7 @@ def by_loop(config: Config, batch: Batch) -> tuple[torch.Tensor, dict, TrainModu
     module, outputs = TrainModule(config), []
     for b in range(len(batch.images)):
         one = image_alone(batch, b)
-        outputs.append(module.jepa(one.images, one.context_idx, one.target_idx, one.sigma,
-                                   key_of(config, one)))  # fmt: skip
+        outputs.append(module.jepa(one.images, one.masks, one.noise))
 
     def rows(name: str) -> torch.Tensor | None:
         """[M*1, Kt, D] of each image to [M*B, Kt, D], row m*B + b."""
@@ -77,7 +76,7 @@ def by_loop(config: Config, batch: Batch) -> tuple[torch.Tensor, dict, TrainModu
         rows("noised"),
     )
     h = features(module, batch)
-    dense = batch._replace(context_lengths=None)
+    dense = batch._replace(masks=batch.masks._replace(context_lengths=None))
     losses = objective(config, whole, h, dense, module.jepa.projector)
     return losses.total, losses.metrics, module
 
@@ -132,7 +131,10 @@ def test_the_loop_is_worth_comparing_with():
         batch = ragged_batch(CASES[name])
         module = TrainModule(CASES[name])
         right = module(batch, features(module, batch))[0]
-        wrong = module(batch._replace(context_lengths=None), features(module, batch))[0]
+        wrong = module(
+            batch._replace(masks=batch.masks._replace(context_lengths=None)),
+            features(module, batch),
+        )[0]
         assert (right - wrong).abs() > 1e-5 * right, name
 
 
@@ -164,7 +166,7 @@ def test_padding_has_no_influence_and_no_gradient(kind: str):
 def test_encoded_padding_is_zero(kind: str):
     config = tiny_config()
     batch, module = ragged_batch(config), TrainModule(config, attention=ATTENTION[kind])
-    z = module.jepa.encoder(batch.images, batch.context_idx, batch.context_lengths)
+    z = module.jepa.encoder(batch.images, batch.masks.context_idx, batch.masks.context_lengths)
     tokens = torch.arange(z.shape[1]) < torch.tensor(COUNTS)[:, None]
     assert torch.equal(z.abs().sum(-1) > 0, tokens)
 
@@ -177,7 +179,7 @@ def test_equal_counts_are_the_dense_step_bit_for_bit(name: str, kind: str):
     ragged = ragged_batch(config, counts=(10,) * 4)
     attention = Attention(ragged=ATTENTION[kind].ragged)
     results = []
-    for batch in (ragged, ragged._replace(context_lengths=None)):
+    for batch in (ragged, ragged._replace(masks=ragged.masks._replace(context_lengths=None))):
         module = TrainModule(config, attention=attention)
         loss, _ = module(batch, features(module, batch))
         loss.backward()
@@ -297,22 +299,22 @@ def batches(tmp_path, world: int, rank: int, **mask: object) -> list[Batch]:
 def test_batches_of_the_loader(tmp_path):
     make_images(tmp_path / "images", 24)
     ragged, dense = (batches(tmp_path, 1, 0, ragged=r) for r in ("true", "false"))
-    assert any(batch.context_lengths for batch in ragged)
+    assert any(batch.masks.context_lengths for batch in ragged)
     for long, short in zip(ragged, dense, strict=True):
-        assert short.context_lengths is None
+        assert short.masks.context_lengths is None
         assert torch.equal(long.sample_ids, short.sample_ids)
-        assert torch.equal(long.target_idx, short.target_idx)
-        assert torch.equal(long.sigma, short.sigma)
+        assert torch.equal(long.masks.target_idx, short.masks.target_idx)
+        assert torch.equal(long.noise.sigma, short.noise.sigma)
         assert long.cut_frac == short.cut_frac
-        total = 8 * long.context_idx.shape[1]
-        if long.context_lengths is not None:
-            counts = long.context_lengths.counts
-            assert long.context_lengths.tensor.tolist() == list(counts)
-            assert max(counts) == long.context_idx.shape[1]
+        total = 8 * long.masks.context_idx.shape[1]
+        if long.masks.context_lengths is not None:
+            counts = long.masks.context_lengths.counts
+            assert long.masks.context_lengths.tensor.tolist() == list(counts)
+            assert max(counts) == long.masks.context_idx.shape[1]
             total = sum(counts)
-        assert long.cut_frac == pytest.approx(1 - short.context_idx.numel() / total)
+        assert long.cut_frac == pytest.approx(1 - short.masks.context_idx.numel() / total)
         moved = long.to("meta")
-        assert long.context_lengths is None or moved.context_lengths.tensor.is_meta
+        assert long.masks.context_lengths is None or moved.masks.context_lengths.tensor.is_meta
 
 
 def test_ranks_share_the_work_of_one(tmp_path):
@@ -320,21 +322,21 @@ def test_ranks_share_the_work_of_one(tmp_path):
     one = batches(tmp_path, 1, 0, ragged="true")
     halves = [batches(tmp_path, 2, rank, ragged="true") for rank in range(2)]
     for whole, *parts in zip(one, *halves, strict=True):
-        counts = whole.context_lengths.counts
+        counts = whole.masks.context_lengths.counts
         assert {part.cut_frac for part in parts} == {whole.cut_frac}
         for rank, part in enumerate(parts):
             mine = slice(4 * rank, 4 * rank + 4)
             own = counts[mine]
-            assert part.context_idx.shape[1] == max(own)
-            assert part.context_lengths is None or part.context_lengths.counts == own
-            assert torch.equal(part.context_idx, whole.context_idx[mine, : max(own)])
-            assert torch.equal(part.target_idx, whole.target_idx[mine])
+            assert part.masks.context_idx.shape[1] == max(own)
+            assert part.masks.context_lengths is None or part.masks.context_lengths.counts == own
+            assert torch.equal(part.masks.context_idx, whole.masks.context_idx[mine, : max(own)])
+            assert torch.equal(part.masks.target_idx, whole.masks.target_idx[mine])
 
 
 def test_a_loader_batch_of_equal_contexts_is_dense(tmp_path):
     make_images(tmp_path / "images", 24)
     for batch in batches(tmp_path, 8, 3, ragged="true"):  # one image per rank
-        assert batch.context_lengths is None
+        assert batch.masks.context_lengths is None
         assert len(batch.images) == 1
         assert 0 < batch.cut_frac < 1
 
@@ -363,7 +365,7 @@ def test_what_a_ragged_run_reports(tmp_path):
     logged = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     drawn = batches(tmp_path, 1, 0, ragged="true")
     for line, batch in zip(logged, drawn, strict=True):
-        counts = batch.context_lengths.counts
+        counts = batch.masks.context_lengths.counts
         assert line["k_context"] == sum(counts) / 8
         assert line["context_cut_frac"] == pytest.approx(1 - 8 * min(counts) / sum(counts))
         assert line["context_cut_frac"] > 0

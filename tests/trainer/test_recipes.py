@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import noise_of
 
 from njepa.cli import main
 from njepa.config import load_config, recipe_names
-from njepa.data.batch import Batch
+from njepa.data.batch import Batch, Masks
 from njepa.draws.masks import MaskSampler
 from njepa.ds_engine import load_ds_config, resolve_batch
 from njepa.ema import make_target
@@ -145,12 +146,13 @@ def test_builds_and_has_a_finite_loss(name):
     side, m = config.data.image_size, config.mask.n_targets
     g = torch.Generator().manual_seed(0)
     rows = torch.rand(images, 1 + m, height * width, generator=g).argsort(-1)
+    ids = torch.arange(images)
+    noise = noise_of(config, torch.full((images, m), 0.5), 0, ids)
     batch = Batch(
         images=torch.randint(0, 256, (images, side, side, 3), generator=g, dtype=torch.uint8),
-        sample_ids=torch.arange(images),
-        context_idx=rows[:, 0, :12],
-        target_idx=rows[:, 1:, :5],
-        sigma=torch.full((images, m), 0.5) if config.noise.active else None,
+        masks=Masks(rows[:, 0, :12], rows[:, 1:, :5]),
+        noise=noise if config.noise.active else None,
+        sample_ids=ids,
         micro_step=0,
     )
     module = TrainModule(config)

@@ -10,13 +10,13 @@ import torch
 from jobs import make_images, run_jobs
 from masked_predictor import dense_prediction
 from njepa_kernels import philox_normal
-from tiny import N_BLOCKS, N_CONTEXT, N_TARGETS, key_of, make_batch, tiny_config
+from tiny import N_BLOCKS, N_CONTEXT, N_TARGETS, make_batch, tiny_config
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from njepa.config import Config
-from njepa.data.batch import Batch
+from njepa.data.batch import Batch, Masks
 from njepa.models.predictor import Predictor, build_predictor
 
 BATCH, WIDTH, HEADS = 4, 24, 2
@@ -44,9 +44,9 @@ def context_of(batch: int = BATCH) -> Tensor:
     return torch.randn(batch, N_CONTEXT, 32, generator=torch.Generator().manual_seed(2))
 
 
-def arguments(config: Config, batch: Batch) -> tuple[Any, ...]:
+def arguments(batch: Batch) -> tuple[Any, ...]:
     """What the predictor gets after the context."""
-    return batch.context_idx, batch.target_idx, batch.sigma, key_of(config, batch)
+    return (batch.masks,) if batch.noise is None else (batch.masks, batch.noise)
 
 
 def first_input(predictor: Predictor, *args: Any, **options: Any) -> Tensor:
@@ -75,17 +75,17 @@ def test_values_and_gradients_are_those_of_masked_attention(
     config = config_of("shared", "ijepa" if predictions == "clean" else "njepa")
     predictor, batch = build(config).to(dtype), make_batch(config, step=3)
     z = context_of().to(dtype).requires_grad_()
-    args = arguments(config, batch)
+    args = arguments(batch)
     prediction = predictor(z, *args, with_clean=predictions == "both")
 
     names = dict(predictor.named_parameters())
     exact = {name: p.detach().double().requires_grad_() for name, p in names.items()}
     exact_z = z.detach().double().requires_grad_()
-    expected = dense_prediction(exact, HEADS, exact_z, *args[:2])
+    expected = dense_prediction(exact, HEADS, exact_z, *batch.masks[:2])
     if predictions != "clean":
-        normal = philox_normal(args[3], batch.target_idx, WIDTH)
-        noise = batch.sigma[..., None, None].double() * normal.double()
-        noised = dense_prediction(exact, HEADS, exact_z, *args[:2], noise)
+        normal = philox_normal(batch.noise.key, batch.masks.target_idx, WIDTH)
+        noise = batch.noise.sigma[..., None, None].double() * normal.double()
+        noised = dense_prediction(exact, HEADS, exact_z, *batch.masks[:2], noise)
         assert relative(noised, expected) > 1e-2
         expected = noised if predictions == "noised" else torch.cat((expected, noised))
     assert relative(prediction, expected) < tolerance
@@ -117,7 +117,7 @@ def test_the_same_parameters_under_the_same_names():
 def test_the_same_tokens_enter_the_first_block(draw: str, space: str, with_clean: bool):
     noise = {"draw": draw, "space": space}
     per_block, shared = (config_of(c, "njepa", **noise) for c in ("per_block", "shared"))
-    args = (context_of(), *arguments(shared, make_batch(shared)))
+    args = (context_of(), *arguments(make_batch(shared)))
     tokens, rows = (
         first_input(build(config), *args, with_clean=with_clean) for config in (per_block, shared)
     )
@@ -137,7 +137,7 @@ def test_one_layer_predicts_what_per_block_predicts(method: str):
         for context in ("per_block", "shared"):
             config = config_of(context, method, depth)
             predictor, z = build(config), context_of().requires_grad_()
-            prediction = predictor(z, *arguments(config, make_batch(config)))
+            prediction = predictor(z, *arguments(make_batch(config)))
             weight = torch.linspace(-1, 1, prediction.numel()).view_as(prediction)
             (prediction * weight).sum().backward()
             trained = [p for p in predictor.parameters() if p.requires_grad]
@@ -154,24 +154,25 @@ def test_one_layer_predicts_what_per_block_predicts(method: str):
 def test_a_block_knows_nothing_of_the_others():
     config = config_of("shared")
     predictor, batch, z = build(config), make_batch(config), context_of()
-    rows = predictor(z, batch.context_idx, batch.target_idx)
-    other_idx = batch.target_idx.clone()
+    rows = predictor(z, batch.masks)
+    other_idx = batch.masks.target_idx.clone()
     other_idx[:, 1] = (other_idx[:, 1] + 7) % 36
-    moved = predictor(z, batch.context_idx, other_idx)
+    moved = predictor(z, Masks(batch.masks.context_idx, other_idx))
     before, after = (x.unflatten(0, (N_BLOCKS, BATCH)) for x in (rows, moved))
     rest = [m for m in range(N_BLOCKS) if m != 1]
     assert torch.equal(after[rest], before[rest])
     assert relative(after[1], before[1]) > 1e-2
     for m in range(N_BLOCKS):  # alone, and the batch's order does not matter either
-        alone = predictor(z.flip(0), batch.context_idx.flip(0), batch.target_idx[:, [m]].flip(0))
+        flipped = (idx.flip(0) for idx in (batch.masks.context_idx, batch.masks.target_idx[:, [m]]))
+        alone = predictor(z.flip(0), Masks(*flipped))
         torch.testing.assert_close(alone.flip(0), before[m], rtol=1e-5, atol=1e-5)
 
 
 def test_blocks_in_another_order_give_predictions_in_that_order():
     config, order = config_of("shared"), [2, 0, 3, 1]
     predictor, batch, z = build(config), make_batch(config), context_of()
-    rows = predictor(z, batch.context_idx, batch.target_idx).unflatten(0, (N_BLOCKS, BATCH))
-    permuted = predictor(z, batch.context_idx, batch.target_idx[:, order])
+    rows = predictor(z, batch.masks).unflatten(0, (N_BLOCKS, BATCH))
+    permuted = predictor(z, Masks(batch.masks.context_idx, batch.masks.target_idx[:, order]))
     torch.testing.assert_close(
         permuted.unflatten(0, (N_BLOCKS, BATCH)), rows[order], rtol=1e-5, atol=1e-5
     )
@@ -180,8 +181,8 @@ def test_blocks_in_another_order_give_predictions_in_that_order():
 def test_both_predictions_without_noise_are_the_clean_one():
     config = config_of("shared", "njepa")
     predictor, batch, z = build(config), make_batch(config, sigmas=(0.0,)), context_of()
-    expected = predictor(z, batch.context_idx, batch.target_idx)
-    clean, noised = predictor(z, *arguments(config, batch), with_clean=True).chunk(2)
+    expected = predictor(z, batch.masks)
+    clean, noised = predictor(z, *arguments(batch), with_clean=True).chunk(2)
     assert torch.equal(noised, clean)
     torch.testing.assert_close(clean, expected, rtol=1e-5, atol=1e-5)
 
@@ -191,11 +192,11 @@ def test_both_predictions_without_noise_are_the_clean_one():
 
 def forward_flops(config: Config, n_blocks: int) -> int:
     predictor, batch = build(config), make_batch(config)
-    target_idx = batch.target_idx.repeat(1, n_blocks // N_BLOCKS, 1)
+    target_idx = batch.masks.target_idx.repeat(1, n_blocks // N_BLOCKS, 1)
     counter = FlopCounterMode(display=False)
     # The counter knows no formula for the CPU's fused attention, but that of its products.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        predictor(context_of(), batch.context_idx, target_idx)
+        predictor(context_of(), Masks(batch.masks.context_idx, target_idx))
     return int(counter.get_total_flops())
 
 
@@ -227,7 +228,7 @@ def test_compiles_as_one_graph():
     results = []
     torch._dynamo.reset()
     for forward in (predictor, torch.compile(predictor, fullgraph=True)):
-        prediction = forward(z, *arguments(config, batch), with_clean=True)
+        prediction = forward(z, *arguments(batch), with_clean=True)
         loss = prediction.square().mean()
         results.append([prediction, *torch.autograd.grad(loss, parameters)])
     for eager, compiled in zip(*results, strict=True):
@@ -236,7 +237,7 @@ def test_compiles_as_one_graph():
 
 def test_under_autocast_the_residual_stream_stays_fp32():
     config = config_of("shared", "njepa")
-    predictor, args = build(config), arguments(config, make_batch(config))
+    predictor, args = build(config), arguments(make_batch(config))
     exact = predictor(context_of(), *args)
     streams: list[torch.dtype] = []
     for block in predictor.predictor_blocks:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import make_batch, tiny_config
+from tiny import make_batch, rows_of, tiny_config
 from torch import multiprocessing
 
 from njepa.config import Config
@@ -123,7 +123,7 @@ def test_without_consistency_the_loss_is_that_of_two_branches(predictors: str):
         twin.load_state_dict(module.state_dict())
         batch = batch_of(config, step=step)
         h = features(twin, batch)
-        plain = batch._replace(sigma=None)
+        plain = batch._replace(noise=None)
         expected = clean(plain, h)[0] + weight * noised(batch, h)[0]
         loss, _ = module(batch, h)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-6), step
@@ -150,7 +150,7 @@ def test_a_shared_predictor_at_sigma_zero_has_nothing_to_be_consistent_about(wei
     assert torch.equal(metrics["loss_noise"], metrics["loss_clean"])
     assert loss.item() == pytest.approx((1 + weight) * metrics["loss_clean"].item(), rel=1e-6)
     _, got = gradients(module, batch)
-    _, expected = gradients(plain, batch._replace(sigma=None))
+    _, expected = gradients(plain, batch._replace(noise=None))
     assert got.keys() == expected.keys()
     for name, grad in expected.items():
         assert (got[name] - (1 + weight) * grad).norm() <= 1e-5 * (1 + weight) * grad.norm(), name
@@ -170,7 +170,7 @@ def test_two_equal_predictors_at_sigma_zero_share_the_gradient_of_one():
     two.jepa.noise_predictor.load_state_dict(two.jepa.predictor.state_dict())
     batch = batch_of(config)
     _, got = gradients(two, batch)
-    _, expected = gradients(plain, batch._replace(sigma=None))
+    _, expected = gradients(plain, batch._replace(noise=None))
     for name, grad in expected.items():
         mine = got[name]
         if "predictor" in name:
@@ -282,7 +282,7 @@ def one_case(options: dict, rank: int, world: int, group: dist.ProcessGroup | No
     config = tiny_config(**options)
     batch = make_batch(config, batch=GLOBAL)
     own = slice(rank * GLOBAL // world, (rank + 1) * GLOBAL // world)
-    batch = Batch(*(x[own] if isinstance(x, torch.Tensor) else x for x in batch))
+    batch = rows_of(batch, own)
     module = TrainModule(config, group)
     loss, metrics = module(batch, features(module, batch))
     loss.backward()

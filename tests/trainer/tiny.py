@@ -8,7 +8,7 @@ import torch
 from njepa_kernels import NoiseKey
 
 from njepa.config import Config, parse_config
-from njepa.data.batch import Batch
+from njepa.data.batch import Batch, Masks, Noise
 from njepa.draws.streams import stream_seed
 
 SIDE, N_BLOCKS, N_CONTEXT, N_TARGETS = 6, 4, 10, 5
@@ -51,17 +51,27 @@ def make_batch(
 
     images = torch.randint(0, 256, (batch, 8 * SIDE, 8 * SIDE, 3), generator=g, dtype=torch.uint8)
     context, target = patches(batch, N_CONTEXT), patches(batch, N_BLOCKS, N_TARGETS)
-    sigma = None
+    noise, ids = None, torch.arange(batch) + 7
     if config.noise.active:
         order = torch.rand(batch, N_BLOCKS, generator=g).argsort(-1)
-        sigma = torch.tensor(sigmas)[order % len(sigmas)]
-    return Batch(images, torch.arange(batch) + 7, context, target, sigma, step)
+        noise = noise_of(config, torch.tensor(sigmas)[order % len(sigmas)], step, ids)
+    return Batch(images, Masks(context, target), noise, ids, step)
 
 
-def key_of(config: Config, batch: Batch, rows: slice = slice(None)) -> NoiseKey | None:
-    """What keys the noise of a batch, as the step has it."""
-    if batch.sigma is None:
-        return None
+def noise_of(config: Config, sigma: torch.Tensor, step: int, ids: torch.Tensor) -> Noise:
+    """The noise of a micro-step, keyed as the loader keys it."""
     shared = config.noise.draw == "shared"
-    seed = stream_seed(config.run.seed, "noise")
-    return NoiseKey(seed, batch.micro_step, batch.sample_ids[rows], shared)
+    return Noise(sigma, NoiseKey(stream_seed(config.run.seed, "noise"), step, ids, shared))
+
+
+def rows_of(batch: Batch, rows: slice) -> Batch:
+    """Some images of a dense batch."""
+    noise = batch.noise
+    if noise is not None:
+        ids = noise.key.sample_ids[rows]
+        noise = Noise(noise.sigma[rows], noise.key._replace(sample_ids=ids))
+    context_idx, target_idx, _ = batch.masks
+    masks = Masks(context_idx[rows], target_idx[rows])
+    return batch._replace(
+        images=batch.images[rows], masks=masks, noise=noise, sample_ids=batch.sample_ids[rows]
+    )
