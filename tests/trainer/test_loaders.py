@@ -283,12 +283,9 @@ def test_two_ranks_see_what_one_sees(tmp_path, backend, compat):
         ids = [p.noise.key.sample_ids for p in parts]
         assert torch.equal(torch.cat(ids), whole.noise.key.sample_ids)
         if compat == "fixed":  # upstream cuts the contexts of each rank to their own length
-            assert torch.equal(
-                torch.cat([p.masks.context_idx for p in parts]), whole.masks.context_idx
-            )
-            assert torch.equal(
-                torch.cat([p.masks.target_idx for p in parts]), whole.masks.target_idx
-            )
+            for name in ("context_idx", "target_idx"):
+                joined = torch.cat([getattr(part.masks, name) for part in parts])
+                assert torch.equal(joined, getattr(whole.masks, name))
 
 
 # ---- unreadable images -----------------------------------------------------------------------

@@ -76,7 +76,7 @@ def by_loop(config: Config, batch: Batch) -> tuple[torch.Tensor, dict, TrainModu
         rows("noised"),
     )
     h = features(module, batch)
-    dense = batch._replace(masks=batch.masks._replace(context_lengths=None))
+    dense = batch.masks._replace(context_lengths=None)
     losses = objective(config, whole, h, dense, module.jepa.projector)
     return losses.total, losses.metrics, module
 
