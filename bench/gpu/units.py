@@ -104,6 +104,12 @@ def _sanitize(tool: str) -> Unit:
     return Unit(f"sanitize/{tool}", 200, command, 100, tools=("compute-sanitizer",), gpu=True)
 
 
+def _part(name: str) -> Unit:
+    command = _bench(f"bench/bench_{name}.py", "--full")
+    modules = (*_BENCH, *_TRAINER)
+    return Unit(f"parts/{name}", 240, command, 60, rows=True, modules=modules, gpu=True)
+
+
 def units(scratch: Path, cpu: bool) -> list[Unit]:
     """In order of value. ``scratch``: a folder for what a unit leaves and nobody needs."""
     philox = Unit("tests/ops", 240, _pytest("tests/ops/test_philox.py"), rows=True)
@@ -114,15 +120,11 @@ def units(scratch: Path, cpu: bool) -> list[Unit]:
     ]
     first, compiled, *races = (_race(name, cpu) for name in RACES)
     build = _python("setup.py", "--quiet", "build_ext", "--inplace")
-    compilers = ("setuptools",)
     loader = _bench("bench/bench_loader.py")
     demo = ["--pairs", "3"] if cpu else ["--device", "cuda", "--amp"]
-    models = tuple(
-        _bench(f"bench/bench_{name}.py", "--full") for name in ("attention", "predictor")
-    )
     return [
         Unit("env", 90, _python("-m", "bench.facts"), every_call=True),
-        Unit("native", 240, build, every_call=True, modules=compilers, tools=("g++",)),
+        Unit("native", 240, build, every_call=True, modules=("setuptools",), tools=("g++",)),
         Unit("ceilings", 60, _python("-m", "bench.measure")),
         *([philox] if cpu else tests),
         first,
@@ -133,11 +135,6 @@ def units(scratch: Path, cpu: bool) -> list[Unit]:
         *(_sanitize(tool) for tool in ("memcheck", "racecheck")),
         *races,
         *(_op("more-ops", op, ("vith14", "vits16", "vitb16"), cpu) for op in OPS),
-        *(
-            Unit(
-                f"parts/{name}", 240, command, 60, rows=True, modules=(*_BENCH, *_TRAINER), gpu=True
-            )
-            for name, command in zip(("attention", "predictor"), models, strict=True)
-        ),
+        *(_part(name) for name in ("attention", "predictor")),
         Unit("accelerate", 60, _python("bench/accelerate_demo.py", *demo)),
     ]

@@ -43,9 +43,8 @@ if [ -n "$dali" ]; then
   done
   number=0
   filled=$most
-  for file in "$work"/*; do
-    size=$(stat --format=%s "$file")
-    if [ $((filled + size)) -gt "$most" ] && [ "$size" -gt 1000 ]; then
+  find "$work" -type f -printf '%s %p\n' | sort --numeric-sort --reverse | while read -r size file; do
+    if [ $((filled + size)) -gt "$most" ]; then
       number=$((number + 1))
       filled=0
       mkdir -p "$folder/dali-$number"

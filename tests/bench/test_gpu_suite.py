@@ -1,4 +1,4 @@
-"""The suite for a borrowed machine: what a call leaves, kills and resumes, in small and on a CPU."""
+"""The suite for a borrowed machine: what a call leaves, kills and resumes, in small."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -311,4 +312,9 @@ def test_the_order_is_that_of_value(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert len(names) == len(set(names))
     assert all(u.seconds <= 400 and u.least < u.seconds for u in units.units(tmp_path, cpu=False))
+    tests = [unit.command for unit in units.units(tmp_path, cpu=False) if unit.stage == "tests"]
+    places = {word for command in tests for word in command if word.startswith("tests/")}
+    assert {"tests/ops", "tests/trainer", "tests/gpu/test_ops_gpu.py"} < places
+    assert all({"-v", "--tb=short"} < set(command) for command in tests)
+    assert all(("-n" in command) == bool(find_spec("xdist")) for command in tests)
     assert suite.State(tmp_path).stuck(Unit("never", 1, [])) is False

@@ -50,7 +50,7 @@ def test_calls_take_turns_and_slow_ones_are_slow() -> None:
 
 
 class SimulatedGpu:
-    """A host and a GPU with a queue of ``depth``, in simulated seconds; stands in for torch.cuda."""
+    """A host, a GPU and a queue of ``depth``, in simulated seconds; stands in for torch.cuda."""
 
     def __init__(self, depth: int = 1000) -> None:
         self.host = self.free = 0.0
