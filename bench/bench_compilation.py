@@ -75,7 +75,7 @@ def in_turns(
         name: [round(statistics.median(r), 3), round(min(r), 3), round(max(r), 3)]
         for name, r in zip(list(runs)[1:], ratios, strict=True)
     }
-    benchmark.extra_info.update(info, impl="in-turns", seconds=median, ratio=speed)
+    benchmark.extra_info.update(info, impl="in-turns", clock="cpu", seconds=median, ratio=speed)
     print(f"\n{info}: seconds {median}; {next(iter(runs))} / x, median and range: {speed}")
 
 

@@ -4,10 +4,15 @@
 
 Time. The implementations of a row take turns, round after round, each round beginning with the
 next one, so that drift of the machine falls on all of them alike. A sample is the mean of as many
-calls as fill a millisecond. On a GPU samples lie between two CUDA events; where the fastest of the
-row takes less than 100 us a call, all of them are captured as CUDA graphs and launches are not what
-is timed. Calls go through copies of the inputs until these are twice the last-level cache (at most
-8 copies), so that inputs come from memory; outputs may be reused by the allocator, as in training.
+calls as fill a millisecond. Calls go through copies of the inputs until these are twice the
+last-level cache (at most 8 copies), so that inputs come from memory; outputs may be reused by the
+allocator, as in training.
+
+Clocks. Every row says which it has. ``queued``: between two CUDA events, behind work that kept the
+GPU busy until all calls were in its queue, so it is the time of the GPU alone; that the first event
+had not yet passed when the last call was queued is checked for every sample. ``events``: the same,
+but the queue ran dry (a call that waits for the GPU does that), so the host's time is in it.
+``wall``: the host's clock. Nothing is captured as a graph: a capture that fails spoils its process.
 
 Memory. The peak above the inputs, of one call, in a pass of its own: on a GPU from the caching
 allocator's counters, on a CPU from every allocation and release that torch.profiler reports. What
@@ -30,20 +35,23 @@ import torch
 #: One call of an implementation on the inputs with this number.
 Call = Callable[[int], None]
 
-GRAPH_BELOW = 100e-6
 SAMPLE_SECONDS = 1e-3
 MIN_ROUNDS, MAX_ROUNDS = 5, 60
 MAX_COPIES = 8
+#: No GPU clocks higher: waiting for so many cycles takes at least the time meant.
+CYCLES_PER_SECOND = 2.5e9
 CPU_CACHE = 32 << 20  # assumed where none is reported; what one core can use of a shared cache
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call, one sample a round. ``method``: wall, events or graph."""
+    """Seconds per call, one sample a round. ``clock``: wall, queued or events."""
 
     samples: list[float]
     calls: int
-    method: str
+    clock: str
+    host: float | None = None
+    """Seconds that one call took the host, where the GPU has a clock of its own."""
 
     @property
     def median(self) -> float:
@@ -71,80 +79,95 @@ def input_copies(n_bytes: int, device: torch.device) -> int:
     return max(1, min(MAX_COPIES, -(-2 * cache // max(n_bytes, 1))))
 
 
-def _wall(call: Call, calls: int) -> Callable[[], float]:
-    def sample() -> float:
+class Wall:
+    """Samples of ``calls`` calls on the host's clock."""
+
+    clock = "wall"
+    host: float | None = None
+
+    def __init__(self, call: Call, calls: int) -> None:
+        self.call, self.calls = call, calls
+
+    def __call__(self) -> float:
         start = time.perf_counter()
-        for i in range(calls):
-            call(i)
-        return (time.perf_counter() - start) / calls
-
-    return sample
+        for i in range(self.calls):
+            self.call(i)
+        return (time.perf_counter() - start) / self.calls
 
 
-def _between_events(launch: Callable[[], None], calls: int) -> Callable[[], float]:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+class Queued:
+    """Samples of ``calls`` calls on the GPU's clock, behind work that lets the host run ahead."""
 
-    def sample() -> float:
+    def __init__(self, call: Call, calls: int) -> None:
+        self.call, self.calls, self.clock = call, calls, "queued"
+        self.host: float | None = None
+        self._head_start = 0.0  # seconds; unknown before the first sample
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __call__(self) -> float:
+        seconds, host, ahead = self._sample()
+        calls = self.calls
+        for attempt in range(6):
+            if ahead or self.clock == "events":
+                break
+            if attempt:  # a full queue makes the host wait: then fewer calls help, and not time
+                self.calls = max(1, self.calls // 2)
+            self._head_start = 1.5 * self.calls * host + 50e-6
+            seconds, host, ahead = self._sample()
+        if not ahead and self.clock == "queued":
+            self.calls, self.clock = calls, "events"
+            seconds, host, _ = self._sample()
+        self.host = host
+        return seconds
+
+    def _sample(self) -> tuple[float, float, bool]:
+        """GPU and host seconds per call, and whether the host was done before the GPU began."""
         torch.cuda.synchronize()
-        start.record()
-        launch()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3 / calls
-
-    return sample
-
-
-def _events(call: Call, calls: int) -> Callable[[], float]:
-    def launch() -> None:
-        for i in range(calls):
-            call(i)
-
-    return _between_events(launch, calls)
+        if self._head_start and self.clock == "queued":
+            torch.cuda._sleep(int(self._head_start * CYCLES_PER_SECOND))
+        self._start.record()
+        began = time.perf_counter()
+        for i in range(self.calls):
+            self.call(i)
+        host = (time.perf_counter() - began) / self.calls
+        self._end.record()
+        ahead = not self._start.query()
+        self._end.synchronize()
+        return float(self._start.elapsed_time(self._end)) / 1e3 / self.calls, host, ahead
 
 
-def _graph(call: Call, calls: int) -> Callable[[], float]:
-    """Raises RuntimeError where ``call`` cannot be captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for i in range(3):
-            call(i)
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            call(i)
-    graph.replay()
-    return _between_events(graph.replay, calls)
+def copy_call(n_bytes: int, device: torch.device) -> Call:
+    """A copy that reads and writes ``n_bytes`` in all: what an op with this traffic can reach."""
+    half = max(n_bytes // 2, 1)
+    source = torch.randint(0, 127, (half,), dtype=torch.int8, device=device)
+    copies = [(source, torch.empty_like(source))]
+    copies += [
+        (source.clone(), torch.empty_like(source)) for _ in range(input_copies(half, device) - 1)
+    ]
+
+    def copy(i: int) -> None:
+        source, target = copies[i % len(copies)]
+        target.copy_(source)
+
+    return copy
 
 
 def interleaved(
     calls: Mapping[str, Call], device: torch.device, seconds: float
 ) -> dict[str, Timing]:
     """Times every call in turn for about ``seconds`` in all; each has been called before."""
-    gpu = device.type == "cuda"
-    single: dict[str, float] = {}
+    clock = Queued if device.type == "cuda" else Wall
+    samplers: dict[str, Queued | Wall] = {}
+    one_round = 0.0
     for name, call in calls.items():
         call(0)
         call(1)
-        probe = _events(call, 5) if gpu else _wall(call, 1)
-        single[name] = min(probe() for _ in range(2))
-    as_graphs = gpu and min(single.values()) < GRAPH_BELOW
-    samplers: dict[str, tuple[Callable[[], float], int, str]] = {}
-    for name, call in calls.items():
-        n = max(1, min(200, round(SAMPLE_SECONDS / single[name])))
-        if as_graphs:
-            n = max(n, 10)
-            try:
-                samplers[name] = (_graph(call, n), n, "graph")
-                continue
-            except RuntimeError:  # not capturable: timed between events, and the row says so
-                torch.cuda.synchronize()
-        samplers[name] = (_events(call, n), n, "events") if gpu else (_wall(call, n), n, "wall")
-    one_round = sum(single[name] * n for name, (_, n, _) in samplers.items())
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(one_round, 1e-9))))
+        probe = clock(call, 5 if clock is Queued else 1)
+        single = max(min(probe() for _ in range(2)), 1e-9)
+        n = max(1, min(200, round(SAMPLE_SECONDS / single)))
+        samplers[name] = clock(call, n)
+        one_round += single * n
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / one_round)))
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     order = list(samplers)
     collecting = gc.isenabled()
@@ -154,11 +177,11 @@ def interleaved(
         for i in range(rounds):
             start = i % len(order)
             for name in order[start:] + order[:start]:
-                samples[name].append(samplers[name][0]())
+                samples[name].append(samplers[name]())
     finally:
         if collecting:
             gc.enable()
-    return {name: Timing(samples[name], n, method) for name, (_, n, method) in samplers.items()}
+    return {n: Timing(samples[n], s.calls, s.clock, s.host) for n, s in samplers.items()}
 
 
 class Replay:
@@ -215,20 +238,15 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Medians of a large copy and of a large matrix product, with random data."""
     gpu = device.type == "cuda"
     size, side, rounds = ((1 << 30), 8192, 20) if gpu else ((1 << 27), 1024, 9)
-    source = torch.randint(0, 127, (size,), dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
-
-    def copy(_: int) -> None:
-        target.copy_(source)
 
     def product(_: int) -> None:
         torch.mm(a, b, out=out)
 
     found = []
-    for call in (copy, product):
-        sample = _events(call, 3) if gpu else _wall(call, 1)
+    for call in (copy_call(2 * size, device), product):
+        sample = Queued(call, 3) if gpu else Wall(call, 1)
         sample()
         found.append(statistics.median(sample() for _ in range(rounds)))
     return Ceilings(2 * size / found[0], 2 * side**3 / found[1])

@@ -16,18 +16,19 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.measure import peak_bytes
-from bench.step_race import PHASES, Race, variants
+from bench.step_race import PHASES, Race
+from bench.step_sizes import VARIANTS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.profile_step", description=__doc__)
     parser.add_argument("--size", default="vits16-224-b8")
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--variants", default="eager,auto", help=f"of {', '.join(variants())}")
+    parser.add_argument("--variants", default="eager,auto", help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--top", type=int, default=10, help="operators shown")
     args = parser.parse_args()
     names = args.variants.split(",")
-    unknown = [name for name in names if name not in variants()]
+    unknown = [name for name in names if name not in VARIANTS]
     if unknown or args.steps < 1:
         parser.error(f"unknown variants {unknown}, or --steps {args.steps} < 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

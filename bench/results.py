@@ -1,6 +1,6 @@
 """Results kept in the repository: from pytest-benchmark's JSON to a small one, and back.
 
-    python -m bench.results RAW.json [RAW.json ...] [--out bench/results]
+    python -m bench.results RAW.json|ROWS.jsonl ... [--out bench/results]
 
 writes ``<device>-<date>.json``:
 
@@ -54,45 +54,60 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def compact(paths: list[Path]) -> Results:
-    """The results of pytest-benchmark's files as one.
+    """The results of pytest-benchmark's files, or of ``bench.gpu.ledger``'s (.jsonl), as one.
 
     Raises:
-        ValueError: a file is not pytest-benchmark's, or the files are of different machines.
+        ValueError: a file is neither, or the files are of different machines.
     """
-    heads: dict[str, set[Any]] = {key: set() for key in _HEAD}
-    rows, commands, dates, commits = [], [], [], []
+    raws = []
     for path in paths:
+        if path.suffix == ".jsonl":
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            raws += [line for line in lines if "benchmarks" in line]
+            continue
         raw = _load(path)
         if "benchmarks" not in raw:
             raise ValueError(
                 f"{path}: expected a file of pytest --benchmark-json, got the keys {sorted(raw)}"
             )
+        raws.append(raw)
+    return compact_raw(raws, ", ".join(map(str, paths)))
+
+
+def compact_raw(raws: list[dict[str, Any]], where: str) -> Results:
+    """What pytest-benchmark wrote as one; ``where`` it comes from, for the messages."""
+    heads: dict[str, set[Any]] = {key: set() for key in _HEAD}
+    rows, dates = [], []
+    commands: dict[str, None] = {}  # in their order, each once
+    commits = set()
+    for raw in raws:
         dates.append(str(raw["datetime"])[:10])
-        commits.append(raw.get("commit_info", {}).get("id"))
-        commands.append(str(raw.get("command", "pytest")))
+        commits.add((raw.get("commit_info") or {}).get("id"))
+        commands[str(raw.get("command", "pytest"))] = None
         for entry in raw["benchmarks"]:
             row = dict(entry["extra_info"])
             missing = [key for key in KEYS if key not in row]
             if missing:
-                raise ValueError(f"{path}: {entry['name']} has no {', '.join(missing)}")
+                raise ValueError(f"{where}: {entry['name']} has no {', '.join(missing)}")
             for key in _HEAD:
                 if key in row:
                     heads[key].add(row.pop(key))
             stats = entry["stats"]
             times = {key: stats[key] for key in ("median", "min", "iqr", "rounds")}
+            row.setdefault("clock", "wall")  # pytest-benchmark's own
             rows.append({key: row.pop(key) for key in KEYS} | times | row)
     for key, values in heads.items():
         if len(values) > 1:
             raise ValueError(f"one file is of one machine, but {key} is any of {sorted(values)}")
     if not rows:
-        raise ValueError(f"no benchmark in {', '.join(map(str, paths))}")
+        raise ValueError(f"no benchmark in {where}")
     head = {key: next(iter(values), None) for key, values in heads.items()}
     return Results(
         device=head["device"] or "unknown",
         kind=head["kind"] or "cpu",
         date=max(dates),
-        commands=commands,
-        commit=commits[0] if len(set(commits)) == 1 else None,
+        commands=list(commands),
+        commit=commits.pop() if len(commits) == 1 else None,
         versions={key: head[key] for key in ("python", "torch", "triton")},
         threads=head["threads"],
         rows=sorted(rows, key=lambda r: [str(r.get(k)) for k in ("op", "size", "dtype", "mode")]),

@@ -1,12 +1,12 @@
 """Whole steps side by side: variants of one step on the same weights, images and masks.
 
 What ``bench_step.py`` and ``profile_step.py`` share. DeepSpeed is not needed: our step is
-``TrainModule``, torch's AdamW and the EMA, put together as ``njepa/loop.py`` does.
+``TrainModule`` with the attention and the compilation that the trainer chooses here, torch's AdamW
+and the EMA, put together as ``njepa/loop.py`` does.
 """
 
 from __future__ import annotations
 
-import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -19,54 +19,33 @@ import torch
 from torch import Tensor
 
 from bench.facts import machine
-from bench.published_step import Phase, PublishedCollator, PublishedStep, Size, no_phase
+from bench.measure import ceilings, synchronise
+from bench.published_step import Phase, PublishedCollator, PublishedStep, no_phase
+from bench.step_sizes import (
+    STATIC,
+    VARIANTS,
+    Case,
+    needed_bytes,
+    parse_case,
+    published_size,
+    step_config,
+)
 from njepa import planning
-from njepa.config import Config, PredictorConfig, RunConfig, load_config
+from njepa.compilation import choose_compilation, compilations, compile_blocks
+from njepa.config import Config
 from njepa.data.batch import Batch, Masks
 from njepa.draws.masks import MaskSampler
 from njepa.ema import ema_parameters, make_target, update_target
+from njepa.models.attention_kernels import choose_attention
 from njepa.step import TrainModule, param_groups
 
-#: Encoder and depth of the predictor by the letter in a size's name (published depths).
-LETTERS = {
-    "s": ("vit_small", 6),
-    "b": ("vit_base", 6),
-    "l": ("vit_large", 12),
-    "h": ("vit_huge", 12),
-}
 PHASES = ("data", "target", "context", "predictor", "loss", "backward", "optimizer", "EMA")
 _RATES = {"lr": 1e-4, "weight_decay": 0.04}
 _MOMENTUM = 0.996
-_NAME = re.compile(r"vit([sblh])(\d+)-(\d+)-b(\d+|max)")
-
-
-class Case(NamedTuple):
-    """A size as in ``vits16-224-b8``: encoder and patch, pixels, images in a batch."""
-
-    name: str
-    overrides: tuple[str, ...]
-    batch: int | None
-    """None: the largest power of two that every variant can hold."""
-
-
-def parse_case(name: str) -> Case:
-    """Read a size.
-
-    Raises:
-        ValueError: not of the form ``vit<s|b|l|h><patch>-<pixels>-b<batch|max>``.
-    """
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise ValueError(
-            f"a step size must look like vits16-224-b8 or vitl16-224-bmax, got {name!r}"
-        )
-    letter, patch, pixels, batch = match.groups()
-    encoder, depth = LETTERS[letter]
-    overrides = (
-        f"model.encoder={encoder}", f"model.patch_size={patch}", f"data.image_size={pixels}",
-        f"model.predictor.depth={depth}",
-    )  # fmt: skip
-    return Case(name, overrides, None if batch == "max" else int(batch))
+#: Shapes that a race with static masks meets at most: each is compiled for each such variant.
+SHAPES = 4
+#: Steps from one wait for the device to the next: the trainer lets the host run ahead, too.
+STEPS = {"cuda": 4, "cpu": 1}
 
 
 class Inputs(NamedTuple):
@@ -78,29 +57,6 @@ class Inputs(NamedTuple):
     """What the published loader delivers: fp32 [B, 3, S, S]."""
 
 
-class Variant(NamedTuple):
-    overrides: tuple[str, ...] | None
-    """Of our configuration; None: the published composition."""
-    compiled: bool
-    same: bool
-    """Whether it computes what the published step computes."""
-
-
-def variants() -> dict[str, Variant]:
-    """What can run here; options of the configuration are taken up where they exist."""
-    found = {
-        "eager": Variant(None, compiled=False, same=True),
-        "compile": Variant(None, compiled=True, same=True),
-        "reference": Variant(("impl.default=reference",), compiled=False, same=True),
-        "auto": Variant((), compiled=False, same=True),
-    }
-    if "context" in PredictorConfig.model_fields:
-        found["shared"] = Variant(("model.predictor.context=shared",), compiled=False, same=False)
-    if "compile" in RunConfig.model_fields:
-        found["blocks"] = Variant(("run.compile=blocks",), compiled=True, same=True)
-    return found
-
-
 class OurStep:
     """A step of njepa; a call is a step and returns its loss."""
 
@@ -108,12 +64,15 @@ class OurStep:
         self, config: Config, state: dict[str, Tensor], device: torch.device, low: bool
     ) -> None:
         self.device, self.low, self.impl = device, low, config.impl.default
-        self.module = TrainModule(config)
+        net = planning.network(config)
+        widths = {part.width // part.heads for part in (net.encoder, net.predictor)}
+        dtype = torch.bfloat16 if low else torch.float32
+        self.attention = choose_attention(config.model, config.mask, widths, device, dtype)
+        self.compilation = choose_compilation(config, zero_stage=0, device=device)
+        self.module = TrainModule(config, attention=self.attention)
         self.module.jepa.load_state_dict(state)
         self.target = make_target(self.module.jepa.encoder).to(device)
-        if getattr(config.run, "compile", "off") == "blocks":
-            from njepa.compilation import compile_blocks
-
+        if self.compilation.mode == "blocks":
             compile_blocks((self.module, self.target), config.mask.static_shapes)
         self.online = ema_parameters(self.module.to(device).jepa.encoder)
         self.optimizer = torch.optim.AdamW(
@@ -182,21 +141,15 @@ class PhaseClock:
         self.seconds[name] += time.perf_counter() - start
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 class Runner:
     """One variant: its step, and where its masks come from."""
 
     def __init__(
         self, name: str, case: Case, weights: dict[str, Tensor], device: torch.device, low: bool
     ) -> None:
-        variant = variants()[name]
+        variant = VARIANTS[name]
         self.name, self.device, self.same = name, device, variant.same
         self.config = step_config(case, variant.overrides or ())
-        self.sampler = MaskSampler(self.config.mask, self.config.grid, self.config.run.seed)
         before = memory(device)
         self._published: PublishedStep | None = None
         self._ours: OurStep | None = None
@@ -214,39 +167,47 @@ class Runner:
             self._ours = OurStep(self.config, weights, device, low)
         self.resident, self.peak = memory(device) - before, 0
         self.graphs = 0
+        self.steps = STEPS[device.type]
         self.seconds: list[float] = []
 
     def step(self, inputs: Inputs, phase: Phase = no_phase) -> Tensor:
-        before, batch = _graphs(), inputs.batch
+        before, batch = compilations(), inputs.batch
         if self._published is not None:
             masks = [batch.masks.context_idx], list(batch.masks.target_idx.unbind(1))
             loss = self._published(inputs.normalised, *masks, phase)
         else:
             assert self._ours is not None
             loss = self._ours(batch, phase)
-        self.graphs += _graphs() - before
+        self.graphs += compilations() - before
         return loss
 
-    def draw(self, number: int, batch: int) -> None:
-        """Masks of this variant's own sampler, on the host: timed, not used."""
+    def draw(self, number: int, batch: int, sampler: MaskSampler) -> None:
+        """Masks as this variant's loader draws them, on the host: timed, not used."""
         if self._published is not None:
             self.collate(batch)
         else:
-            self.sampler(number, np.arange(batch, dtype=np.int64))
+            sampler(number, np.arange(batch, dtype=np.int64))
 
     def timed(self, inputs: Inputs) -> None:
-        """One step on the clock; the peak without what other variants keep."""
+        """Some steps on the clock; the peak without what other variants keep."""
         synchronise(self.device)
         held = memory(self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
-        self.step(inputs)
+        for _ in range(self.steps):
+            self.step(inputs)
         synchronise(self.device)
-        self.seconds.append(time.perf_counter() - start)
+        self.seconds.append((time.perf_counter() - start) / self.steps)
         if self.device.type == "cuda":
             above = torch.cuda.max_memory_allocated(self.device) - held
             self.peak = max(self.peak, above + self.resident)
+
+    def choices(self) -> dict[str, str]:
+        """What the trainer would say it runs; nothing for the published step."""
+        if self._ours is None:
+            return {}
+        return {"attention": str(self._ours.attention), "compile": str(self._ours.compilation)}
 
 
 def memory(device: torch.device) -> int:
@@ -254,36 +215,18 @@ def memory(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _graphs() -> int:
-    """Graphs that dynamo compiled in this process so far."""
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])
-
-
-def step_config(case: Case, overrides: tuple[str, ...] = ()) -> Config:
-    return load_config("in1k-vitb16", ["data.path=.", "method=ijepa", *case.overrides, *overrides])
-
-
-def published_size(config: Config) -> Size:
-    net = planning.network(config)
-    e, p = net.encoder, net.predictor
-    return Size(
-        config.data.image_size, config.model.patch_size, e.width, e.depth, e.heads, e.hidden,
-        p.width, p.depth, p.heads,
-    )  # fmt: skip
-
-
 class Race:
-    """All variants of one size: checked, then timed in interleaved rounds, then by phase.
+    """All variants of one size: checked, warmed up, timed in turns, then by phase.
 
     A step begins with the batch on the device and ends with the target encoder updated. Its masks
-    are those of njepa's sampler for every variant, new in each round; drawing them is a phase of
-    its own ("data"), outside of the step, because both sides draw them beside the training.
+    are those of njepa's sampler for every variant, new in each round, with static shapes if one of
+    the variants has them; drawing them is a phase of its own ("data"), outside of the step, because
+    both sides draw them beside the training. Every variant has met every shape before it is timed.
 
     ``mfu`` is useful FLOPs over the rate of one large matrix product in the same run.
 
     Raises:
+        ValueError: the variants do not fit into the GPU's memory together.
         AssertionError: variants of the same mathematics disagree in their first loss.
     """
 
@@ -296,27 +239,56 @@ class Race:
         phase_steps: int,
         only: list[str] | None = None,
     ) -> None:
-        """``only``: names of ``variants()``; None: all that can run here."""
+        """``warmup``: steps for each shape. ``only``: names of ``VARIANTS``; None: all."""
+        names = only or list(VARIANTS)
         self.case, self.device = parse_case(name), device
         self.low = device.type == "cuda"
-        self.config = step_config(self.case)
+        if device.type == "cuda" and self.case.batch is not None:
+            check_memory(self.case, names, self.low, torch.cuda.mem_get_info(device)[0])
+        self.ceiling = ceilings(device, torch.bfloat16 if self.low else torch.float32).flops
+        self.static = any(VARIANTS[variant].static for variant in names)
+        self.config = step_config(self.case, (STATIC,) if self.static else ())
         weights = {k: v.clone() for k, v in TrainModule(self.config).jepa.state_dict().items()}
         self.runners = {
-            variant: Runner(variant, self.case, weights, device, self.low)
-            for variant in only or variants()
+            variant: Runner(variant, self.case, weights, device, self.low) for variant in names
         }
-        self.sampler = MaskSampler(self.config.mask, self.config.grid, self.config.run.seed)
         self._check(self.case.batch or 16)
         self.batch = self.case.batch or self._largest_batch()
+        self.sampler = self._sampler(self.batch)
         self.images = self._images(self.batch)
         self.shapes: list[planning.Shape] = []
-        for number in range(warmup):
-            for runner in self.runners.values():
-                runner.step(self.inputs(number, self.images))
-        for number in range(warmup, warmup + rounds):
-            self._round(number)
+        numbers = self._step_numbers(rounds)
+        self._warm_up(numbers, warmup)
+        for turn, number in enumerate(numbers):
+            self._round(turn, number)
         self.phases = {name: self._phases(r, phase_steps) for name, r in self.runners.items()}
-        self.ceiling = matmul_ceiling(device, self.low)
+
+    def _sampler(self, batch: int) -> MaskSampler:
+        return MaskSampler(self.config.mask, self.config.grid, self.config.run.seed, batch)
+
+    def _step_numbers(self, rounds: int) -> list[int]:
+        """Steps whose masks are used: the first ones; static masks of the first few shapes."""
+        if not self.static:
+            return list(range(rounds))
+        numbers: list[int] = []
+        sizes, number = set(), 0
+        while len(numbers) < rounds:
+            size = self.sampler.block_sizes(number)
+            if size in sizes or len(sizes) < SHAPES:
+                sizes.add(size)
+                numbers.append(number)
+            number += 1
+        return numbers
+
+    def _warm_up(self, numbers: list[int], steps: int) -> None:
+        first: dict[planning.Shape, Inputs] = {}
+        for number in numbers:
+            inputs = self.inputs(number, self.images)
+            first.setdefault(shape_of(inputs), inputs)
+        for runner in self.runners.values():
+            for inputs in first.values():
+                for _ in range(steps):
+                    runner.step(inputs)
 
     def _images(self, batch: int) -> Tensor:
         side = self.config.data.image_size
@@ -337,6 +309,7 @@ class Race:
 
     def _check(self, batch: int) -> None:
         """First steps: equal losses where the mathematics is equal; optimizers get their state."""
+        self.sampler = self._sampler(batch)
         losses, inputs = {}, self.inputs(0, self._images(batch))
         for name, runner in self.runners.items():
             before = memory(self.device)
@@ -346,21 +319,20 @@ class Race:
         middle, limit = statistics.median(same), 2e-2 if self.low else 1e-5
         assert all(abs(x - middle) <= limit * middle for x in same), losses
 
-    def _round(self, number: int) -> None:
+    def _round(self, turn: int, number: int) -> None:
         inputs = self.inputs(number, self.images)
-        counts = [idx.shape[-1] for idx in inputs.batch.masks[:2]]
-        self.shapes.append(planning.Shape(*counts))
+        self.shapes.append(shape_of(inputs))
         names = list(self.runners)
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
             self.runners[name].timed(inputs)
 
     def _phases(self, runner: Runner, steps: int) -> dict[str, float]:
         """Milliseconds by phase, means over some steps; waiting makes their sum exceed a step."""
         clock = PhaseClock(self.device)
-        for number in range(steps):
+        for number in self._step_numbers(steps):
             with clock("data"):
-                runner.draw(number, self.batch)
+                runner.draw(number, self.batch, self.sampler)
             runner.step(self.inputs(number, self.images), clock)
         return {name: 1e3 * seconds / steps for name, seconds in clock.seconds.items()}
 
@@ -369,6 +341,7 @@ class Race:
         best, batch = 0, 16
         while True:
             try:
+                self.sampler = self._sampler(batch)
                 for runner in self.runners.values():
                     runner.step(self.inputs(0, self._images(batch)))
             except torch.OutOfMemoryError:
@@ -403,8 +376,12 @@ class Race:
             "mfu_nominal": flops / seconds / nominal if nominal else None,
             "compilations": runner.graphs,
             "rounds": len(runner.seconds),
+            "clock": f"wall, {runner.steps} steps",
+            "masks": "static" if self.static else "drawn",
+            "shapes": len(set(self.shapes)),
             "timm": timm.__version__,
             "matmul_ceiling": self.ceiling,
+            **runner.choices(),
             **machine(self.device),
         }  # fmt: skip
         for other in ("eager", "compile"):
@@ -414,19 +391,20 @@ class Race:
         return row
 
 
-def matmul_ceiling(device: torch.device, low: bool) -> float:
-    """FLOP/s of one large matrix product, the best of several runs."""
-    n = 8192 if device.type == "cuda" else 1024
-    dtype = torch.bfloat16 if low else torch.float32
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        synchronise(device)
-        start = time.perf_counter()
-        a @ b
-        synchronise(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+def shape_of(inputs: Inputs) -> planning.Shape:
+    batch = inputs.batch
+    return planning.Shape(*(idx.shape[-1] for idx in batch.masks[:2]))
+
+
+def check_memory(case: Case, names: list[str], low: bool, free: float) -> None:
+    """Raises ValueError where a race of ``names`` needs more than 95 % of ``free`` bytes."""
+    needed = needed_bytes(case, names, low)
+    if needed > 0.95 * free:
+        raise ValueError(
+            f"{', '.join(names)} at {case.name} need {needed / 2**30:.0f} GiB together, but "
+            f"{free / 2**30:.0f} GiB are free; race fewer at a time "
+            f"(NJEPA_BENCH_STEP_VARIANTS={','.join(names[:2])}), or a smaller batch"
+        )
 
 
 def nominal_flops(device: torch.device) -> float | None:

@@ -110,6 +110,11 @@ def draw_indices(batch: int, n: int, k: int, generator: torch.Generator) -> torc
     return torch.rand(batch, n, generator=generator).argsort(dim=1)[:, :k].sort(dim=1).values
 
 
+def distinct_rows(n: int, k: int, m: int = 1) -> int:
+    """How many of n rows m independent draws of k distinct ones name at least once, on average."""
+    return round(n * (1.0 - (1.0 - min(k / n, 1.0)) ** m))
+
+
 def cast_inputs(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """Every floating tensor (also inside lists) in ``dtype``; a copy, the rest as it is.
 

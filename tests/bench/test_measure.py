@@ -15,7 +15,15 @@ from timm.models.vision_transformer import VisionTransformer
 
 from bench import bench_ops
 from bench.bench_ops import Result, Unit, measure, modes, units
-from bench.measure import ceilings, input_copies, interleaved, peak_bytes
+from bench.measure import (
+    CYCLES_PER_SECOND,
+    Queued,
+    ceilings,
+    copy_call,
+    input_copies,
+    interleaved,
+    peak_bytes,
+)
 
 CPU = torch.device("cpu")
 SMALL = {case.name: case for case in all_cases(small=True)}
@@ -32,13 +40,109 @@ def test_calls_take_turns_and_slow_ones_are_slow() -> None:
         return call
 
     found = interleaved({"a": sleeper("a", 0.004), "b": sleeper("b", 0.012)}, CPU, 0.1)
-    assert found["a"].method == "wall"
+    assert found["a"].clock == "wall"
     assert len(found["a"].samples) == len(found["b"].samples) >= 5
     assert found["a"].median >= 0.004
     assert found["b"].median / found["a"].median > 1.5
     # After the probes (4 calls each) every round has both, and the first one changes.
     rounds = [tuple(order[i : i + 2]) for i in range(8, len(order), 2)]
     assert set(rounds) == {("a", "b"), ("b", "a")}
+
+
+class SimulatedGpu:
+    """A host, a GPU and a queue of ``depth``, in simulated seconds; stands in for torch.cuda."""
+
+    def __init__(self, depth: int = 1000) -> None:
+        self.host = self.free = 0.0
+        self.depth, self.pending = depth, list[float]()
+
+    def launch(self, host: float, seconds: float) -> None:
+        self.host += host
+        self.pending = [end for end in self.pending if end > self.host]
+        if len(self.pending) >= self.depth:
+            self.host = self.pending.pop(0)
+        self.free = max(self.free, self.host) + seconds
+        self.pending.append(self.free)
+
+    def _sleep(self, cycles: int) -> None:
+        self.launch(1e-6, cycles / CYCLES_PER_SECOND)
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.free)
+
+    def Event(self, enable_timing: bool) -> SimulatedEvent:
+        return SimulatedEvent(self)
+
+
+class SimulatedEvent:
+    def __init__(self, gpu: SimulatedGpu) -> None:
+        self.gpu, self.at = gpu, 0.0
+
+    def record(self) -> None:
+        self.gpu.launch(1e-6, 0.0)
+        self.at = self.gpu.free
+
+    def query(self) -> bool:
+        return self.gpu.host >= self.at
+
+    def synchronize(self) -> None:
+        self.gpu.host = max(self.gpu.host, self.at)
+
+    def elapsed_time(self, end: SimulatedEvent) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.mark.parametrize(
+    ("host", "gpu", "waits", "depth", "expected", "clock"),
+    [
+        (50e-6, 10e-6, False, 1000, 10e-6, "queued"),
+        (50e-6, 400e-6, False, 1000, 400e-6, "queued"),
+        (50e-6, 10e-6, False, 30, 10e-6, "queued"),  # a short queue: fewer calls
+        (50e-6, 10e-6, True, 1000, 60e-6, "events"),  # waits for the GPU: the host is in it
+    ],
+    ids=["host-bound", "gpu-bound", "short queue", "waits"],
+)
+def test_a_gpus_time_is_without_the_host_or_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+    host: float,
+    gpu: float,
+    waits: bool,
+    depth: int,
+    expected: float,
+    clock: str,
+) -> None:
+    simulated = SimulatedGpu(depth)
+    monkeypatch.setattr("bench.measure.torch.cuda", simulated)
+    monkeypatch.setattr("bench.measure.time.perf_counter", lambda: simulated.host)
+
+    def call(_: int) -> None:
+        simulated.launch(host, gpu)
+        if waits:
+            simulated.synchronize()
+
+    sampler = Queued(call, 100)
+    samples = [sampler() for _ in range(3)]
+    assert sampler.clock == clock
+    assert samples == pytest.approx([expected] * 3, rel=0.02)
+    if not waits:
+        assert sampler.host == pytest.approx(host, rel=1e-6)
+
+
+def test_a_copy_moves_the_bytes_it_is_named_for() -> None:
+    copy = copy_call(1 << 20, CPU)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        copy(0)
+    (copied,) = (e for e in profile.events() if e.name == "aten::copy_" and e.input_shapes[0])
+    assert copied.input_shapes[:2] == [[1 << 19]] * 2  # int8, once read and once written
+
+
+def test_eager_patchify_takes_nothing_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from the host waits for the GPU; the constants are made in the first call."""
+    case = SMALL["patchify-b2-6x6-p8"]
+    inputs = case.make_inputs(CPU, torch.float32, 0)
+    first = case.eager(**inputs)
+    monkeypatch.delattr(torch, "tensor")
+    assert torch.equal(case.eager(**inputs), first)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +249,13 @@ def test_a_row_is_consistent(name: str) -> None:
         assert extra["ratio_compile"] is None
         assert extra["bytes"] == case.bytes(torch.float32, mode)
         assert extra["gbps"] == pytest.approx(extra["bytes"] / median / 1e9)
-        share = {"copy": "gbps", "matmul": "tflops"}[extra["bound"]]
-        assert extra["fraction"] == pytest.approx(extra[share] / extra[f"ceiling_{share}"])
+        product = extra["flops"] / extra["ceiling_tflops"] / 1e12
+        assert extra["bound_seconds"] >= product * (1 - 1e-9)
+        assert (extra["bound"] == "matmul") == (
+            extra["bound_seconds"] == pytest.approx(product, rel=1e-9)
+        )
+        assert extra["fraction"] == extra["bound_seconds"] / median
+        assert extra["clock"] == "wall"
         assert ours.peak >= 0
 
 

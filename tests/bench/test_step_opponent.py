@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import step_race
 from bench.published_step import PublishedCollator, PublishedStep
-from bench.step_race import (
+from bench.step_race import OurStep, PhaseClock, Race, Runner, check_memory, shape_of
+from bench.step_sizes import (
+    STATIC,
+    VARIANTS,
     Case,
-    OurStep,
-    PhaseClock,
-    Race,
+    Variant,
+    needed_bytes,
     parse_case,
     published_size,
     step_config,
-    variants,
 )
 from njepa.config import MaskConfig
 from njepa.data.batch import Batch, Masks
@@ -179,12 +181,15 @@ def test_race_of_a_small_size(monkeypatch: pytest.MonkeyPatch):
         assert row["rounds"] == 2
         assert row["flops"] == rows["eager"]["flops"] > 0
         assert row["compilations"] == 0
+        assert (row["clock"], row["masks"]) == ("wall, 1 steps", "drawn")
         assert set(row["phases"]) == {"data", "target", "context", "predictor", "loss",
                                       "backward", "optimizer", "EMA"}  # fmt: skip
     ours, theirs = (race.runners[name].seconds for name in ("auto", "eager"))
     ratios = sorted(a / b for a, b in zip(theirs, ours, strict=True))
     assert rows["auto"]["faster_than_eager"] == pytest.approx(sum(ratios) / 2)
     assert rows["eager"]["faster_than_eager"] == 1.0
+    assert rows["auto"]["attention"].startswith("sdpa (dense masks")  # as the trainer says it
+    assert "attention" not in rows["eager"]
 
 
 def test_a_wrong_variant_gets_no_number(monkeypatch: pytest.MonkeyPatch):
@@ -207,4 +212,64 @@ def test_names_of_sizes():
     assert parse_case("vith14-224-bmax").batch is None
     with pytest.raises(ValueError, match="vits16-224-b8 or vitl16-224-bmax, got 'vitx16'"):
         parse_case("vitx16")
-    assert {"eager", "compile", "reference", "auto"} <= variants().keys()
+
+
+def test_every_shape_is_met_before_it_is_timed(monkeypatch: pytest.MonkeyPatch):
+    """By every variant, and with static masks for all as soon as one variant has them."""
+    monkeypatch.setattr("bench.step_race.parse_case", lambda name: TINY._replace(batch=3))
+    monkeypatch.setitem(VARIANTS, "static", Variant((STATIC,), compiled=False))
+    met: set[tuple[str, tuple[int, int]]] = set()
+    timed: list[tuple[str, tuple[int, int]]] = []
+    right, clocked = Runner.step, Runner.timed
+
+    def step(self: Runner, inputs: step_race.Inputs, *rest: object) -> torch.Tensor:
+        met.add((self.name, shape_of(inputs)))
+        return right(self, inputs, *rest)
+
+    def on_the_clock(self: Runner, inputs: step_race.Inputs) -> None:
+        key = self.name, shape_of(inputs)
+        assert key in met, f"{key} was never run before"
+        timed.append(key)
+        clocked(self, inputs)
+
+    monkeypatch.setattr(Runner, "step", step)
+    monkeypatch.setattr(Runner, "timed", on_the_clock)
+    for names, rounds, most in ((["eager", "auto"], 8, 8), (["eager", "static"], 12, 2)):
+        monkeypatch.setattr(step_race, "SHAPES", most)
+        met.clear()
+        timed.clear()
+        race = Race("tiny-b3", CPU, rounds=rounds, warmup=1, phase_steps=1, only=names)
+        assert len(timed) == 2 * rounds
+        assert 1 < len({shape for _, shape in timed}) <= most
+        assert race.static == ("static" in names)
+
+
+def test_ours_computes_attention_as_the_trainer_chooses(monkeypatch: pytest.MonkeyPatch):
+    chosen = step_race.choose_attention(
+        step_config(TINY).model, step_config(TINY).mask, {12, 16}, CPU, torch.float32
+    )
+    asked = []
+
+    def choose(*args: object) -> object:
+        asked.append(args[2:])
+        return chosen
+
+    monkeypatch.setattr(step_race, "choose_attention", choose)
+    _, ours = make_steps()
+    assert asked == [({12, 16}, CPU, torch.float32)]
+    assert all(
+        block.attn.attention == chosen
+        for part in (ours.module.jepa.encoder, ours.module.jepa.predictor, ours.target)
+        for block in (part.predictor_blocks if hasattr(part, "predictor_blocks") else part.blocks)
+    )
+
+
+def test_a_race_that_does_not_fit_is_refused():
+    """H/14 with 128 images on 80 GB: one at a time, and no two of the published step and ours."""
+    free, case = 78.0 * 2**30, parse_case("vith14-224-b128")
+    check_memory(case, ["auto"], True, free)
+    with pytest.raises(ValueError, match=r"eager, auto at vith14-224-b128 need 8\d GiB together"):
+        check_memory(case, ["eager", "auto"], True, free)
+    one, two = (needed_bytes(case, names, True) for names in (["auto"], ["auto", "reference"]))
+    states = 4 * 3 * 6.5e8  # weights, AdamW's two moments
+    assert 1.0 < (two - one) / states < 1.5  # and the target encoder

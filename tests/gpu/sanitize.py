@@ -3,14 +3,17 @@
     compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
     compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
 
-With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its own: memcheck then sees
-an access just beyond one.
+Without torch's cache of memory every tensor is an allocation of its own: memcheck then sees an
+access just beyond one.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
 from njepa_kernels import _native
@@ -30,7 +33,7 @@ def main() -> int:
                 inputs = case.make_inputs(device, dtype, 0)
                 evaluate(case, partial(case.function, impl="native"), inputs)
             torch.cuda.synchronize()
-            sys.stdout.write(f"{case.name}: done\n")
+            print(f"{case.name}: done", flush=True)
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..testing import Inputs, Mode, OpCase, draw_indices, vit_sizes
+from ..testing import Inputs, Mode, OpCase, distinct_rows, draw_indices, vit_sizes
 from .op import gather_tokens
 from .reference import gather_tokens_reference
 
@@ -50,8 +50,10 @@ def _case(
     kept = b * (m or 1) * k
 
     def traffic(dtype: torch.dtype, mode: Mode) -> int:
-        forward = kept * (2 * d * dtype.itemsize + 8) + (n * d * 4 if pos else 0)
-        backward = kept * (d * dtype.itemsize + 8) + b * n * d * dtype.itemsize
+        # A row that several masks name is read once; positions are fp32, and so is their gradient.
+        row, table = d * dtype.itemsize, n * d * 4 if pos else 0
+        forward = kept * (row + 8) + b * distinct_rows(n, k, m or 1) * row + table
+        backward = kept * (row + 8) + b * n * row + table
         return forward + (backward if mode == "fwdbwd" else 0)
 
     return OpCase(

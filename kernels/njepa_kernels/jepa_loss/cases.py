@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from .._rows import compute_dtype
-from ..testing import Inputs, Mode, OpCase, draw_indices, vit_sizes
+from ..testing import Inputs, Mode, OpCase, distinct_rows, draw_indices, vit_sizes
 from .op import jepa_loss
 from .reference import JepaLoss, Stop, jepa_loss_reference
 
@@ -85,9 +85,9 @@ def _case(
     rows, predictions = b * m * kt, 2 if noised else 1
 
     def traffic(dtype: torch.dtype, mode: Mode) -> int:
-        # Targets and predictions in, and their gradients out; the index.
-        moved = 1 + predictions * (2 if mode == "fwdbwd" else 1)
-        return rows * (moved * d * dtype.itemsize + 8)
+        # Predictions in and their gradients out; a target that several blocks name once; the index.
+        moved = predictions * (2 if mode == "fwdbwd" else 1) * rows + b * distinct_rows(n, kt, m)
+        return moved * d * dtype.itemsize + rows * 8
 
     def flops(mode: Mode) -> int:
         forward = 5 + 5 * predictions + (3 if noised else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,16 @@ from .op import patchify
 from .reference import patchify_reference
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as everybody uses them
+
+
+@functools.cache
+def _channels(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    """A number for each channel; made once, because the copy from the host waits for the GPU."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
+
+
+# A constant of the compiled composition too; see _dispatch.py.
+_channels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def patchify_eager(
@@ -25,8 +36,7 @@ def patchify_eager(
 ) -> torch.Tensor:
     """As torchvision does it (ToTensor, Normalize), then the unfolding of the patch convolution."""
     x = images.permute(0, 3, 1, 2).contiguous().float().div(255)
-    x = x.sub(torch.tensor(mean, device=x.device).view(3, 1, 1))
-    x = x.div(torch.tensor(std, device=x.device).view(3, 1, 1)).to(out_dtype)
+    x = x.sub(_channels(tuple(mean), x.device)).div(_channels(tuple(std), x.device)).to(out_dtype)
     patches = F.unfold(x, patch_size, stride=patch_size).transpose(1, 2)
     if idx is not None:
         patches = patches.gather(1, idx.unsqueeze(-1).expand(-1, -1, patches.shape[2]))

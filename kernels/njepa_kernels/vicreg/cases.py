@@ -68,7 +68,8 @@ def _case(
         reference=vicreg_reference,
         eager=vicreg_eager,
         make_inputs=make_inputs,
-        bytes=lambda dtype, mode: views * n * d * dtype.itemsize * (2 if mode == "fwdbwd" else 1),
+        # No gradient before all of u was seen: read, read again, written.
+        bytes=lambda dtype, mode: views * n * d * dtype.itemsize * (3 if mode == "fwdbwd" else 1),
         flops=lambda mode: product * (3 if mode == "fwdbwd" else 1),
         differentiable=("u",),
         small=small,
