@@ -6,6 +6,7 @@ import importlib
 import traceback
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -75,18 +76,22 @@ def _boolean(indices: Any) -> bool:
     )
 
 
-def reads_of(trainer: Any, steps: int) -> list[str]:
-    """What ``steps`` training steps read, after one step that is not watched."""
+def reads_of(trainer: Any, steps: int) -> tuple[list[str], int]:
+    """What ``steps`` training steps read, after one step that is not watched, and how often they
+    call ``synchronize`` of DeepSpeed's accelerator."""
+    from deepspeed.accelerator import get_accelerator
+
     # As on a GPU: the ops look at values on a CPU only, where that costs nothing.
     for module in ("_checks", "ema_update_.op", "vicreg.op"):
         importlib.import_module(f"njepa_kernels.{module}").can_read_values = lambda _: False
     batches = iter(trainer.loader)
     trainer._train_step(batches)
     reads = HostReads()
-    for _ in range(steps):
-        with reads:
-            trainer._train_step(batches)
-        trainer.step += 1
+    with mock.patch.object(get_accelerator(), "synchronize") as synchronize:
+        for _ in range(steps):
+            with reads:
+                trainer._train_step(batches)
+            trainer.step += 1
     trainer.loader.close()
     trainer.close()
-    return sorted(reads.seen)
+    return sorted(reads.seen), synchronize.call_count

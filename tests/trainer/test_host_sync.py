@@ -30,6 +30,7 @@ JOBS = {
     "zero1-no-clipping": (1, [], {}),
     "zero2": (2, [], {"gradient_clipping": 1.0}),
     "zero3": (3, [], {"gradient_clipping": 1.0}),
+    "timed": (0, [], {"timers": {"throughput": {"enabled": True}}}),
 }  # fmt: skip
 
 
@@ -49,17 +50,24 @@ def reads(tmp_path_factory):
         }
         for name, (stage, overrides, ds) in JOBS.items()
     ]  # fmt: skip
-    return {name: job["reads"] for name, job in run_jobs(jobs, 1, root / "jobs").items()}
+    return run_jobs(jobs, 1, root / "jobs")
 
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("name", JOBS)
 def test_a_step_reads_nothing_on_the_host(reads, name):
     stage, _, ds = JOBS[name]
-    ours = [read for read in reads[name] if " in deepspeed:" not in read]
-    assert not ours
+    seen = reads[name]["reads"]
+    assert not [read for read in seen if " in deepspeed:" not in read]
     if stage == 0 and "gradient_clipping" not in ds:
-        assert not reads[name]
+        assert not seen
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("name", JOBS)
+def test_a_step_does_not_wait_for_the_device(reads, name):
+    """DeepSpeed's throughput timer would, twice a micro-batch, from the third step on."""
+    assert reads[name]["synchronized"] == (2 if name == "timed" else 0)
 
 
 def test_what_counts_as_a_read():
