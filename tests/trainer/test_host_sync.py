@@ -35,13 +35,13 @@ JOBS = {
 
 
 @pytest.fixture(scope="module")
-def reads(tmp_path_factory):
-    root = tmp_path_factory.mktemp("reads")
+def watched(tmp_path_factory):
+    root = tmp_path_factory.mktemp("watched")
     make_images(root / "images", 26)
     jobs = [
         {
             "name": name,
-            "reads": True,
+            "watch": True,
             "overrides": [
                 f"data.path={root}/images", f"data.cache_dir={root}/cache",
                 f"run.dir={root}/{name}", "method=ncjepa", "run.max_steps=9", *overrides,
@@ -55,9 +55,9 @@ def reads(tmp_path_factory):
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("name", JOBS)
-def test_a_step_reads_nothing_on_the_host(reads, name):
+def test_a_step_reads_nothing_on_the_host(watched, name):
     stage, _, ds = JOBS[name]
-    seen = reads[name]["reads"]
+    seen = watched[name]["reads"]
     assert not [read for read in seen if " in deepspeed:" not in read]
     if stage == 0 and "gradient_clipping" not in ds:
         assert not seen
@@ -65,9 +65,19 @@ def test_a_step_reads_nothing_on_the_host(reads, name):
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("name", JOBS)
-def test_a_step_does_not_wait_for_the_device(reads, name):
+def test_a_step_does_not_wait_for_the_device(watched, name):
     """DeepSpeed's throughput timer would, twice a micro-batch, from the third step on."""
-    assert reads[name]["synchronized"] == (2 if name == "timed" else 0)
+    assert watched[name]["synchronized"] == (2 if name == "timed" else 0)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("name", JOBS)
+def test_the_order_of_attention_is_set_once_a_step(watched, name):
+    """And put back at its end: two steps, four settings, whatever number of calls."""
+    within, outside = watched[name]["attended"]
+    assert within >= 10
+    assert outside == 0
+    assert watched[name]["ordered"] == 4
 
 
 def test_what_counts_as_a_read():
