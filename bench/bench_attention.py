@@ -10,6 +10,7 @@ on a CPU that is everything but sdpa, and the batch is 8 instead of 128. Ragged 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -22,7 +23,7 @@ from njepa.config import MaskConfig
 from njepa.data.batch import Lengths
 from njepa.draws.masks import MaskSampler
 from njepa.models.attention import Attention, Kernel, Sdpa, Sequences
-from njepa.models.attention_kernels import load_kernel, probe
+from njepa.models.attention_kernels import FLASH_FIRST, load_kernel, probe
 from njepa.models.encoder import SIZES
 
 CUDA = torch.cuda.is_available()
@@ -33,23 +34,30 @@ TARGETS = 4
 #: Encoder, and patches per side of the published recipes at 224 pixels.
 MODELS = {"vit_small": 14, "vit_base": 14, "vit_large": 14, "vit_huge": 16}
 PREDICTOR_WIDTH = 384
-#: ``sdpa``: torch's own order of backends. ``sdpa-cudnn``: what the trainer takes on Hopper.
-IMPLS = ("sdpa", "sdpa-cudnn", "varlen", "xformers")
+#: ``sdpa``: torch's own order of backends, on Hopper cuDNN first, which the trainer keeps for
+#: static shapes. ``sdpa-flash``: the order that it takes for others.
+IMPLS = ("sdpa", "sdpa-flash", "varlen", "xformers")
 
 
 @cache
 def kernel(impl: str, head_width: int) -> Kernel:
     """The kernel once it passed the trainer's own check; otherwise the test is skipped."""
-    if impl == "sdpa":
+    if impl == "sdpa-flash" and not CUDA:
+        pytest.skip("sdpa-flash: needs CUDA")
+    if impl.startswith("sdpa"):
         return Sdpa()
     try:
-        found = load_kernel(impl.removesuffix("-cudnn"), DEVICE, DTYPE)
+        found = load_kernel(impl, DEVICE, DTYPE)
         probe(found, DEVICE, DTYPE, head_width)
     except Exception as error:
         pytest.skip(f"{impl}: {str(error).splitlines()[0]}")
-    if found == Sdpa():
-        pytest.skip("sdpa-cudnn: only on compute capability 9")
     return found
+
+
+@pytest.fixture
+def ordered(impl: str) -> Iterator[None]:
+    with Attention(order=FLASH_FIRST if impl == "sdpa-flash" else ()).ordered():
+        yield
 
 
 def case(
@@ -102,6 +110,7 @@ LAYOUTS = [("target", "dense"), ("context", "dense"), ("context", "ragged"),
            ("predictor", "dense"), ("predictor", "ragged")]  # fmt: skip
 
 
+@pytest.mark.usefixtures("ordered")
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("part", "layout"), LAYOUTS, ids=["-".join(p) for p in LAYOUTS])
 @pytest.mark.parametrize(

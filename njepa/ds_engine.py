@@ -24,7 +24,7 @@ KNOWN_KEYS = (
     "zero_optimization", "bf16", "torch_autocast", "gradient_clipping", "checkpoint",
     "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "data_types",
     "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state",
-    "comms_logger", "flops_profiler", "compile", "disable_python_gc",
+    "comms_logger", "flops_profiler", "compile", "disable_python_gc", "timers",
 )  # fmt: skip
 #: Keys that DeepSpeed knows and the recipe owns, or that cannot work here.
 REFUSED_KEYS = {
@@ -175,6 +175,8 @@ def engine_config(ds: dict[str, Any], sizes: BatchSizes, device: torch.device) -
     config = {
         "steps_per_print": 10**9,
         "gradient_clipping": 0.0,  # DeepSpeed's own default is 1.0 since 0.19
+        # Its own default waits for the device at both ends of every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
         **ds,
         "train_micro_batch_size_per_gpu": sizes.micro,
         "gradient_accumulation_steps": sizes.accumulation,

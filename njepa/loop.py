@@ -228,26 +228,30 @@ class Trainer:
         """One optimizer step: ``accumulation`` micro-batches, the update, the target's update."""
         lr, weight_decay, momentum = self.schedules.at(self.step)
         ds_engine.set_rates(self.engine, lr, weight_decay)
-        for _ in range(self.sizes.accumulation):
-            batch = next(batches)
-            h = self._target_forward(batch.images)
-            loss, metrics = self.engine(batch, h)
-            self.engine.backward(loss)
-            if self.engine.is_gradient_accumulation_boundary():
-                self._norm = ds_engine.unsharded_gradient_norm(self.engine)
-            self.engine.step()
-            self._means.add(metrics)
-            masks, lengths = batch.masks, batch.masks.context_lengths
-            self._means.add_counts(
-                k_context=sum(lengths.counts) / len(lengths.counts)
-                if lengths is not None
-                else masks.context_idx.shape[-1],
-                k_target=masks.target_idx.shape[-1],
-                context_cut_frac=batch.cut_frac,
-            )
-            self._features.add(h)
+        with self.attention.ordered():
+            for _ in range(self.sizes.accumulation):
+                self._micro_step(next(batches))
         with ds_engine.full_parameters(self.engine, self.online) as online:
             update_target(self.target, online, momentum, impl=self.config.impl.default)
+
+    def _micro_step(self, batch: Batch) -> None:
+        """Forward and backward of one micro-batch; at the last of a step the optimizer's too."""
+        h = self._target_forward(batch.images)
+        loss, metrics = self.engine(batch, h)
+        self.engine.backward(loss)
+        if self.engine.is_gradient_accumulation_boundary():
+            self._norm = ds_engine.unsharded_gradient_norm(self.engine)
+        self.engine.step()
+        self._means.add(metrics)
+        context_idx, target_idx, lengths = batch.masks
+        self._means.add_counts(
+            k_context=sum(lengths.counts) / len(lengths.counts)
+            if lengths is not None
+            else context_idx.shape[-1],
+            k_target=target_idx.shape[-1],
+            context_cut_frac=batch.cut_frac,
+        )
+        self._features.add(h)
 
     def encode_target(self, images: Tensor) -> Tensor:
         """Target features of all patches, [B, N, D], in the precision of the engine."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +17,10 @@ from njepa.config import DataConfig
 from njepa.data.decode import DecodeError, UnreadableImage, decode
 from njepa.data.index import ImageIndex
 from njepa.data.pixels import Pixels, planned_views
+from njepa.data.region_probe import region_fault, versions
 from njepa.draws.order import SampleOrder
+
+logger = logging.getLogger(__name__)
 
 dali: Any = nvidia_dali  # its annotations leave out what is used here
 
@@ -30,6 +34,9 @@ class DaliPixels:
     Args:
         threads: CPU threads of the pipeline.
         device: where the pixels are decoded and delivered.
+
+    Attributes:
+        note: what a user should know of the decoder; empty where all is as it should be.
     """
 
     def __init__(
@@ -40,7 +47,11 @@ class DaliPixels:
         self._start, self._stop, self._next = start, stop, start
         self._readers = ThreadPoolExecutor(threads) if index.shards else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pipeline = self._build(threads, device)
+        device_id = None
+        if device.type == "cuda":
+            device_id = torch.cuda.current_device() if device.index is None else device.index
+        self.note = "" if device_id is None else decoder_note(device_id)
+        self._pipeline = self._build(threads, device_id, whole=bool(self.note))
 
     def __next__(self) -> Pixels:
         """The next micro-batch, ready on the device.
@@ -80,16 +91,16 @@ class DaliPixels:
         self._stream.synchronize()
         return owned
 
-    def _build(self, threads: int, device: torch.device) -> Any:
-        gpu = device.type == "cuda"
-        device_id = None
-        if gpu:
-            device_id = torch.cuda.current_device() if device.index is None else device.index
-        size = self._config.image_size
+    def _build(self, threads: int, device_id: int | None, *, whole: bool) -> Any:
+        """The pipeline; ``whole``: decode whole images and cut the windows out of them."""
+        gpu, size = device_id is not None, self._config.image_size
         fn, types = dali.fn, dali.types
-        hardware: dict[str, Any] = {}
+        decoder: dict[str, Any] = {
+            "device": "mixed" if gpu else "cpu",
+            "jpeg_fancy_upsampling": True,  # as libjpeg does, on the GPU too
+        }
         if gpu:
-            hardware = {
+            decoder |= {
                 "hw_decoder_load": self._config.hw_decoder_load,
                 # Memory for all but the largest images from the start, or it grows during training.
                 "preallocate_width_hint": int(np.quantile(self._index.widths, 0.99)),
@@ -111,15 +122,11 @@ class DaliPixels:
             if not self._index.shards:
                 data = fn.io.file.read(data)
             # Whole numbers are pixels of the upright image, so nothing is rounded here.
-            images = fn.decoders.image_slice(
-                data,
-                corner,
-                extent,
-                axis_names="WH",
-                device="mixed" if gpu else "cpu",
-                jpeg_fancy_upsampling=True,  # as libjpeg does, on the GPU too
-                **hardware,
-            )
+            if whole:
+                images = fn.decoders.image(data, **decoder)
+                images = fn.slice(images, corner, extent, axis_names="WH")
+            else:
+                images = fn.decoders.image_slice(data, corner, extent, axis_names="WH", **decoder)
             images = fn.resize(
                 images, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True
             )
@@ -179,3 +186,16 @@ class DaliPixels:
                 f"{index.widths[sample]} x {index.heights[sample]} when it was indexed)"
             )
         return ""
+
+
+def decoder_note(device_id: int) -> str:
+    """Why windows are not decoded on this GPU, also as a warning; empty: they are."""
+    fault = region_fault(device_id)
+    if not fault:
+        return ""
+    note = (
+        f"decoding windows of JPEGs {fault} with {versions()}, so whole images are decoded and "
+        f"cut, which takes longer; reported to work: nvidia-dali-cuda130==2.2.0 (nvimgcodec 0.8)"
+    )
+    logger.warning("DALI on this GPU: %s", note)
+    return note

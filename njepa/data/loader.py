@@ -194,6 +194,7 @@ def build_loader(
         pixels = DaliPixels(
             config.data, config.run.seed, index, order, start, stop, max(workers, 1), device
         )
+        reason = f"{reason}; {pixels.note}" if pixels.note else reason
     else:
         pixels = TorchPixels(config.data, config.run.seed, index, order, start, stop, workers)
     steps = range(start, stop)

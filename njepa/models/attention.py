@@ -27,7 +27,7 @@ as ``keys`` lie, and lets the last of each sequence ask.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -121,21 +121,17 @@ class Sequences:
 class Sdpa:
     """torch's scaled_dot_product_attention; ragged sequences are padded and their keys masked."""
 
-    order: tuple[SDPBackend, ...] = ()
-    """Backends to try, in this order; empty: torch's own choice."""
     name = "sdpa"
     packs = False
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
         mask = (sequences.keys or sequences).mask
-        chosen = sdpa_kernel(list(self.order), set_priority=True) if self.order else nullcontext()
-        with chosen:
-            out = F.scaled_dot_product_attention(
-                q.transpose(1, 2),
-                k.transpose(1, 2),
-                v.transpose(1, 2),
-                attn_mask=None if mask is None else mask[:, None, None],
-            )
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=None if mask is None else mask[:, None, None],
+        )
         return out.transpose(1, 2)
 
 
@@ -146,6 +142,16 @@ class Attention:
     dense: Kernel = Sdpa()
     ragged: Kernel = Sdpa()
     reason: str = ""
+    order: tuple[SDPBackend, ...] = ()
+    """Backends that SDPA tries, in this order, inside of ``ordered()``; empty: torch's order."""
+
+    def ordered(self) -> AbstractContextManager[None]:
+        """SDPA follows ``order`` until the end of the ``with``, and torch's order from there on.
+
+        torch keeps it for the whole process, and setting it takes longer than starting a kernel:
+        around a step, not around a call.
+        """
+        return sdpa_kernel(list(self.order), set_priority=True) if self.order else nullcontext()
 
     def __str__(self) -> str:
         """As the start table shows it: ``sdpa (dense masks)``."""

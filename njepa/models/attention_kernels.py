@@ -22,11 +22,11 @@ from njepa.config import ConfigError, MaskConfig, ModelConfig
 from njepa.data.batch import Lengths
 from njepa.models.attention import Attention, Kernel, Sdpa, Sequences
 
-#: PyTorch's default puts flash attention first; on Hopper cuDNN is the faster one for training.
-CUDNN_FIRST = (
-    SDPBackend.CUDNN_ATTENTION,
+#: For shapes that change: cuDNN builds a plan for each, which takes longer than many a step.
+FLASH_FIRST = (
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
     SDPBackend.MATH,
 )
 
@@ -92,8 +92,7 @@ def load_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
         RuntimeError: it cannot run there, or is not installed; says why.
     """
     if name == "sdpa":
-        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-        return Sdpa(CUDNN_FIRST if hopper else ())
+        return Sdpa()
     if name == "varlen":
         if device.type != "cuda":
             raise RuntimeError("needs CUDA")
@@ -137,7 +136,8 @@ def probe(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_width: 
         inputs = inputs.to(device, dtype)
         lengths = Lengths(counts, torch.tensor(counts, device=device))
         ours = _as_in_a_block(attention.sequences(len(counts), length, lengths), inputs)
-        plain, exact = (_each_alone(counts, x) for x in (inputs, inputs.double()))
+        with Attention(order=FLASH_FIRST).ordered():  # cuDNN would plan each of these shapes
+            plain, exact = (_each_alone(counts, x) for x in (inputs, inputs.double()))
         names = "gradient", "output"
         for name, got, near, true in zip(names, ours, plain, exact, strict=True):
             error, scale = (got.double() - true).abs().max(), true.abs().max()
@@ -186,12 +186,21 @@ def choose_attention(
 
     ``auto``: SDPA for dense masks; for ragged ones ``varlen``, ``xformers``, then SDPA with a mask.
 
+    On compute capability 9.0 and 10.0 torch 2.11 to 2.15 try cuDNN first. It is the faster one
+    there, but builds a plan for every new shape, once in the thread of the forward and once in that
+    of the backward. So torch's order stays with ``mask.static_shapes`` only.
+    (TORCH_CUDNN_SDPA_AVOID_RECOMPILE, which rounds lengths up, takes contiguous q, k and v; ours
+    are slices of one product.)
+
     Args:
         head_widths: of encoder and predictor. dtype: of the training's activations.
 
     Raises:
         ConfigError: the kernel that is asked for cannot run here; says why.
     """
+
+    order: tuple[SDPBackend, ...] = ()
+    notes: list[str] = []
 
     def attempt(name: str) -> Kernel | str:
         # Whatever a foreign kernel raises is the reason not to use it.
@@ -201,7 +210,8 @@ def choose_attention(
             return _first_line(error)
         for width in sorted(head_widths):
             try:
-                probe(kernel, device, dtype, width)
+                with Attention(order=order).ordered():
+                    probe(kernel, device, dtype, width)
             except Exception as error:
                 if isinstance(error, NotImplementedError) and "No operator found" in str(error):
                     kind = device.type.upper()  # xformers goes on with one reason per operator
@@ -209,6 +219,13 @@ def choose_attention(
                 return f"the probe failed: {_first_line(error)}"
         return kernel
 
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0)):
+        if not mask.static_shapes:
+            order, notes = FLASH_FIRST, ["flash before cuDNN, which plans each new shape"]
+        elif isinstance(tried := attempt("sdpa"), str):
+            order, notes = FLASH_FIRST, [f"flash before cuDNN: {tried}"]
+        else:
+            notes = ["cuDNN before flash: static shapes"]
     if model.attention != "auto":
         kernel = attempt(model.attention)
         if isinstance(kernel, str):
@@ -216,27 +233,23 @@ def choose_attention(
                 f"model.attention={model.attention} cannot run on {device.type} in "
                 f"{_short(dtype)}: {kernel}; set model.attention=auto or sdpa"
             )
-        return Attention(kernel, kernel, "as configured")
-    dense = load_kernel("sdpa", device, dtype)
-    failed: list[str] = []
-    if isinstance(dense, Sdpa) and dense.order:
-        tried = attempt("sdpa")
-        if isinstance(tried, str):
-            failed.append(f"cuDNN first: {tried}")
-            dense = Sdpa()
+        reason = ["as configured", *(notes if isinstance(kernel, Sdpa) else ())]
+        return Attention(kernel, kernel, "; ".join(reason), order)
+    dense = Sdpa()
     if not mask.ragged:
         installed = any(importlib.util.find_spec(module.split(".")[0]) for module in _XFORMERS)
         unused = f"xformers: {'for ragged masks only' if installed else 'not installed'}"
-        return Attention(dense, dense, "; ".join(["dense masks", *failed, unused]))
+        return Attention(dense, dense, "; ".join(["dense masks", *notes, unused]), order)
+    failed: list[str] = []
     for name in ("varlen", "xformers"):
         kernel = attempt(name)
         if not isinstance(kernel, str):
-            reason = [f"{dense.name} where all lengths are equal", *failed]
+            reason = [f"{dense.name} where all lengths are equal", *notes, *failed]
             if name == "varlen":
                 reason.append("xformers: not tried, varlen works")
-            return Attention(dense, kernel, "; ".join(reason))
+            return Attention(dense, kernel, "; ".join(reason), order)
         failed.append(f"{name}: {kernel}")
-    return Attention(dense, dense, "; ".join([*failed, "ragged masks are padded"]))
+    return Attention(dense, dense, "; ".join([*failed, "ragged masks are padded", *notes]), order)
 
 
 def _first_line(error: Exception) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +194,32 @@ def test_two_ranks_are_one_process_on_the_concatenated_batch(tmp_path: Path) -> 
         ]
     assert all(torch.equal(a, b) for a, b in zip(*(r["half"] for r in ranks), strict=True))
     assert ranks[0]["half"][0].dtype == torch.float32
+
+
+#: Ways to allow TF32 products or not, and what the Triton kernel makes of them.
+TF32 = {
+    "pass": "tf32x3",
+    "torch.backends.cuda.matmul.allow_tf32 = True": "tf32",
+    "torch.set_float32_matmul_precision('high')": "tf32",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'": "tf32",
+    "torch.backends.fp32_precision = 'tf32'": "tf32",
+    "torch.backends.cuda.matmul.fp32_precision = 'ieee'": "tf32x3",
+}
+
+
+def test_tf32_products_where_the_user_allows_them() -> None:
+    """By any setting of torch, each in a fork of its own: the older and the newer do not mix."""
+    pytest.importorskip("triton")
+    code = (
+        "import os, sys, torch\n"
+        "from njepa_kernels.vicreg.triton_kernel import _precision\n"
+        "for setting in sys.argv[1:]:\n"
+        "    if os.fork() == 0:\n"
+        "        exec(setting)\n"
+        "        print(_precision(), flush=True)\n"
+        "        os._exit(0)\n"
+        "    os.wait()\n"
+    )
+    command = [sys.executable, "-c", code, *TF32]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert dict(zip(TF32, done.stdout.split(), strict=True)) == TF32

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from njepa.models.attention_kernels import FLASH_FIRST
 
 #: Operators and methods whose result, or its shape, depends on values that the host has to read;
 #: ``lift_fresh`` is what ``torch.tensor(numbers, device=...)`` ends in, a blocking copy.
@@ -75,18 +79,44 @@ def _boolean(indices: Any) -> bool:
     )
 
 
-def reads_of(trainer: Any, steps: int) -> list[str]:
-    """What ``steps`` training steps read, after one step that is not watched."""
+def watch(trainer: Any, steps: int) -> dict[str, Any]:
+    """What the host does in ``steps`` training steps, after one step that is not watched.
+
+    reads: device values that it reads. synchronized: calls of ``synchronize`` of DeepSpeed's
+    accelerator. ordered: how often SDPA's order of backends is set. attended: calls of SDPA under
+    the trainer's order, and under another.
+    """
+    from deepspeed.accelerator import get_accelerator
+
     # As on a GPU: the ops look at values on a CPU only, where that costs nothing.
     for module in ("_checks", "ema_update_.op", "vicreg.op"):
         importlib.import_module(f"njepa_kernels.{module}").can_read_values = lambda _: False
+    trainer.attention = replace(trainer.attention, order=FLASH_FIRST)
     batches = iter(trainer.loader)
     trainer._train_step(batches)
-    reads = HostReads()
-    for _ in range(steps):
-        with reads:
-            trainer._train_step(batches)
-        trainer.step += 1
+    functional, get_order = torch.nn.functional, torch._C._get_sdp_priority_order
+    attention, set_order = functional.scaled_dot_product_attention, torch._C._set_sdp_priority_order
+    set_order([int(backend) for backend in reversed(FLASH_FIRST)])
+    reads, attended = HostReads(), [0, 0]
+
+    def attend(*args: Any, **kwargs: Any) -> torch.Tensor:
+        attended[get_order()[0] != int(FLASH_FIRST[0])] += 1
+        return attention(*args, **kwargs)
+
+    with (
+        mock.patch.object(get_accelerator(), "synchronize") as synchronize,
+        mock.patch.object(torch._C, "_set_sdp_priority_order", side_effect=set_order) as ordered,
+        mock.patch.object(functional, "scaled_dot_product_attention", attend),
+    ):
+        for _ in range(steps):
+            with reads:
+                trainer._train_step(batches)
+            trainer.step += 1
     trainer.loader.close()
     trainer.close()
-    return sorted(reads.seen)
+    return {
+        "reads": sorted(reads.seen),
+        "synchronized": synchronize.call_count,
+        "ordered": ordered.call_count,
+        "attended": attended,
+    }

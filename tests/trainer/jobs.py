@@ -80,9 +80,9 @@ def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
     config = load_config("shapes-tiny", TINY + job["overrides"])
     trainer = Trainer(config, job["ds"], ranks)
     if job.get("reads"):  # instead of a whole run
-        seen = reads_of(trainer, steps=2)
+        seen, synchronized = reads_of(trainer, steps=2)
         trainer.engine.destroy()
-        return {"reads": seen}
+        return {"reads": seen, "synchronized": synchronized}
     record: dict[str, Any] = {"ids": [], "grads": [], "losses": []}
     engine = trainer.engine
     names = {p: n for n, p in engine.module.named_parameters() if p.requires_grad}

@@ -17,8 +17,9 @@ from njepa import train
 from njepa.config import ConfigError, MaskConfig, ModelConfig
 from njepa.data.batch import Lengths
 from njepa.ds_engine import compute_dtype
+from njepa.models import attention_kernels
 from njepa.models.attention import Attention, Sdpa, Sequences
-from njepa.models.attention_kernels import CUDNN_FIRST, choose_attention, load_kernel, probe
+from njepa.models.attention_kernels import FLASH_FIRST, choose_attention, load_kernel, probe
 from njepa.models.block import Block
 
 CPU = torch.device("cpu")
@@ -326,12 +327,53 @@ def test_it_is_refused_before_the_images_are_looked_for(tmp_path, capsys, monkey
     assert not (tmp_path / "run").exists()
 
 
-def test_cudnn_first_changes_no_value():
-    """An order only prefers: what none of the first backends can do falls to a later one."""
+@pytest.mark.parametrize(
+    ("capability", "static", "wanted", "flash", "reason"),
+    [
+        ((9, 0), False, "auto", True, "flash before cuDNN, which plans each new shape"),
+        ((9, 0), False, "sdpa", True, "flash before cuDNN, which plans each new shape"),
+        ((9, 0), True, "auto", False, "cuDNN before flash: static shapes"),
+        ((10, 0), False, "auto", True, "flash before cuDNN, which plans each new shape"),
+        ((8, 0), False, "auto", False, None),
+        ((12, 0), True, "auto", False, None),
+    ],
+)
+def test_cudnn_is_first_for_static_shapes_only(
+    capability, static: bool, wanted: str, flash: bool, reason: str | None, monkeypatch
+):
+    """Where torch itself tries it first; the start table says which, and why."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(attention_kernels, "probe", lambda *_: None)
+    model, mask = ModelConfig(attention=wanted), MaskConfig(static_shapes=static)
+    cuda = torch.device("cuda")
+    chosen = choose_attention(model, mask, {64}, cuda, torch.bfloat16)
+    assert chosen.order == (FLASH_FIRST if flash else ())
+    assert ("cuDNN" not in str(chosen)) if reason is None else (f"; {reason}" in str(chosen))
+
+
+def test_a_cudnn_that_fails_is_not_first(monkeypatch: pytest.MonkeyPatch):
+    def fails(*_: object) -> None:
+        raise RuntimeError("no execution plan\nfor this graph")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(attention_kernels, "probe", fails)
+    chosen = choose_attention(
+        ModelConfig(), MaskConfig(static_shapes=True), {64}, torch.device("cuda"), torch.bfloat16
+    )
+    assert chosen.order == FLASH_FIRST
+    assert "; flash before cuDNN: the probe failed: no execution plan;" in str(chosen)
+
+
+def test_an_order_ends_with_its_block_and_changes_no_value():
+    """It only prefers: what none of the first backends can do falls to a later one."""
     q, k, v = draw(3, 2, 9, 2, 8)
     sequences = Attention().sequences(2, 9)
-    ordered = Sdpa(CUDNN_FIRST)(q, k, v, sequences)
-    torch.testing.assert_close(ordered, Sdpa()(q, k, v, sequences))
+    before, plain = torch._C._get_sdp_priority_order(), Sdpa()(q, k, v, sequences)
+    with Attention(order=FLASH_FIRST).ordered():
+        first = torch._C._get_sdp_priority_order()[: len(FLASH_FIRST)]
+        assert first == [int(backend) for backend in FLASH_FIRST]
+        torch.testing.assert_close(Sdpa()(q, k, v, sequences), plain)
+    assert torch._C._get_sdp_priority_order() == before
     assert torch.backends.cuda.math_sdp_enabled()
 
 

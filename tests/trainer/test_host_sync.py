@@ -30,17 +30,18 @@ JOBS = {
     "zero1-no-clipping": (1, [], {}),
     "zero2": (2, [], {"gradient_clipping": 1.0}),
     "zero3": (3, [], {"gradient_clipping": 1.0}),
+    "timed": (0, [], {"timers": {"throughput": {"enabled": True}}}),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def reads(tmp_path_factory):
-    root = tmp_path_factory.mktemp("reads")
+def watched(tmp_path_factory):
+    root = tmp_path_factory.mktemp("watched")
     make_images(root / "images", 26)
     jobs = [
         {
             "name": name,
-            "reads": True,
+            "watch": True,
             "overrides": [
                 f"data.path={root}/images", f"data.cache_dir={root}/cache",
                 f"run.dir={root}/{name}", "method=ncjepa", "run.max_steps=9", *overrides,
@@ -49,17 +50,34 @@ def reads(tmp_path_factory):
         }
         for name, (stage, overrides, ds) in JOBS.items()
     ]  # fmt: skip
-    return {name: job["reads"] for name, job in run_jobs(jobs, 1, root / "jobs").items()}
+    return run_jobs(jobs, 1, root / "jobs")
 
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("name", JOBS)
-def test_a_step_reads_nothing_on_the_host(reads, name):
+def test_a_step_reads_nothing_on_the_host(watched, name):
     stage, _, ds = JOBS[name]
-    ours = [read for read in reads[name] if " in deepspeed:" not in read]
-    assert not ours
+    seen = watched[name]["reads"]
+    assert not [read for read in seen if " in deepspeed:" not in read]
     if stage == 0 and "gradient_clipping" not in ds:
-        assert not reads[name]
+        assert not seen
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("name", JOBS)
+def test_a_step_does_not_wait_for_the_device(watched, name):
+    """DeepSpeed's throughput timer would, twice a micro-batch, from the third step on."""
+    assert watched[name]["synchronized"] == (2 if name == "timed" else 0)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("name", JOBS)
+def test_the_order_of_attention_is_set_once_a_step(watched, name):
+    """And put back at its end: two steps, four settings, whatever number of calls."""
+    within, outside = watched[name]["attended"]
+    assert within >= 10
+    assert outside == 0
+    assert watched[name]["ordered"] == 4
 
 
 def test_what_counts_as_a_read():

@@ -10,6 +10,7 @@ import threading
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -391,6 +392,35 @@ def test_dali_ends_and_names_the_file(tmp_path, dali, kind):
     assert "data.backend=torch" in message
 
 
+def test_dali_cuts_whole_images_where_windows_crash(tmp_path, dali, monkeypatch):
+    """The same pixels as from the decoder of windows, and the reason beside the backend's."""
+    from njepa.data import dali_pipeline
+
+    case = Case(write(tmp_path / "in", special_images()), tmp_path)
+    windows = case.batches("dali", micro=case.index.n // 2, stop=4)
+    gpu = SimpleNamespace(type="cuda", index=0)
+    note = "decoding windows of JPEGs crashed (SIGSEGV)"
+    asked, built, build = [], [], dali_pipeline.DaliPixels._build
+
+    def on_the_cpu(self, threads, device_id, *, whole):
+        built.append((device_id, whole))
+        return build(self, threads, None, whole=whole)
+
+    monkeypatch.setattr(dali_pipeline, "decoder_note", lambda device: asked.append(device) or note)
+    monkeypatch.setattr(dali_pipeline.DaliPixels, "_build", on_the_cpu)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
+    arguments = case.config.data, 0, case.index, case.order, 0, 4, 1
+    pixels = dali_pipeline.DaliPixels(*arguments, gpu)
+    assert (asked, built) == ([0], [(0, True)])
+    for batch in windows:
+        assert torch.equal(next(pixels).images, batch.images)
+    pixels.close()
+    monkeypatch.setattr(dali_pipeline, "DaliPixels", lambda *_: pixels)
+    loader = case.loader("dali")
+    loader.close()
+    assert loader.backend_reason == f"as configured; {note}"
+
+
 def test_dali_names_a_member_of_a_shard(tmp_path, dali):
     from njepa.data.dali_pipeline import UnreadableImage
 
@@ -519,6 +549,7 @@ def test_a_program_that_forgets_to_close_ends_all_the_same(tmp_path):
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
+from types import SimpleNamespace
 from test_loaders import Case
 case = Case(Path({str(tmp_path / "in")!r}), Path({str(tmp_path)!r}))
 loaders = [case.loader("torch", stop=1000, workers=workers) for workers in (0, 2)]

@@ -113,7 +113,7 @@ def vicreg(
     Returns:
         VicregTerms(inv, std, cov): unweighted scalars, computed and returned in fp32 (fp64 for fp64
         input), also under autocast; the same on every rank. Where the user allows TF32 matrix
-        products (``torch.backends.cuda.matmul.allow_tf32``), ``cov`` uses them.
+        products (``torch.backends.cuda.matmul.fp32_precision``), ``cov`` uses them.
 
     Gradients: with a group the backward sums over the ranks, so that the *mean* over ranks of the
     parameter gradients (DDP, ZeRO) is the gradient of the one global loss. c is computed on the

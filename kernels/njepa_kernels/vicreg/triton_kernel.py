@@ -187,7 +187,9 @@ def _vicreg_bwd_kernel(
 
 def _precision() -> str:
     """The user's choice; without it three TF32 products, which are as exact as one in fp32."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    # Not allow_tf32: it follows that, set_float32_matmul_precision and the settings for all
+    # operations, while reading allow_tf32 raises once one of the new ones was set.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def forward(
