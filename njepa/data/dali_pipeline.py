@@ -63,13 +63,12 @@ class DaliPixels:
         if self._pipeline is None or self._next >= self._stop:
             raise StopIteration
         try:
-            (images,) = self._pipeline.run()  # returns when they are complete
+            images, ids = self._pipeline.run()  # returns when they are complete
         except (RuntimeError, IndexError) as error:
             error.__traceback__ = None  # its frames would keep the pipeline alive
             raise self._explained(error) from error
-        plan = self._order.at(self._next)
         self._next += 1
-        return Pixels(self._delivered(images), plan.ids, [])
+        return Pixels(self._delivered(images), ids.as_array(), [])
 
     def close(self) -> None:
         """Drop the pipeline and its threads."""
@@ -113,11 +112,11 @@ class DaliPixels:
             prefetch_queue_depth=self._config.prefetch,
         )
         with pipeline:
-            data, corner, extent, mirrored = fn.external_source(
+            data, corner, extent, mirrored, ids = fn.external_source(
                 source=self._inputs,
-                num_outputs=4,
-                dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
-                ndim=[1, 1, 1, 0],
+                num_outputs=5,
+                dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.INT64],
+                ndim=[1, 1, 1, 0, 0],
             )
             if not self._index.shards:
                 data = fn.io.file.read(data)
@@ -130,7 +129,7 @@ class DaliPixels:
             images = fn.resize(
                 images, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True
             )
-            pipeline.set_outputs(fn.flip(images, horizontal=mirrored))
+            pipeline.set_outputs(fn.flip(images, horizontal=mirrored), ids)
         pipeline.build()
         return pipeline
 
@@ -146,6 +145,7 @@ class DaliPixels:
             np.ascontiguousarray(corner),
             np.ascontiguousarray(extent),
             mirrored.astype(np.int32),
+            np.ascontiguousarray(plan.ids),
         )
 
     def _encoded(self, ids: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
