@@ -7,8 +7,7 @@ from copy import deepcopy
 from typing import cast
 
 import torch
-from njepa_kernels import ema_update_
-from njepa_kernels._dispatch import Impl
+from njepa_kernels import Impl, ema_update_
 from torch import Tensor, nn
 
 from njepa.models.encoder import Encoder

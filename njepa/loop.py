@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from njepa_kernels._dispatch import choose
+from njepa_kernels import choose
 from torch import Tensor
 
 from njepa import checkpointing, ds_engine

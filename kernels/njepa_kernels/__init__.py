@@ -5,8 +5,8 @@ Needs torch and nothing else. Every op takes ``impl="auto"``; ``available_impls(
 
 from . import integrations, layers, nn
 from ._checks import debug_checks
-from ._dispatch import available_impls
-from ._philox import NoiseKey, philox_normal
+from ._dispatch import Impl, available_impls, choose
+from ._philox import NoiseKey, philox4x32, philox_normal
 from ._version import __version__
 from .ema_update_.op import ema_update_
 from .gather_tokens.op import gather_tokens
@@ -18,11 +18,13 @@ from .vicreg.op import vicreg
 from .vicreg.reference import VicregTerms
 
 __all__ = [
+    "Impl",
     "JepaLoss",
     "NoiseKey",
     "VicregTerms",
     "__version__",
     "available_impls",
+    "choose",
     "debug_checks",
     "ema_update_",
     "gather_tokens",
@@ -31,6 +33,7 @@ __all__ = [
     "layers",
     "nn",
     "patchify",
+    "philox4x32",
     "philox_normal",
     "predictor_tokens",
     "vicreg",

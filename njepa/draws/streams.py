@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from njepa_kernels._philox import MASK32, philox4x32
+from njepa_kernels import philox4x32
 
 from njepa.config import did_you_mean
 
@@ -21,6 +21,7 @@ Float64Array = npt.NDArray[np.float64]
 
 #: The streams that exist; a misspelt name would silently be another stream. ``init/<module>`` too.
 STREAMS = ("order", "crop", "flip", "mask_size", "mask_place", "mask_count", "sigma", "noise")
+_MASK32 = 0xFFFFFFFF  # Philox counts in words
 _CHUNK = 1 << 14  # counters at a time: Philox runs inside the cache
 
 
@@ -38,7 +39,7 @@ def stream_seed(seed: int, stream: str) -> int:
             f"unknown random stream {stream!r}{did_you_mean(stream, [*STREAMS])}; "
             f"expected one of {', '.join(STREAMS)} or init/<module>"
         )
-    return int(philox4x32(zlib.crc32(stream.encode()), 0, 0, 0, seed & MASK32, 0)[0])
+    return int(philox4x32(zlib.crc32(stream.encode()), 0, 0, 0, seed & _MASK32, 0)[0])
 
 
 def words(
@@ -63,7 +64,7 @@ def words(
     rows = max(1, _CHUNK // max(quads, 1))
     for start in range(0, len(ids), rows):
         i = ids[start : start + rows, None]
-        quad = philox4x32(i & MASK32, (i >> 32) & MASK32, draws, attempt, key, step & MASK32)
+        quad = philox4x32(i & _MASK32, (i >> 32) & _MASK32, draws, attempt, key, step & _MASK32)
         for j, word in enumerate(quad):
             out[start : start + rows, :, j] = word
     return out.reshape(len(ids), 4 * quads)[:, :count]
@@ -78,7 +79,7 @@ def uniform(
 
 def uniform_of_step(seed: int, stream: str, step: int) -> tuple[float, float, float, float]:
     """The first four ``uniform`` numbers of id 0: draws that the samples of a step share."""
-    a, b, c, d = philox4x32(0, 0, 0, 0, stream_seed(seed, stream), step & MASK32)
+    a, b, c, d = philox4x32(0, 0, 0, 0, stream_seed(seed, stream), step & _MASK32)
     return a * 2.0**-32, b * 2.0**-32, c * 2.0**-32, d * 2.0**-32
 
 

@@ -6,7 +6,7 @@ Shapes: B images, N patches, K kept patches, D width.
 from __future__ import annotations
 
 import torch
-from njepa_kernels._dispatch import Impl
+from njepa_kernels import Impl
 from torch import Tensor, nn
 from torch.nn import functional as F
 

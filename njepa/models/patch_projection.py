@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-from njepa_kernels import patchify
-from njepa_kernels._dispatch import Impl
+from njepa_kernels import Impl, patchify
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -7,8 +7,7 @@ width, d predictor width.
 from __future__ import annotations
 
 import torch
-from njepa_kernels import NoiseKey, philox_normal, predictor_tokens
-from njepa_kernels._dispatch import Impl
+from njepa_kernels import Impl, NoiseKey, philox_normal, predictor_tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 
