@@ -148,7 +148,9 @@ _OPS: dict[str, Callable[[int, int, int, torch.dtype], None]] = {
 _OP_OF = {
     "predictor_forward": "predictor_tokens",
     "context_gradient": "predictor_tokens",
-    "sigma_gradient": "predictor_tokens",
+    "target_gradient": "predictor_tokens",
+    "count_rows": "predictor_tokens",
+    "sort_rows": "predictor_tokens",
     "pos_gradient": "predictor_tokens",
     "column_sums": "predictor_tokens",
     "jepa_loss": "jepa_loss",
