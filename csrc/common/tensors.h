@@ -120,6 +120,7 @@ inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type, int32
   }
   const int32_t dtype = type == ScalarType::Float  ? aoti_torch_dtype_float32()
                         : type == ScalarType::Half ? aoti_torch_dtype_float16()
+                        : type == ScalarType::Int  ? aoti_torch_dtype_int32()
                                                    : aoti_torch_dtype_bfloat16();
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(

@@ -8,11 +8,19 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "kernels.h"
 
 namespace njepa::cuda {
 
 constexpr int kWarp = 32;
+
+// A thread works on as many neighbouring columns as 16 bytes of the main type hold: then the lanes
+// of a warp move whole sectors of 32 bytes.
+template <class T>
+constexpr int kGroup = 16 / sizeof(T);
+
 constexpr unsigned kAll = 0xffffffffu;
 
 __device__ inline float widen(float x) { return x; }
@@ -23,50 +31,86 @@ __device__ inline void narrow(float x, float& out) { out = x; }
 __device__ inline void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
 __device__ inline void narrow(float x, __half& out) { out = __float2half_rn(x); }
 
-// How many of the 8 columns from `column` on exist: at most 0 beyond the edge.
-__device__ inline int columns_left(int64_t column, int64_t D) {
-  return D - column < kGroup ? static_cast<int>(D - column) : kGroup;
+// Every access to memory goes through these: on a CPU the emulation counts and checks them.
+#ifndef NJEPA_ACCESS
+#define NJEPA_ACCESS(address, bytes, write) true
+#endif
+
+template <class T>
+__device__ inline T read(const T* p) {
+  return NJEPA_ACCESS(p, sizeof(T), false) ? *p : T{};
 }
 
-// out[i] = p[i] for i < n, else 0. Vectors: n is 8, or at most 0.
-template <bool kVector, class T>
-__device__ inline void load(const T* p, int n, float (&out)[kGroup]) {
+template <class T>
+__device__ inline void write(T* p, T value) {
+  if (NJEPA_ACCESS(p, sizeof(T), true)) *p = value;
+}
+
+// How many of the kCount columns from `column` on exist: at most 0 beyond the edge.
+template <int kCount>
+__device__ inline int columns_left(int64_t column, int64_t D) {
+  return D - column < kCount ? static_cast<int>(D - column) : kCount;
+}
+
+// What one access of a thread moves: 16 bytes, or 8 of a narrower type beside a wider one.
+template <int kBytes>
+using Word = std::conditional_t<kBytes % 16 == 0, uint4, uint2>;
+
+// out[i] = p[i] for i < n, else 0. Vectors: n is kCount, or at most 0.
+template <bool kVector, class T, int kCount>
+__device__ inline void load(const T* p, int n, float (&out)[kCount]) {
   if constexpr (kVector) {
-    constexpr int per_word = 16 / sizeof(T);
+    using W = Word<kCount * sizeof(T)>;
+    constexpr int per_word = sizeof(W) / sizeof(T);
 #pragma unroll
-    for (int word = 0; word < kGroup / per_word; ++word) {
-      uint4 bits = make_uint4(0, 0, 0, 0);
-      if (n > 0) bits = reinterpret_cast<const uint4*>(p)[word];
+    for (int word = 0; word < kCount / per_word; ++word) {
+      W bits{};
+      if (n > 0) bits = read(reinterpret_cast<const W*>(p) + word);
       T values[per_word];
-      __builtin_memcpy(values, &bits, 16);
+      __builtin_memcpy(values, &bits, sizeof(W));
 #pragma unroll
       for (int i = 0; i < per_word; ++i) out[word * per_word + i] = widen(values[i]);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) out[i] = i < n ? widen(p[i]) : 0.0f;
+    for (int i = 0; i < kCount; ++i) out[i] = i < n ? widen(read(p + i)) : 0.0f;
   }
 }
 
-template <bool kVector, class T>
-__device__ inline void store(T* p, int n, const float (&value)[kGroup]) {
+template <bool kVector, class T, int kCount>
+__device__ inline void store(T* p, int n, const float (&value)[kCount]) {
   if constexpr (kVector) {
-    constexpr int per_word = 16 / sizeof(T);
+    using W = Word<kCount * sizeof(T)>;
+    constexpr int per_word = sizeof(W) / sizeof(T);
     if (n <= 0) return;
 #pragma unroll
-    for (int word = 0; word < kGroup / per_word; ++word) {
+    for (int word = 0; word < kCount / per_word; ++word) {
       T values[per_word];
 #pragma unroll
       for (int i = 0; i < per_word; ++i) narrow(value[word * per_word + i], values[i]);
-      uint4 bits;
-      __builtin_memcpy(&bits, values, 16);
-      reinterpret_cast<uint4*>(p)[word] = bits;
+      W bits;
+      __builtin_memcpy(&bits, values, sizeof(W));
+      write(reinterpret_cast<W*>(p) + word, bits);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i)
-      if (i < n) narrow(value[i], p[i]);
+    for (int i = 0; i < kCount; ++i)
+      if (i < n) {
+        T narrowed;
+        narrow(value[i], narrowed);
+        write(p + i, narrowed);
+      }
   }
+}
+
+// The same for a row that an index names: an index out of range reads nothing and gives NaN.
+template <bool kVector, class T, int kCount>
+__device__ inline void load_row(
+    const T* row, bool known, int64_t column, int64_t D, float (&out)[kCount]) {
+  load<kVector>(row + column, known ? columns_left<kCount>(column, D) : 0, out);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    if (!known) out[i] = nanf("");
 }
 
 // The sum over the warp, the same bits in every lane.

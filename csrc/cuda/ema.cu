@@ -5,7 +5,8 @@ namespace njepa::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kGroups = EmaTable::kChunk / (kThreads * kGroup);
+constexpr int kColumns = kGroup<float>;  // of the targets; 8 bytes of a bf16 source or shadow
+constexpr int kGroups = EmaTable::kChunk / (kThreads * kColumns);
 
 struct Chunk {
   float* target;
@@ -16,21 +17,21 @@ struct Chunk {
 
 template <class T, bool kVector>
 __device__ inline void update(const Chunk& c, float momentum, float rest) {
-  float target[kGroups][kGroup], source[kGroups][kGroup];
+  float target[kGroups][kColumns], source[kGroups][kColumns];
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
-    const int at = (j * kThreads + threadIdx.x) * kGroup;
-    const int n = columns_left(at, c.count);
+    const int at = (j * kThreads + threadIdx.x) * kColumns;
+    const int n = columns_left<kColumns>(at, c.count);
     load<kVector>(static_cast<const T*>(c.source) + at, n, source[j]);
     load<kVector>(c.target + at, n, target[j]);
   }
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
-    const int at = (j * kThreads + threadIdx.x) * kGroup;
-    const int n = columns_left(at, c.count);
+    const int at = (j * kThreads + threadIdx.x) * kColumns;
+    const int n = columns_left<kColumns>(at, c.count);
     // Rounded as target.mul_(m).add_(source, alpha=1-m).
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i)
+    for (int i = 0; i < kColumns; ++i)
       target[j][i] = __fmaf_rn(rest, source[j][i], __fmul_rn(momentum, target[j][i]));
     store<kVector>(c.target + at, n, target[j]);
     if (c.shadow) store<kVector>(c.shadow + at, n, target[j]);
@@ -49,8 +50,8 @@ __global__ __launch_bounds__(kThreads) void ema_kernel(const __grid_constant__ E
   Chunk c{table.target[low] + first, static_cast<const T*>(table.source[low]) + first,
           static_cast<__nv_bfloat16*>(table.shadow[low]), table.count[low] - first};
   if (c.shadow) c.shadow += first;
-  const float momentum = table.rates ? table.rates[0] : table.momentum;
-  const float rest = table.rates ? table.rates[1] : table.rest;
+  const float momentum = table.rates ? read(table.rates) : table.momentum;
+  const float rest = table.rates ? read(table.rates + 1) : table.rest;
   const uintptr_t bits = reinterpret_cast<uintptr_t>(c.target) |
                          reinterpret_cast<uintptr_t>(c.source) |
                          reinterpret_cast<uintptr_t>(c.shadow);

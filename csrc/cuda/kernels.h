@@ -12,9 +12,10 @@ namespace njepa::cuda {
 
 using Error = const char*;  // null: none
 
-// Threads work on 8 neighbouring columns: 16 bytes of bf16 or fp16, twice 16 of fp32.
-inline constexpr int kGroup = 8;
-// `vector`: every row starts on 16 bytes and D is a multiple of kGroup; else element by element.
+// `vector`: every row of the main type starts on 16 bytes, and all that the call touches at least on
+// an address that is a multiple of 16; else element by element.
+//
+// An index outside [0, N) reads and writes nothing: what it names is NaN, and gets no gradient.
 
 struct Sizes {
   uint32_t B, M, Kc, Kt, N, D;
@@ -46,40 +47,45 @@ struct ContextGradient {
 };
 Error context_gradient(const ContextGradient& args, Type type, bool vector, void* stream);
 
-struct SigmaGradient {
+inline constexpr uint32_t kTile = 512;  // columns of a thread block of the next two
+
+struct TargetGradient {  // a thread block takes some pairs (b, m)
   const void* grad;
   const int64_t* target_idx;
   Noise noise;
-  float* dsigma;  // [B,M,Kt], to be summed over the tokens
+  float* dmask;   // [chunks,D], to be summed over the chunks
+  float* dsigma;  // [B,M,tiles of D], to be summed over the tiles, or null
+  uint32_t per_chunk, chunks;
   Sizes size;
 };
-Error sigma_gradient(const SigmaGradient& args, Type type, bool vector, void* stream);
+Error target_gradient(const TargetGradient& args, Type type, bool vector, void* stream);
 
-struct PosGradient {  // a warp owns a patch, for the samples of one chunk
+// A stable counting sort of the rows of `grad` by their patch, then a sum per patch: every row is
+// read once, and nothing depends on the order in which thread blocks run.
+struct PosGradient {
   const void* grad;
   const int64_t* context_idx;
   const int64_t* target_idx;
-  float* partial;  // [chunks,N,D]
-  uint32_t per_chunk, chunks;
+  int32_t* counts;  // [chunks,N]
+  int32_t* begin;   // [N+1]: where the rows of a patch are in `rows`
+  int32_t* rows;    // [M*B*(Kc+Kt)]
+  float* dpos;      // [N,D]
+  uint32_t per_chunk, chunks;  // rows, in the order of `grad`
   Sizes size;
 };
 Error pos_gradient(const PosGradient& args, Type type, bool vector, void* stream);
 
-// out[chunk] = sum of in[row] over the rows of the chunk, in fp32. Row r of the sum is row
-// r / length * stride + skip + r % length of `in`.
-struct ColumnSums {
-  const void* in;
-  float* out;  // [chunks,columns]
-  int64_t columns;
-  uint32_t rows, per_chunk, chunks;
-  uint32_t length, stride, skip;
+struct ColumnSums {  // out = sum of in[row] over the rows
+  const float* in;
+  float* out;
+  uint32_t columns, rows;
 };
-Error column_sums(const ColumnSums& args, Type type, bool vector, void* stream);
+Error column_sums(const ColumnSums& args, bool vector, void* stream);
 
 inline constexpr uint32_t kWidestLoss = 8192;
 
-// A thread block takes this many rows, one after another, where a row needs the whole block.
-inline constexpr int kLossRows = 4;
+// So many that the one thread block of loss_terms has little to add.
+inline constexpr int64_t kMostLossBlocks = 2048;
 
 struct JepaLoss {  // rows: (m*B + b)*Kt + t
   const void* pred;
@@ -92,8 +98,10 @@ struct JepaLoss {  // rows: (m*B + b)*Kt + t
   void* dnoised;   // the same with both names exchanged
   float slope_pred, slope_noised, pull_pred, pull_noised;
   float beta, eps;
+  uint32_t rows;  // of a thread block: loss_rows
   Sizes size;
 };
+uint32_t loss_rows(const Sizes& size);
 uint32_t loss_blocks(const Sizes& size);
 Error jepa_loss(const JepaLoss& args, Type type, bool vector, void* stream);
 

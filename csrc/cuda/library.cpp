@@ -7,6 +7,10 @@
 #include "../common/tensors.h"
 #include "kernels.h"
 
+#ifdef NJEPA_EMULATED
+extern "C" void watch_allow(const void* begin, uint64_t bytes);  // what a call allocates
+#endif
+
 namespace njepa {
 
 #ifdef NJEPA_EMULATED
@@ -39,7 +43,11 @@ class Place {
   void* stream() const { return stream_; }
 
   Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) const {
-    return njepa::empty(shape, type, this->type(), index_);
+    Tensor tensor = njepa::empty(shape, type, this->type(), index_);
+#ifdef NJEPA_EMULATED
+    watch_allow(tensor.data_ptr(), tensor.numel() * tensor.element_size());
+#endif
+    return tensor;
   }
   Tensor floats(std::initializer_list<int64_t> shape) const {
     return empty(shape, ScalarType::Float);
@@ -60,22 +68,22 @@ void launched(const char* op, Error error) {
 }
 
 // Whether rows of width D that start at these addresses can be read 16 bytes at a time.
-bool vector(int64_t D, std::initializer_list<const void*> addresses) {
+bool vector(int64_t D, Type type, std::initializer_list<const void*> addresses) {
   uintptr_t bits = 0;
   for (const void* address : addresses) bits |= reinterpret_cast<uintptr_t>(address);
-  return D % kGroup == 0 && bits % 16 == 0;
+  return D * size_of(type) % 16 == 0 && bits % 16 == 0;
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The kernels count rows, and groups of columns in rows, in 32 bits.
+// The kernels count rows, and groups of 4 columns in rows, in 32 bits.
 Sizes sizes(
     const char* op, int64_t B, int64_t M, int64_t Kc, int64_t Kt, int64_t N, int64_t D) {
   constexpr int64_t most = INT32_MAX;
   const int64_t groups = std::max(std::max(Kc + M * Kt, M * (Kc + Kt)) * B, N) *
-      std::max<int64_t>(1, ceil_div(D, kGroup));
+      std::max<int64_t>(1, ceil_div(D, 4));
   STD_TORCH_CHECK(groups <= most, op, ": too many tokens for one call: got ", groups,
-                  " groups of 8 channels, at most ", most, "; split the batch");
+                  " groups of 4 channels, at most ", most, "; split the batch");
   const auto narrow = [](int64_t size) { return static_cast<uint32_t>(size); };
   return {narrow(B), narrow(M), narrow(Kc), narrow(Kt), narrow(N), narrow(D)};
 }
@@ -107,41 +115,10 @@ Tensor predictor_tokens_forward(const Tensor& context, const Tensor& pos, const 
                               noise_of(sigma.has_value(), sample_ids, seed, step, shared, B),
                               out.data_ptr(),
                               sizes(kPredictor, B, M, Kc, Kt, N, D)};
-  const bool wide = vector(D, {args.context, args.pos, args.mask_token, args.out});
-  launched(kPredictor,
-           predictor_forward(args, type_of("context", context), wide, place.stream()));
+  const Type type = type_of("context", context);
+  const bool wide = vector(D, type, {args.context, args.pos, args.mask_token, args.out});
+  launched(kPredictor, predictor_forward(args, type, wide, place.stream()));
   return out;
-}
-
-struct Rows {  // see ColumnSums
-  int64_t count, length, stride, skip;
-};
-
-// Sums of columns in two stages, so that many thread blocks work and no order is left to chance.
-void sum_rows(const Place& place, const void* in, Type type, const Rows& rows, int64_t columns,
-              const Tensor& out) {
-  constexpr int64_t least = 64, chunks_wanted = 256;
-  const int64_t per_chunk = std::max(least, ceil_div(rows.count, chunks_wanted));
-  const int64_t chunks = std::max<int64_t>(1, ceil_div(rows.count, per_chunk));
-  const auto narrow = [](int64_t size) { return static_cast<uint32_t>(size); };
-  const auto stage = [&](const void* from, Type from_type, const Rows& r, int64_t per, int64_t to,
-                         float* result) {
-    const ColumnSums args{from,
-                          result,
-                          columns,
-                          narrow(r.count),
-                          narrow(per),
-                          narrow(to),
-                          narrow(std::max<int64_t>(r.length, 1)),
-                          narrow(r.stride),
-                          narrow(r.skip)};
-    launched(kPredictor,
-             column_sums(args, from_type, vector(columns, {from, result}), place.stream()));
-  };
-  if (chunks == 1) return stage(in, type, rows, per_chunk, 1, data(out));
-  Tensor partial = place.floats({chunks, columns});
-  stage(in, type, rows, per_chunk, chunks, data(partial));
-  stage(data(partial), Type::f32, {chunks, chunks, 0, 0}, chunks, 1, data(out));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> predictor_tokens_backward(
@@ -159,38 +136,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> predictor_tokens_backward(
   const int64_t* context = input<int64_t>("context_idx", context_idx, {B, Kc});
   const int64_t* target = input<int64_t>("target_idx", target_idx, {B, M, Kt});
 
+  const void* from = grad.data_ptr();
+  const auto narrow = [](int64_t number) { return static_cast<uint32_t>(number); };
+
   Tensor dcontext = place.empty({B, Kc, D}, grad.scalar_type());
-  const ContextGradient to_context{grad.data_ptr(), dcontext.data_ptr(), size};
-  const bool wide = vector(D, {grad.data_ptr(), dcontext.data_ptr()});
+  const ContextGradient to_context{from, dcontext.data_ptr(), size};
+  const bool wide = vector(D, type, {from, to_context.dcontext});
   launched(kPredictor, context_gradient(to_context, type, wide, stream));
 
+  constexpr int64_t most_chunks = 512;
+  const int64_t per_chunk = std::max<int64_t>(1, ceil_div(B * M, most_chunks));
+  const int64_t chunks = std::max<int64_t>(1, ceil_div(B * M, per_chunk));
   Tensor dmask = place.floats({D});
-  sum_rows(place, grad.data_ptr(), type, {B * M * Kt, Kt, Kc + Kt, Kc}, D, dmask);
+  Tensor partial = chunks == 1 ? dmask : place.floats({chunks, D});
+  Tensor dsigma = need_sigma ? place.floats({B, M, ceil_div(D, kTile)}) : place.none();
+  const TargetGradient to_targets{from,
+                                  target,
+                                  noise,
+                                  data(partial),
+                                  need_sigma ? data(dsigma) : nullptr,
+                                  narrow(per_chunk),
+                                  narrow(chunks),
+                                  size};
+  launched(kPredictor, target_gradient(to_targets, type, vector(D, type, {from}), stream));
+  if (chunks > 1) {
+    const ColumnSums sums{data(partial), data(dmask), narrow(D), narrow(chunks)};
+    launched(kPredictor, column_sums(sums, vector(D, Type::f32, {sums.in, sums.out}), stream));
+  }
 
   Tensor dpos = need_pos ? place.floats({N, D}) : place.none();
   if (need_pos) {
-    // Enough warps to fill a large GPU; a function of the sizes alone.
-    constexpr int64_t warps_wanted = 8192;
-    const int64_t wanted = ceil_div(warps_wanted, std::max<int64_t>(1, N * ceil_div(D, 512)));
-    const int64_t per_chunk = std::max<int64_t>(1, ceil_div(B, wanted));
-    const int64_t chunks = ceil_div(B, per_chunk);
-    Tensor partial = place.floats({chunks, N, D});
-    const PosGradient to_pos{grad.data_ptr(),
+    constexpr int64_t least_rows = 256, most_sorters = 64;
+    const int64_t rows = M * B * (Kc + Kt);
+    const int64_t per_sorter = std::max(least_rows, ceil_div(rows, most_sorters));
+    const int64_t sorters = std::max<int64_t>(1, ceil_div(rows, per_sorter));
+    const auto integers = [&](std::initializer_list<int64_t> shape) {
+      return place.empty(shape, ScalarType::Int);
+    };
+    Tensor counts = integers({sorters, N}), begin = integers({N + 1}), sorted = integers({rows});
+    const auto at = [](const Tensor& tensor) { return static_cast<int32_t*>(tensor.data_ptr()); };
+    const PosGradient to_pos{from,
                              context,
                              target,
-                             data(partial),
-                             static_cast<uint32_t>(per_chunk),
-                             static_cast<uint32_t>(chunks),
+                             at(counts),
+                             at(begin),
+                             at(sorted),
+                             data(dpos),
+                             narrow(per_sorter),
+                             narrow(sorters),
                              size};
-    launched(kPredictor, pos_gradient(to_pos, type, vector(D, {grad.data_ptr(), data(partial)}),
-                                      stream));
-    sum_rows(place, data(partial), Type::f32, {chunks, chunks, 0, 0}, N * D, dpos);
-  }
-
-  Tensor dsigma = need_sigma ? place.floats({B, M, Kt}) : place.none();
-  if (need_sigma) {
-    const SigmaGradient to_sigma{grad.data_ptr(), target, noise, data(dsigma), size};
-    launched(kPredictor, sigma_gradient(to_sigma, type, vector(D, {grad.data_ptr()}), stream));
+    launched(kPredictor, pos_gradient(to_pos, type, vector(D, type, {from}), stream));
   }
   return {dcontext, dmask, dpos, dsigma};
 }
@@ -231,9 +226,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> jepa_loss_forward(
                       static_cast<float>(pull_noised),
                       static_cast<float>(beta),
                       static_cast<float>(eps),
+                      loss_rows(size),
                       size};
-  const bool wide = vector(D, {args.pred, args.noised, args.h, args.dpred, args.dnoised});
-  launched(kLoss, jepa_loss(args, type_of("pred", pred), wide, place.stream()));
+  const Type main = type_of("pred", pred);
+  const bool wide = vector(D, main, {args.pred, args.noised, args.h, args.dpred, args.dnoised});
+  launched(kLoss, jepa_loss(args, main, wide, place.stream()));
   const LossTerms last{args.partial,
                        data(loss),
                        noised ? data(terms) : nullptr,
@@ -255,13 +252,14 @@ void jepa_loss_backward(const Tensor& grad, std::vector<Tensor> slopes, std::vec
   args.factor = input<float>("grad", grad, {});
   args.scale = static_cast<float>(factor);
   args.count = slopes[0].numel();
+  const Type type = type_of("slopes", slopes[0]);
   bool wide = true;
   for (size_t i = 0; i < slopes.size(); ++i) {
     args.in[i] = slopes[i].data_ptr();
     args.out[i] = out[i].data_ptr();
-    wide = wide && vector(args.count, {args.in[i], args.out[i]});
+    wide = wide && vector(args.count, type, {args.in[i], args.out[i]});
   }
-  launched(kLoss, scale(args, type_of("slopes", slopes[0]), wide, place.stream()));
+  launched(kLoss, scale(args, type, wide, place.stream()));
 }
 
 constexpr const char* kEma = "ema_update_";

@@ -4,29 +4,27 @@
 namespace njepa::cuda {
 namespace {
 
-constexpr int kGroups = 2;  // groups of columns that a thread keeps in registers
+constexpr int kColumns = 16;  // of a row, that a thread keeps in registers
 
 // The columns of a thread: groups first, first + stride, ...
-template <bool kVector, class T>
-__device__ inline void load_row(
-    const T* row, uint32_t first, uint32_t stride, uint32_t D, float (&out)[kGroups][kGroup]) {
+template <bool kVector, class T, int kGroups, int kCount>
+__device__ inline void load_columns(const T* row, bool known, uint32_t first, uint32_t stride,
+                                    uint32_t D, float (&out)[kGroups][kCount]) {
 #pragma unroll
-  for (int j = 0; j < kGroups; ++j) {
-    const uint32_t column = first + j * stride;
-    load<kVector>(row + column, columns_left(column, D), out[j]);
-  }
+  for (int j = 0; j < kGroups; ++j)
+    load_row<kVector>(row, known, first + j * stride, D, out[j]);
 }
 
 // The sum of s(x - y) over a group of columns; gradient = slope * s'(x - y) + pull * (x - other).
 // Columns beyond the edge hold zeros and add nothing. A NaN stays one in both.
-template <bool kNoised>
+template <bool kNoised, int kCount>
 __device__ inline float loss_of(
-    const float (&x)[kGroup], const float (&y)[kGroup], const float (&other)[kGroup], float beta,
-    float slope, float pull, float (&gradient)[kGroup]) {
+    const float (&x)[kCount], const float (&y)[kCount], const float (&other)[kCount], float beta,
+    float slope, float pull, float (&gradient)[kCount]) {
   const float inverse_beta = beta > 0.0f ? 1.0f / beta : 0.0f;
   float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     const float e = x[i] - y[i], size = fabsf(e);
     sum += size < beta ? 0.5f * e * e * inverse_beta : size - 0.5f * beta;
     gradient[i] = slope * (e > beta ? 1.0f : e < -beta ? -1.0f : e * inverse_beta);
@@ -43,59 +41,62 @@ template <class T, bool kVector, bool kNoised, int kRowThreads, int kThreads>
 __global__ __launch_bounds__(kThreads, 640 / kThreads) void jepa_loss_kernel(
     const __grid_constant__ JepaLoss p) {
   static_assert(kRowThreads == kWarp || kRowThreads == kThreads);
-  constexpr int at_once = kThreads / kRowThreads;
-  static_assert(kLossRows % at_once == 0);
+  constexpr int at_once = kThreads / kRowThreads, count = kGroup<T>, groups = kColumns / count;
   __shared__ float shared[kThreads / kWarp];
   const Sizes& s = p.size;
   const float width = static_cast<float>(s.D);
-  constexpr uint32_t stride = kRowThreads * kGroup;
-  const uint32_t first = threadIdx.x % kRowThreads * kGroup;
+  constexpr uint32_t stride = kRowThreads * count;
+  const uint32_t first = threadIdx.x % kRowThreads * count;
+  const uint32_t begin = blockIdx.x * p.rows, all = s.M * s.B * s.Kt;
+  const uint32_t end = all - begin < p.rows ? all : begin + p.rows;
   float sums[3] = {0.0f, 0.0f, 0.0f};
-  for (int turn = 0; turn < kLossRows / at_once; ++turn) {
-    const uint32_t row = blockIdx.x * kLossRows + turn * at_once + threadIdx.x / kRowThreads;
-    if (row >= s.M * s.B * s.Kt) break;
+  for (uint32_t row = begin + threadIdx.x / kRowThreads; row < end; row += at_once) {
     const uint32_t t = row % s.Kt, b = row / s.Kt % s.B, m = row / s.Kt / s.B;
     const int64_t target = (static_cast<int64_t>(b) * s.M + m) * s.Kt + t;
-    const int64_t source = (static_cast<int64_t>(b) * s.N + p.target_idx[target]) * s.D;
+    const int64_t patch = read(p.target_idx + target);
+    const bool known = static_cast<uint64_t>(patch) < s.N;
+    const int64_t source = known ? (static_cast<int64_t>(b) * s.N + patch) * s.D : 0;
     const int64_t offset = static_cast<int64_t>(row) * s.D;
-    float y[kGroups][kGroup], pred[kGroups][kGroup], noised[kGroups][kGroup];
-    load_row<kVector>(static_cast<const T*>(p.pred) + offset, first, stride, s.D, pred);
-    if constexpr (kNoised)
-      load_row<kVector>(static_cast<const T*>(p.noised) + offset, first, stride, s.D, noised);
+    float y[groups][count], pred[groups][count], noised[groups][count];
+    const auto fetch = [&](const auto* from, bool exists, auto& to) {
+      load_columns<kVector>(from, exists, first, stride, s.D, to);
+    };
+    fetch(static_cast<const T*>(p.pred) + offset, true, pred);
+    if constexpr (kNoised) fetch(static_cast<const T*>(p.noised) + offset, true, noised);
     switch (p.h_type) {
       case Type::f32:
-        load_row<kVector>(static_cast<const float*>(p.h) + source, first, stride, s.D, y);
+        fetch(static_cast<const float*>(p.h) + source, known, y);
         break;
       case Type::bf16:
-        load_row<kVector>(static_cast<const __nv_bfloat16*>(p.h) + source, first, stride, s.D, y);
+        fetch(static_cast<const __nv_bfloat16*>(p.h) + source, known, y);
         break;
       default:
-        load_row<kVector>(static_cast<const __half*>(p.h) + source, first, stride, s.D, y);
+        fetch(static_cast<const __half*>(p.h) + source, known, y);
     }
     float sum = 0.0f;
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j)
+    for (int j = 0; j < groups; ++j)
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) sum += y[j][i];
+      for (int i = 0; i < count; ++i) sum += y[j][i];
     const float mean = sum_over_threads<kRowThreads>(sum, shared) / width;
     sum = 0.0f;
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j)
+    for (int j = 0; j < groups; ++j)
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        y[j][i] = i < columns_left(first + j * stride, s.D) ? y[j][i] - mean : 0.0f;
+      for (int i = 0; i < count; ++i) {
+        y[j][i] = i < columns_left<count>(first + j * stride, s.D) ? y[j][i] - mean : 0.0f;
         sum += y[j][i] * y[j][i];
       }
     const float variance = sum_over_threads<kRowThreads>(sum, shared) / width;
     const float inverse = 1.0f / sqrtf(variance + p.eps);
 
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j) {
+    for (int j = 0; j < groups; ++j) {
       const uint32_t column = first + j * stride;
-      const int n = columns_left(column, s.D);
-      float gradient[kGroup];
+      const int n = columns_left<count>(column, s.D);
+      float gradient[count];
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) y[j][i] *= inverse;
+      for (int i = 0; i < count; ++i) y[j][i] *= inverse;
       sums[0] +=
           loss_of<kNoised>(pred[j], y[j], noised[j], p.beta, p.slope_pred, p.pull_pred, gradient);
       if (p.dpred) store<kVector>(static_cast<T*>(p.dpred) + offset + column, n, gradient);
@@ -104,7 +105,7 @@ __global__ __launch_bounds__(kThreads, 640 / kThreads) void jepa_loss_kernel(
             noised[j], y[j], pred[j], p.beta, p.slope_noised, p.pull_noised, gradient);
         if (p.dnoised) store<kVector>(static_cast<T*>(p.dnoised) + offset + column, n, gradient);
 #pragma unroll
-        for (int i = 0; i < kGroup; ++i) {
+        for (int i = 0; i < count; ++i) {
           const float apart = noised[j][i] - pred[j][i];
           sums[2] += apart * apart;
         }
@@ -114,7 +115,7 @@ __global__ __launch_bounds__(kThreads, 640 / kThreads) void jepa_loss_kernel(
 #pragma unroll
   for (int k = 0; k < (kNoised ? 3 : 1); ++k) sums[k] = sum_over_threads<kThreads>(sums[k], shared);
   if (threadIdx.x == 0)
-    for (int k = 0; k < 3; ++k) p.partial[3 * int64_t{blockIdx.x} + k] = sums[k] / width;
+    for (int k = 0; k < 3; ++k) write(p.partial + 3 * int64_t{blockIdx.x} + k, sums[k] / width);
 }
 
 template <class T, bool kVector, int kRowThreads, int kThreads>
@@ -133,58 +134,64 @@ __global__ __launch_bounds__(kTermThreads) void loss_terms_kernel(
   double terms[3] = {0.0, 0.0, 0.0};
   for (uint32_t i = threadIdx.x; i < p.blocks; i += kTermThreads)
 #pragma unroll
-    for (int k = 0; k < 3; ++k) terms[k] += p.partial[3 * int64_t{i} + k];
+    for (int k = 0; k < 3; ++k) terms[k] += read(p.partial + 3 * int64_t{i} + k);
 #pragma unroll
   for (double& term : terms)
     // 0 / 0, not a number, for a batch without targets: as the mean over nothing.
     term = sum_over_threads<kTermThreads>(term, shared) / static_cast<double>(p.rows);
   if (threadIdx.x != 0) return;
-  *p.loss = static_cast<float>(
-      p.terms ? terms[0] + p.noise_weight * terms[1] + p.consistency * terms[2] : terms[0]);
+  write(p.loss, static_cast<float>(
+      p.terms ? terms[0] + p.noise_weight * terms[1] + p.consistency * terms[2] : terms[0]));
   if (p.terms)
-    for (int k = 0; k < 3; ++k) p.terms[k] = static_cast<float>(terms[k]);
+    for (int k = 0; k < 3; ++k) write(p.terms + k, static_cast<float>(terms[k]));
 }
 
 constexpr int kScaleThreads = 256;
-constexpr int kScaleGroups = 2;
-constexpr int64_t kScaleBlock = int64_t{kScaleThreads} * kScaleGroups * kGroup;
+constexpr int kScaleColumns = 16;  // of a thread
+constexpr int64_t kScaleBlock = int64_t{kScaleThreads} * kScaleColumns;
 
 template <class T, bool kVector>
 __global__ __launch_bounds__(kScaleThreads) void scale_kernel(const __grid_constant__ Scale p) {
-  const float factor = *p.factor * p.scale;  // fp32: bf16 would bias every gradient
+  const float factor = read(p.factor) * p.scale;  // fp32: bf16 would bias every gradient
   const T* in = static_cast<const T*>(p.in[blockIdx.y]);
   T* out = static_cast<T*>(p.out[blockIdx.y]);
   if (in == out && factor == 1.0f) return;
-  const int64_t first = blockIdx.x * kScaleBlock + threadIdx.x * kGroup;
-  float value[kScaleGroups][kGroup];
+  constexpr int count = kGroup<T>, groups = kScaleColumns / count;
+  const int64_t first = blockIdx.x * kScaleBlock + threadIdx.x * count;
+  float value[groups][count];
 #pragma unroll
-  for (int j = 0; j < kScaleGroups; ++j) {
-    const int64_t at = first + j * kScaleThreads * kGroup;
-    load<kVector>(in + at, columns_left(at, p.count), value[j]);
+  for (int j = 0; j < groups; ++j) {
+    const int64_t at = first + j * kScaleThreads * count;
+    load<kVector>(in + at, columns_left<count>(at, p.count), value[j]);
   }
 #pragma unroll
-  for (int j = 0; j < kScaleGroups; ++j) {
-    const int64_t at = first + j * kScaleThreads * kGroup;
+  for (int j = 0; j < groups; ++j) {
+    const int64_t at = first + j * kScaleThreads * count;
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) value[j][i] *= factor;
-    store<kVector>(out + at, columns_left(at, p.count), value[j]);
+    for (int i = 0; i < count; ++i) value[j][i] *= factor;
+    store<kVector>(out + at, columns_left<count>(at, p.count), value[j]);
   }
 }
 
 }  // namespace
 
+uint32_t loss_rows(const Sizes& size) {
+  constexpr uint32_t least = 4;  // a row per warp
+  return least * blocks_for(int64_t{size.M} * size.B * size.Kt, int64_t{least} * kMostLossBlocks);
+}
+
 uint32_t loss_blocks(const Sizes& size) {
-  return blocks_for(int64_t{size.M} * size.B * size.Kt, kLossRows);
+  const uint32_t rows = loss_rows(size);
+  return rows == 0 ? 0 : blocks_for(int64_t{size.M} * size.B * size.Kt, rows);
 }
 
 Error jepa_loss(const JepaLoss& p, Type type, bool vector, void* stream) {
   return with_variant(type, vector, [&](auto v) {
     using T = typename decltype(v)::Element;
     constexpr bool kVector = decltype(v)::vector;
-    constexpr uint32_t per_thread = kGroups * kGroup;
-    if (p.size.D <= per_thread * 32) return launch_loss<T, kVector, 32, 128>(p, stream);
-    if (p.size.D <= per_thread * 128) return launch_loss<T, kVector, 128, 128>(p, stream);
-    static_assert(kWidestLoss == per_thread * 512);
+    if (p.size.D <= kColumns * 32) return launch_loss<T, kVector, 32, 128>(p, stream);
+    if (p.size.D <= kColumns * 128) return launch_loss<T, kVector, 128, 128>(p, stream);
+    static_assert(kWidestLoss == kColumns * 512);
     return launch_loss<T, kVector, 512, 512>(p, stream);
   });
 }

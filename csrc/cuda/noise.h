@@ -52,16 +52,17 @@ __device__ inline void box_muller(uint32_t a, uint32_t b, float& first, float& s
   second = radius * sine;
 }
 
-// Normals column .. column + 7 of a token; `column` is a multiple of 4.
+// Normals column .. column + kCount - 1 of a token; both are multiples of 4.
+template <int kCount>
 __device__ inline void normals(const Noise& noise, int64_t sample, uint32_t block, int64_t patch,
-                               uint32_t column, float (&out)[kGroup]) {
+                               uint32_t column, float (&out)[kCount]) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int i = 0; i < kCount; i += 4) {
     uint32_t words[4] = {static_cast<uint32_t>(sample), noise.shared ? 0 : block,
-                         static_cast<uint32_t>(patch), column / 4 + half};
+                         static_cast<uint32_t>(patch), (column + i) / 4};
     philox(words, noise.seed, noise.step);
-    box_muller(words[0], words[1], out[4 * half], out[4 * half + 1]);
-    box_muller(words[2], words[3], out[4 * half + 2], out[4 * half + 3]);
+    box_muller(words[0], words[1], out[i], out[i + 1]);
+    box_muller(words[2], words[3], out[i + 2], out[i + 3]);
   }
 }
 

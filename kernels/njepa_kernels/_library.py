@@ -37,7 +37,7 @@ def refuse_vmap(op: str, *tensors: object) -> None:
 
     While compiling the dispatcher's own rule (``register``) says the same.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
         return
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor) and torch._C._functorch.is_batchedtensor(tensor):

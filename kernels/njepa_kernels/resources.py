@@ -148,7 +148,9 @@ _OPS: dict[str, Callable[[int, int, int, torch.dtype], None]] = {
 _OP_OF = {
     "predictor_forward": "predictor_tokens",
     "context_gradient": "predictor_tokens",
-    "sigma_gradient": "predictor_tokens",
+    "target_gradient": "predictor_tokens",
+    "count_rows": "predictor_tokens",
+    "sort_rows": "predictor_tokens",
     "pos_gradient": "predictor_tokens",
     "column_sums": "predictor_tokens",
     "jepa_loss": "jepa_loss",
@@ -180,7 +182,7 @@ def compile_launch(launch: Launch, arch: int) -> Any:
     options = {name: launch.meta[name] for name in _OPTIONS if name in launch.meta}
     values = dict(zip(kernel.arg_names, launch.args, strict=False))
     values |= {name: value for name, value in launch.meta.items() if name not in options}
-    signature: dict[str, str] = {}
+    signature: dict[str, str | tuple[str, ...]] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, parameter in enumerate(kernel.params):
@@ -203,6 +205,8 @@ def compile_launch(launch: Launch, arch: int) -> Any:
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
+        elif isinstance(value, tuple):  # of addresses
+            signature[parameter.name] = ("i64",) * len(value)
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and not free:

@@ -238,3 +238,64 @@ def test_the_kernels_run_on_the_device_of_the_tensors(op: str) -> None:
     for name, value in results[0].items():
         assert results[1][name].device == other
         assert torch.equal(value, results[1][name].to(CUDA))
+
+
+# Native CUDA, and ema_update_: bad indices, tensors that move, graphs that outlive caches
+
+
+@each_dtype
+@pytest.mark.parametrize("op", ["predictor_tokens", "jepa_loss"])
+def test_native_gives_nan_for_an_index_out_of_range(op: str, dtype: torch.dtype) -> None:
+    """Nothing is read outside (compute-sanitizer sees it), and only the row itself is spoilt."""
+    make = predictor_case if op == "predictor_tokens" else loss_case
+    sizes = (3, 2, 7, 7, 9, 48) if op == "predictor_tokens" else (3, 2, 7, 9, 48)
+    case = make("bad", *sizes)  # type: ignore[operator]
+    good = case.make_inputs(CUDA, dtype, 1)
+    bad = torch.zeros(3, 2, 7, dtype=torch.bool, device=CUDA)
+    bad[0, 1, 2] = bad[2, 0, 6] = True
+    values = torch.tensor([2**40, -(2**63), -1, 9, 10, 2**31 + 3, 2**63 - 1], device=CUDA)
+    broken = good | {"target_idx": torch.where(bad, values.expand(3, 2, 7), good["target_idx"])}
+    want, got = (case.function(**inputs, impl="native") for inputs in (good, broken))
+    if op == "jepa_loss":
+        assert bool(got.loss.isnan())
+        assert bool(want.loss.isfinite())
+        return
+    rows = torch.cat((bad.new_zeros(2, 3, 7), bad.transpose(0, 1)), dim=2).flatten(0, 1)
+    assert bool(got[rows].isnan().all())
+    assert torch.equal(got[~rows], want[~rows])
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_ema_of_sources_that_move_never_waits(impl: str) -> None:
+    if not _runs("ema_update_", impl):
+        pytest.skip(f"{impl} does not run here")
+    case = ema_case("some", [(4097,), (3, 5)])
+    inputs = case.make_inputs(CUDA, torch.bfloat16, 0)
+    moved = copy_inputs(inputs)
+    case.function(**inputs, impl=impl)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        case.function(**moved, impl=impl)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(inputs["targets"], moved["targets"], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_a_graph_of_ema_needs_no_call_before_and_no_cache_after(impl: str) -> None:
+    if not _runs("ema_update_", impl):
+        pytest.skip(f"{impl} does not run here")
+    case = ema_case("some", [(4097,), (3, 5)])
+    warm = case.make_inputs(CUDA, torch.bfloat16, 0)
+    case.function(**warm, impl=impl)  # kernels load; these tensors are not those of the graph
+    inputs = case.make_inputs(CUDA, torch.bfloat16, 0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        case.function(**inputs, impl=impl)
+    for _ in range(100):  # other lists, more than any cache holds
+        other = case.make_inputs(CUDA, torch.bfloat16, 1)
+        case.function(**other, impl=impl)
+    graph.replay()
+    for a, b in zip(inputs["targets"], warm["targets"], strict=True):
+        assert torch.equal(a, b)

@@ -101,6 +101,7 @@ def build_emulated_library(folder: Path) -> Path:
     include.append("-DTORCH_TARGET_VERSION=0x020b000000000000")
     units = [["-x", "c++", "-c", str(sources / f"{unit}.cu")] for unit in CUDA_UNITS]
     units.append([*include, "-c", str(sources / "library.cpp")])
+    units.append(["-c", str(EMULATION / "watch.cpp")])
     objects = [str(folder / f"{i}.o") for i in range(len(units))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda u, o: compile_emulated(*u, "-o", o), units, objects))

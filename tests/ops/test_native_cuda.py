@@ -6,9 +6,10 @@ host code, which chooses grids, chunks and the way of access, is the real one on
 
 from __future__ import annotations
 
+import ctypes
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ CASES = [
     # More blocks of rows than the last kernel has threads, and a last block of three rows.
     loss_case("b3-m29-kt25-n30-d8-noised", 3, 29, 25, 30, 8, noised=True),
 ]
-#: Chunks of two samples for dpos, two stages for dmask_token, more tokens than a warp has lanes.
+#: More patches than a thread block sorts by, rows for three of them, more tokens than lanes.
 CHUNKS = predictor_case("b5-m2-kc40-kt35-n2100-d8", 5, 2, 40, 35, 2100, 8)
 
 each_dtype = pytest.mark.parametrize(
@@ -75,9 +76,56 @@ def _ops() -> Any:
     return torch.ops.njepa_native_emulated
 
 
+class _Watch:
+    """What the threads of a call touch: only its tensors, and what the call itself allocates."""
+
+    library: ctypes.CDLL
+
+    def __call__(self, call: Callable[..., Any], *args: Any) -> Any:
+        self.library.watch_begin()
+        for arg in args:
+            for tensor in arg if isinstance(arg, list) else [arg]:
+                if isinstance(tensor, torch.Tensor):
+                    self.library.watch_allow(*self._memory(tensor))
+        try:
+            return call(*args)
+        finally:
+            self.library.watch_end()
+
+    @staticmethod
+    def _memory(tensor: torch.Tensor) -> tuple[ctypes.c_void_p, ctypes.c_uint64]:
+        return ctypes.c_void_p(tensor.data_ptr()), ctypes.c_uint64(tensor.nbytes)
+
+    def _number(self, name: str, *args: Any) -> int:
+        function = getattr(self.library, name)
+        function.restype = ctypes.c_uint64
+        return int(function(*args))
+
+    def outside(self) -> int:
+        """Accesses outside of all tensors; they did not happen."""
+        return self._number("watch_outside")
+
+    def sectors(self) -> int:
+        """Sectors of 32 bytes that the requests of warps moved."""
+        return self._number("watch_sectors")
+
+    def read(self, tensor: torch.Tensor) -> int:
+        return self._number("watch_bytes", *self._memory(tensor), ctypes.c_bool(False))
+
+    def everything(self) -> tuple[int, int]:
+        """Bytes read and written in all tensors, in the order of the threads' requests."""
+        whole = ctypes.c_void_p(0), ctypes.c_uint64(2**64 - 1)
+        return tuple(self._number("watch_bytes", *whole, ctypes.c_bool(w)) for w in (False, True))
+
+
+_watch = _Watch()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    torch.ops.load_library(native_build.build_emulated_library(tmp_path_factory.mktemp("so")))
+    path = native_build.build_emulated_library(tmp_path_factory.mktemp("so"))
+    torch.ops.load_library(path)
+    _watch.library = ctypes.CDLL(str(path))
     with pytest.MonkeyPatch.context() as patch:
         for module in (predictor_native, loss_native, ema_native):
             patch.setattr(module, "ops", lambda device_type: _ops())
@@ -360,6 +408,173 @@ def test_ema_rates_on_the_device_equal_numbers() -> None:
     _ops().ema_update_(copies, sources, 0.75, 0.25, None, [])
     for got, want in zip(copies, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1.2e-7, atol=1e-7)
+
+
+def _predictor_calls(
+    inputs: dict[str, Any], n: int
+) -> tuple[Callable[[], torch.Tensor], Callable[[torch.Tensor], list[torch.Tensor]]]:
+    """Forward and backward of the library, watched."""
+    inputs = inputs | {name: inputs[name].float() for name in ("pos", "mask_token")}
+    names = "context", "pos", "mask_token", "context_idx", "target_idx", "sigma"
+    indices = inputs["context_idx"], inputs["target_idx"]
+    seed, step, ids, shared = inputs["noise"]
+
+    def forward() -> torch.Tensor:
+        tensors = [inputs[name] for name in names]
+        out = _watch(_ops().predictor_tokens_forward, *tensors, seed, step, ids, shared)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    def backward(grad: torch.Tensor) -> list[torch.Tensor]:
+        need = inputs["sigma"] is not None
+        rest = ids, seed, step, shared, n, True, need
+        return list(_watch(_ops().predictor_tokens_backward, grad, *indices, *rest))
+
+    return forward, backward
+
+
+def _loss_call(inputs: dict[str, Any]) -> list[torch.Tensor]:
+    tensors = [inputs[name] for name in ("pred", "h", "target_idx", "noised")]
+    need = inputs["noised"] is not None
+    numbers = (0.1, 0.1, 1.0, 1e-5, 1.0, 0.5, 0.5, True, need)
+    return list(_watch(_ops().jepa_loss_forward, *tensors, *numbers))
+
+
+@each_dtype
+def test_no_thread_leaves_the_tensors(dtype: torch.dtype) -> None:
+    """Empty batches, odd widths, addresses that are not aligned: nothing else is touched."""
+    for case in CASES:
+        for shift in (False, True):
+            inputs = case.make_inputs(CPU, dtype, 5)
+            if shift:
+                inputs = {name: _shifted(value) for name, value in inputs.items()}
+            if case.op == "predictor_tokens":
+                forward, backward = _predictor_calls(inputs, inputs["pos"].shape[0])
+                out = forward()
+                assert _watch.outside() == 0, case.name
+                backward(_shifted(out) if shift else out)
+            elif case.op == "jepa_loss":
+                slopes = [t for t in _loss_call(inputs)[2:] if t.numel()]
+                assert _watch.outside() == 0, case.name
+                if slopes:
+                    _watch(_ops().jepa_loss_backward, torch.tensor(0.5), slopes, slopes, 1.0)
+            else:
+                lists = inputs["targets"], inputs["sources"]
+                shadow = inputs["shadow"] or []
+                rates = torch.tensor([0.75, 0.25])
+                _watch(_ops().ema_update_, *lists, 0.0, 0.0, rates, shadow)
+            assert _watch.outside() == 0, (case.name, shift)
+            read, written = _watch.everything()
+            assert (read + written > 0) == (case.size != "none"), case.name
+
+
+def test_the_watch_sees_an_access_outside() -> None:
+    pred, h = torch.ones(1, 1, 8), torch.ones(1, 1, 8)
+    idx = torch.zeros(1, 1, 1, dtype=torch.int64)
+    inputs = {"pred": pred, "h": h, "target_idx": idx, "noised": None}
+    _loss_call(inputs)
+    assert _watch.outside() == 0
+    _watch(lambda *few: _ops().jepa_loss_backward(pred.sum(), *few, 1.0), [pred], [h])
+    assert _watch.outside() == 256  # each reads the factor, of which the watch was not told
+
+
+BAD = [-1, 9, 10, 2**31 + 3, 2**40, -(2**63), 2**63 - 1]
+
+
+@each_dtype
+@pytest.mark.parametrize("width", [48, 30])
+def test_an_index_out_of_range_touches_nothing_and_gives_nan(
+    dtype: torch.dtype, width: int
+) -> None:
+    """Without debug_checks: NaN where it is used, the bits of a good run everywhere else."""
+    generator = torch.Generator().manual_seed(1)
+    case = predictor_case("bad", 3, 2, 7, 7, 9, width)
+    good = case.make_inputs(CPU, dtype, 1)
+    bad = dict(good)
+    context = torch.rand(3, 7, generator=generator) < 0.4
+    target = torch.rand(3, 2, 7, generator=generator) < 0.4
+    values = torch.tensor(BAD)
+    for name, where in (("context_idx", context), ("target_idx", target)):
+        assert 0 < int(where.sum()) < where.numel()
+        bad[name] = torch.where(where, values.expand(where.shape), good[name])
+    forward, backward = _predictor_calls(bad, 9)
+    want, got = _predictor_calls(good, 9)[0](), forward()
+    assert _watch.outside() == 0
+    rows = torch.cat((context.expand(2, 3, 7), target.transpose(0, 1)), dim=2).flatten(0, 1)
+    assert bool(got[rows].isnan().all())
+    assert torch.equal(got[~rows], want[~rows])
+
+    grad = want.clone()
+    got_all = backward(grad)
+    assert _watch.outside() == 0
+    grad[rows] = 0.0
+    # A row without a patch has no share in the table. The sums are split elsewhere.
+    without = _predictor_calls(good, 9)[1](grad)[2]
+    torch.testing.assert_close(got_all[2], without, rtol=1e-5, atol=1e-5)
+    assert all(bool(t.isfinite().all()) for t in got_all)
+
+    case = loss_case("bad", 3, 2, 7, 9, width, noised=True)
+    good = case.make_inputs(CPU, dtype, 1)
+    bad = good | {"target_idx": torch.where(target, values.expand(3, 2, 7), good["target_idx"])}
+    want_all, got_all = _loss_call(good), _loss_call(bad)
+    assert _watch.outside() == 0
+    assert bool(got_all[0].isnan())
+    rows = target.transpose(0, 1).flatten(0, 1)
+    for got, want in zip(got_all[2:], want_all[2:], strict=True):
+        assert bool(got[rows].isnan().all())
+        assert torch.equal(got[~rows], want[~rows])
+
+
+@each_dtype
+def test_gradients_of_tokens_are_read_once_per_pass(dtype: torch.dtype) -> None:
+    """Once for context, mask token and level, once for the table; the rest is small."""
+    b, m, kc, kt, n, d = 5, 2, 40, 35, 60, 1032
+    case = predictor_case("bytes", b, m, kc, kt, n, d)
+    inputs = case.make_inputs(CPU, dtype, 1)
+    grad = torch.randn(m * b, kc + kt, d).to(dtype)
+    _predictor_calls(inputs, n)[1](grad)
+    assert _watch.read(grad) == 2 * grad.nbytes
+    read, written = _watch.everything()
+    rows, tiles, pairs, chunks = m * b * (kc + kt), 3, b * m, 3
+    dcontext = b * kc * d * dtype.itemsize
+    counts = chunks * n * 4
+    # Every thread reads what it needs of an index; a table of counts is read by all that sort.
+    assert written == dcontext + (pairs + 1 + n) * d * 4 + pairs * tiles * 4 + (
+        counts + (n + 1) * 4 + rows * 4
+    )
+    lanes = pairs * kt * 8 * 32 * tiles + pairs * 8 * 256 * tiles
+    sorting = 2 * rows * 8 + chunks * counts
+    placed = n * tiles * 256 * 2 * 4 + tiles * rows * 4
+    assert read == 2 * grad.nbytes + pairs * d * 4 + lanes + sorting + placed
+
+
+@each_dtype
+def test_warps_move_whole_sectors(dtype: torch.dtype) -> None:
+    """A request of a warp that touches half of a sector of 32 bytes moves it all."""
+    targets, sources = ([torch.randn(8192) for _ in range(2)] for _ in range(2))
+    sources = [source.to(dtype) for source in sources]
+    shadow = [torch.zeros(8192, dtype=torch.bfloat16) for _ in range(2)]
+    _watch(_ops().ema_update_, targets, sources, 0.75, 0.25, None, shadow)
+    assert _watch.sectors() * 32 == sum(_watch.everything()) == 2 * 8192 * (10 + dtype.itemsize)
+
+    slopes = [torch.randn(8192).to(dtype) for _ in range(2)]
+    _watch(_ops().jepa_loss_backward, torch.tensor(0.5), slopes, slopes, 1.0)
+    # The factor: a sector for each warp of eight in two thread blocks of two tensors.
+    assert (_watch.sectors() - 32) * 32 == 4 * slopes[0].nbytes
+
+    # Rows of 384: beside the tensors a sector per warp and index or factor, of a table of fp32
+    # twice where the predictions are narrower.
+    inputs = loss_case("l", 2, 2, 7, 9, 384, noised=True).make_inputs(CPU, dtype, 0)
+    _loss_call(inputs)
+    assert _watch.sectors() * 32 <= 1.1 * (5 * inputs["pred"].nbytes)
+    inputs = predictor_case("p", 2, 4, 7, 7, 9, 384, noise=None).make_inputs(CPU, dtype, 0)
+    forward, backward = _predictor_calls(inputs, 9)
+    out = forward()
+    tables = 2 * (2 * 7 + 2 * 2 * 4 * 7) * 384 * 4
+    assert _watch.sectors() * 32 <= 1.1 * (out.nbytes + inputs["context"].nbytes + tables)
+    backward(out)
+    small = (9 + 2 * 8 + 1) * 384 * 4
+    assert _watch.sectors() * 32 <= 1.1 * (2 * out.nbytes + inputs["context"].nbytes + small)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,31 @@ _update_op = register(
 )
 
 
+def _check_tensors(
+    op: str,
+    targets: Sequence[torch.Tensor],
+    sources: Sequence[torch.Tensor],
+    shadow: Sequence[torch.Tensor] | None,
+) -> None:
+    """Type, dtype, shape and device of every tensor.
+
+    Nothing is remembered from step to step: the data of a parameter may change (ZeRO exchanges it).
+    What fits passes one expression; only the rest comes to the check that words a message.
+    """
+    lists = (
+        ("targets", targets, (torch.float32,)),
+        ("sources", sources, FLOATS),
+        ("shadow", shadow or (), (torch.bfloat16,)),
+    )
+    for name, tensors, dtypes in lists:
+        for i, (tensor, like) in enumerate(zip(tensors, targets, strict=False)):
+            fits = isinstance(tensor, torch.Tensor) and tensor.dtype in dtypes
+            if fits and tensor is not like:
+                fits = tensor.shape == like.shape and tensor.device == like.device
+            if not fits:
+                check_like(op, f"{name}[{i}]", tensor, dtypes, like)
+
+
 def _check_momentum(op: str, momentum: float | torch.Tensor) -> None:
     if isinstance(momentum, torch.Tensor):
         if momentum.dim() != 0 or not momentum.is_floating_point():
@@ -103,11 +128,7 @@ def ema_update_(
             raise ValueError(
                 f"{op}: {name} must have {len(targets)} tensors, as targets has, got {len(tensors)}"
             )
-    for i, target in enumerate(targets):
-        check_like(op, f"targets[{i}]", target, (torch.float32,), target)
-        check_like(op, f"sources[{i}]", sources[i], FLOATS, target)
-        if shadow is not None:
-            check_like(op, f"shadow[{i}]", shadow[i], (torch.bfloat16,), target)
+    _check_tensors(op, targets, sources, shadow)
     _check_momentum(op, momentum)
     name = choose(op, impl, targets[0].device if targets else torch.device("cpu"), *sources)
     if name == "reference" or not targets:

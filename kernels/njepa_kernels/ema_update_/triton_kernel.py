@@ -1,9 +1,14 @@
-"""Triton kernel of ema_update_: one launch for all tensors, through a table of addresses."""
+"""Triton kernel of ema_update_: one launch for all tensors, through rows of addresses.
+
+The rows reach the device as arguments of a kernel, never as a copy from the host: a copy would make
+the host wait (or need pinned memory that outlives every graph that repeats it).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 
 import torch
 import triton
@@ -13,7 +18,9 @@ from .._triton import cdiv, launch
 
 _ELEMENTS = 4096  # per program
 _ALIGNMENT = 16  # bytes, of the widest access
-_TABLES = 64  # lists of tensors whose tables are kept on the device
+_ROWS = 256  # of addresses or sizes, that are kept on the device: five for a list of tensors
+_VALUES = 128  # of a row, that one launch writes: 1 KB of the 4 KB of arguments
+_BIAS = tl.constexpr(1 << 62)
 
 
 @triton.jit
@@ -37,28 +44,44 @@ def _update_block(
         tl.store(shadow + at, value.to(tl.bfloat16), mask=mask)
 
 
+@triton.jit
+def _write_row_kernel(row_ptr, values, COUNT: tl.constexpr):
+    for i in tl.static_range(COUNT):
+        tl.store(row_ptr + i, (values[i] - _BIAS) >> 1)
+
+
+def _encoded(value: int) -> int:
+    """An odd number of 64 bits: Triton compiles anew for 1, for multiples of 16 and for 32 bits."""
+    return (1 << 62) + 2 * value + 1
+
+
 @triton.jit(do_not_specialize=["momentum", "rest", "n_tensors"])
 def _ema_update_kernel(
     like_source,
-    table_ptr,
-    owner_ptr,
+    target_ptr,
+    source_ptr,
+    shadow_ptr,
+    size_ptr,
+    first_ptr,
     momentum_ptr,
     momentum,
     rest,
     n_tensors,
     HAS_SHADOW: tl.constexpr,
     ALIGNED: tl.constexpr,
+    TENSORS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """table: rows target, source, shadow, size, first program; owner: program -> tensor."""
+    """Rows [n_tensors] of addresses, sizes and first programs, of which none is the same."""
     pid = tl.program_id(0)
-    tensor = tl.load(owner_ptr + pid)
-    entry = table_ptr + tensor
-    target = tl.load(entry).to(tl.pointer_type(tl.float32))
-    source = tl.load(entry + n_tensors).to(tl.pointer_type(like_source.dtype.element_ty))
-    shadow = tl.load(entry + 2 * n_tensors).to(tl.pointer_type(tl.bfloat16))
-    size = tl.load(entry + 3 * n_tensors)
-    start = (pid - tl.load(entry + 4 * n_tensors)) * BLOCK
+    each = tl.arange(0, TENSORS)
+    first = tl.load(first_ptr + each, mask=each < n_tensors, other=9223372036854775807)
+    tensor = tl.sum((first <= pid).to(tl.int32), axis=0) - 1
+    target = tl.load(target_ptr + tensor).to(tl.pointer_type(tl.float32))
+    source = tl.load(source_ptr + tensor).to(tl.pointer_type(like_source.dtype.element_ty))
+    shadow = tl.load(shadow_ptr + tensor).to(tl.pointer_type(tl.bfloat16))
+    size = tl.load(size_ptr + tensor)
+    start = (pid - tl.load(first_ptr + tensor)) * BLOCK
     target += start
     source += start
     shadow += start
@@ -80,51 +103,61 @@ def _ema_update_kernel(
         _update_block(target, source, shadow, keep, take, size - start, True, HAS_SHADOW, BLOCK)
 
 
-@lru_cache(maxsize=_TABLES)
-def _table(
-    device: torch.device, addresses: tuple[tuple[int, ...], ...], sizes: tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The table and the owners on ``device``.
+def _written(device: torch.device, values: tuple[int, ...]) -> torch.Tensor:
+    row = torch.empty(cdiv(len(values), _VALUES) * _VALUES, dtype=torch.int64, device=device)
+    for start in range(0, len(values), _VALUES):
+        chunk = tuple(map(_encoded, values[start : start + _VALUES]))
+        chunk += (_encoded(0),) * (_VALUES - len(chunk))
+        launch(_write_row_kernel, (1,), row[start:], chunk, COUNT=_VALUES, num_warps=1)
+    return row
 
-    Kept, so that only the first call with these tensors copies from the host: the later ones can be
-    captured in a CUDA graph.
-    """
-    programs = [cdiv(size, _ELEMENTS) for size in sizes]
-    first = [0]
-    for count in programs[:-1]:
-        first.append(first[-1] + count)
-    table = torch.tensor([*addresses, sizes, first], dtype=torch.int64)
-    owner = torch.repeat_interleave(
-        torch.arange(len(sizes), dtype=torch.int32), torch.tensor(programs)
-    )
-    return table.to(device), owner.to(device)
+
+@lru_cache(maxsize=_ROWS)
+def _kept(device: torch.device, stream: int, values: tuple[int, ...]) -> torch.Tensor:
+    """A row that later calls on this stream find; on another it might not be written yet."""
+    return _written(device, values)
+
+
+def _keeping_stream(device: torch.device) -> int | None:
+    """The stream that keeps rows; None: a graph writes its own, in memory that lives as long."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 def _update_group(
     targets: Sequence[torch.Tensor],
     sources: Sequence[torch.Tensor],
     momentum: float | torch.Tensor,
+    rest: float,
     shadow: Sequence[torch.Tensor] | None,
 ) -> None:
     """Contiguous tensors, all sources of one type."""
+    device = targets[0].device
     lists = (targets, sources, targets if shadow is None else shadow)
-    addresses = tuple(tuple(tensor.data_ptr() for tensor in tensors) for tensors in lists)
-    aligned = all(address % _ALIGNMENT == 0 for row in addresses for address in row)
+    addresses = [tuple(tensor.data_ptr() for tensor in tensors) for tensors in lists]
     sizes = tuple(target.numel() for target in targets)
-    table, owner = _table(targets[0].device, addresses, sizes)
+    first = [0]
+    for size in sizes:
+        first.append(first[-1] + cdiv(size, _ELEMENTS))
+    stream = _keeping_stream(device)
+    rows = [
+        _written(device, row) if stream is None else _kept(device, stream, row)
+        for row in (*addresses, sizes, tuple(first[:-1]))
+    ]
     is_tensor = isinstance(momentum, torch.Tensor)
     launch(
         _ema_update_kernel,
-        (owner.numel(),),
+        (first[-1],),
         sources[0],
-        table,
-        owner,
+        *rows,
         momentum if is_tensor else None,
         0.0 if is_tensor else momentum,
-        0.0 if is_tensor else 1.0 - momentum,
+        rest,
         len(targets),
         HAS_SHADOW=shadow is not None,
-        ALIGNED=aligned,
+        ALIGNED=all(reduce(or_, row) % _ALIGNMENT == 0 for row in addresses),
+        TENSORS=triton.next_power_of_2(len(targets)),
         BLOCK=_ELEMENTS,
         num_warps=8,
     )
@@ -136,17 +169,23 @@ def update(
     momentum: float | torch.Tensor,
     shadow: Sequence[torch.Tensor] | None,
 ) -> None:
-    """One launch per (device, type of the sources); all tensors contiguous."""
-    if isinstance(momentum, torch.Tensor) and momentum.device != targets[0].device:
-        momentum = momentum.to(targets[0].device)
+    """One launch per (device, type of the sources); all tensors contiguous.
+
+    A momentum on a device stays there: reading it would make the host wait.
+    """
+    rest = 0.0
+    if not isinstance(momentum, torch.Tensor) or momentum.device.type == "cpu":
+        # 1 - m in the type of m: a tensor's own, fp64 for a float.
+        momentum, rest = float(momentum), float(1.0 - momentum)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, source in enumerate(sources):
         if source.numel():
             groups.setdefault((source.device, source.dtype), []).append(i)
-    for members in groups.values():
+    for (device, _), members in groups.items():
         _update_group(
             [targets[i] for i in members],
             [sources[i] for i in members],
-            momentum,
+            momentum.to(device) if isinstance(momentum, torch.Tensor) else momentum,
+            rest,
             None if shadow is None else [shadow[i] for i in members],
         )

@@ -23,7 +23,8 @@ __global__ void diverge(const Args) {
 
 __global__ void shuffle(const Args args) {
   args.out[threadIdx.x] = __shfl_xor_sync(~0u, static_cast<int>(threadIdx.x), 5) +
-      static_cast<int>(__ballot_sync(~0u, threadIdx.x % 32 == 7)) * 1000;
+      1000 * __popc(__match_any_sync(~0u, threadIdx.x % 8)) +
+      100000 * __shfl_up_sync(~0u, static_cast<int>(threadIdx.x % 32), 3);
 }
 
 int run(void (*kernel)(Args), Args args, bool wanted) {
@@ -44,7 +45,10 @@ int main() {
     run(reverse, {out, false}, true);
     for (int t = 0; t < 64; ++t) missed += out[t] != 64 - t;
     wrong += run(shuffle, {out, true}, true);
-    for (int t = 0; t < 64; ++t) wrong += out[t] != (t ^ 5) + 128000;
+    for (int t = 0; t < 64; ++t) {
+      const int lane = t % 32;
+      wrong += out[t] != (t ^ 5) + 4000 + 100000 * (lane < 3 ? lane : lane - 3);
+    }
     wrong += run(diverge, {out, true}, false);
   }
   std::printf("%d wrong, missing barrier %s\n", wrong, missed ? "seen" : "not seen");

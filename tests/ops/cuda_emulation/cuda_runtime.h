@@ -4,11 +4,15 @@
 // system, which change at barriers and shuffles only. Every second launch goes through blocks and
 // threads backwards: what lacks a barrier gives other bits then. A barrier that not all threads
 // reach is a failed launch.
+//
+// With NJEPA_ACCESS (see csrc/cuda/device.h) every access to memory is known. While the machine
+// watches, it counts them, by allocation and in sectors, and refuses those outside of all.
 #pragma once
 
 #include <math.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -31,12 +35,15 @@ struct dim3 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 
 namespace cuda_emulation {
 
 constexpr unsigned kWarp = 32;
 constexpr size_t kStack = 64 * 1024;
+constexpr uint64_t kSector = 32;  // bytes, that the memory moves at least
 
 struct Barrier {
   unsigned arrived = 0, generation = 0;
@@ -46,11 +53,29 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   bool done = false;
+  unsigned accesses = 0;
 };
 
 struct Warp {
   Barrier barrier;
   uint64_t values[kWarp];
+};
+
+struct Allocation {
+  uint64_t begin, end, read = 0, written = 0;
+};
+
+// One instruction of a warp: the n-th access of each of its lanes, where all take the same way.
+struct Request {
+  uint64_t instruction, sector;
+  auto operator<=>(const Request&) const = default;
+};
+
+struct Watch {
+  bool on = false;
+  std::vector<Allocation> allocations;
+  uint64_t outside = 0, sectors = 0;
+  std::vector<Request> requests;  // of the block that runs
 };
 
 struct Machine {
@@ -62,8 +87,34 @@ struct Machine {
   ucontext_t scheduler;
   unsigned current = 0, launches = 0;
   bool progress = false;
+  Watch watch;
 };
 inline Machine machine;
+
+// Whether the access may happen: a lane that reads outside gets zeros, and the watch counts it.
+inline bool access(const void* address, uint64_t bytes, bool write) {
+  Watch& watch = machine.watch;
+  if (!watch.on) return true;
+  Fiber& fiber = machine.fibers[machine.current];
+  const uint64_t at = reinterpret_cast<uint64_t>(address);
+  for (Allocation& a : watch.allocations) {
+    if (at < a.begin || at + bytes > a.end) continue;
+    (write ? a.written : a.read) += bytes;
+    const uint64_t warp = machine.current / kWarp;
+    watch.requests.push_back({warp << 32 | fiber.accesses++, at / kSector});
+    return true;
+  }
+  ++watch.outside;
+  return false;
+}
+
+inline void end_of_block() {
+  std::vector<Request>& requests = machine.watch.requests;
+  std::sort(requests.begin(), requests.end());
+  const auto end = std::unique(requests.begin(), requests.end());
+  machine.watch.sectors += static_cast<uint64_t>(end - requests.begin());
+  requests.clear();
+}
 
 inline void yield() {
   swapcontext(&machine.fibers[machine.current].context, &machine.scheduler);
@@ -112,6 +163,7 @@ inline bool run_block(bool backwards) {
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = machine.fibers[i];
     fiber.done = false;
+    fiber.accesses = 0;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;
@@ -142,6 +194,7 @@ inline bool run_grid(dim3 grid, dim3 block, std::function<void()> body) {
     const uint64_t at = backwards ? blocks - 1 - i : i;
     machine.block_index = dim3(at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y);
     if (!run_block(backwards)) return false;
+    end_of_block();
   }
   return true;
 }
@@ -150,27 +203,48 @@ inline bool run_grid(dim3 grid, dim3 block, std::function<void()> body) {
 
 #define threadIdx (cuda_emulation::machine.thread_index)
 #define blockIdx (cuda_emulation::machine.block_index)
+#define NJEPA_ACCESS(address, bytes, write) cuda_emulation::access(address, bytes, write)
 
 inline void __syncthreads() {
   cuda_emulation::wait(cuda_emulation::machine.barrier, cuda_emulation::machine.block.x);
 }
 
+inline void __syncwarp() {
+  cuda_emulation::exchange(0, [](auto value_of) { return value_of(0); });
+}
+
 template <class T>
-T __shfl_xor_sync(unsigned, T value, int distance) {
-  const unsigned lane = (threadIdx.x % 32) ^ distance;
+T __shfl_sync(unsigned, T value, int lane) {
   return cuda_emulation::exchange(value, [=](auto value_of) { return value_of(lane); });
 }
 
-inline unsigned __ballot_sync(unsigned, bool predicate) {
-  return cuda_emulation::exchange(predicate, [](auto value_of) {
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int distance) {
+  return __shfl_sync(~0u, value, (threadIdx.x % 32) ^ distance);
+}
+
+template <class T>
+T __shfl_up_sync(unsigned, T value, int distance) {
+  const int lane = threadIdx.x % 32;
+  return __shfl_sync(~0u, value, lane < distance ? lane : lane - distance);
+}
+
+template <class T>
+unsigned __match_any_sync(unsigned, T value) {
+  return cuda_emulation::exchange(value, [=](auto value_of) {
     unsigned bits = 0;
     for (unsigned lane = 0; lane < 32; ++lane)
-      bits |= static_cast<unsigned>(value_of(lane)) << lane;
+      bits |= static_cast<unsigned>(value_of(lane) == value) << lane;
     return bits;
   });
 }
 
-inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int atomicAdd(int* address, int value) {
+  const int old = *address;
+  *address += value;
+  return old;
+}
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 
