@@ -42,7 +42,7 @@ def _tf32(x: Any) -> Any:
 
 
 def _dot(self: Any, a: Any, b: Any, acc: Any, precision: Any, _: Any) -> Any:
-    """Three products per block, the small parts first; the sum over blocks is a rounded fp32 one."""
+    """Three products per block, the small parts first; blocks are added in fp32, rounded."""
     assert precision.name == "TF32x3"
     a_big, b_big = _tf32(a.data), _tf32(b.data)
     a_small, b_small = _tf32(a.data - a_big), _tf32(b.data - b_big)
