@@ -12,7 +12,7 @@ import torch
 
 #: For the kernels that sum rows by index: left to itself ptxas aims at 48 and spills 8 bytes.
 SCATTER_REGISTERS = 128
-#: A row that is normalised or summed is held in registers as a whole.
+#: Up to this width a row that is normalised or summed is held in registers as a whole.
 MAX_WIDTH = 2048
 
 
@@ -41,22 +41,26 @@ def copy_tile(width: int, dtype: torch.dtype, program_bytes: int = 8192) -> Tile
 
 
 def row_tile(width: int) -> Tile:
-    """Whole rows in registers: about 16 fp32 values per thread and array."""
-    if width > MAX_WIDTH:
-        raise ValueError(f"the fused kernels take widths up to {MAX_WIDTH}, got {width}")
-    block_d = max(16, next_power_of_2(width))
+    """Whole rows in registers: about 16 fp32 values per thread and array.
+
+    Wider rows are cut into column tiles, half as wide so that the last one is not mostly empty.
+    """
+    block_d = max(16, next_power_of_2(width)) if width <= MAX_WIDTH else MAX_WIDTH // 2
     rows = max(1, 1024 // block_d)
     return Tile(rows, block_d, 8 if block_d == 2048 else 4)
 
 
 def scatter_tile(width: int) -> Tile:
-    """Rows of a table that collect the gradients of the tokens pointing to them."""
-    block_d = max(16, min(next_power_of_2(width), 128))
-    return Tile(8, block_d, 4)
+    """Rows that collect the gradients of the tokens pointing to them; 32 fp32 sums per thread.
+
+    Whole rows up to ``MAX_WIDTH``: the search for those tokens is repeated for each column tile.
+    """
+    block_d = max(16, min(next_power_of_2(width), MAX_WIDTH))
+    return Tile(4096 // block_d, block_d, 4)
 
 
 def index_block(k: int) -> int:
-    """How many indices are compared at once; times 8 rows they stay in registers."""
+    """How many indices are compared at once, with each row of a ``scatter_tile``."""
     return max(16, min(next_power_of_2(k), 64))
 
 
@@ -98,13 +102,6 @@ def tuned(place: str, default: _TileType, width: int, *more: object) -> _TileTyp
     if asked_tiles is not None:
         asked_tiles.setdefault(name, default)
     tile = tuned_tiles.get(name, default)
-    if not isinstance(tile, type(default)) or _cuts_rows(tile, default, width):
+    if not isinstance(tile, type(default)):
         raise ValueError(f"tuned tile of {name!r}: expected one like {default}, got {tile}")
     return tile
-
-
-def _cuts_rows(tile: Tile | ProductTile, default: Tile | ProductTile, width: int) -> bool:
-    """Whether ``tile`` would leave columns out where ``default`` holds a whole row."""
-    if not isinstance(tile, Tile) or not isinstance(default, Tile):
-        return False
-    return tile.block_d < width <= default.block_d

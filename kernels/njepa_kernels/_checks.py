@@ -16,8 +16,9 @@ def debug_checks(enabled: bool = True) -> None:
     """Also check values that live on an accelerator (index ranges), at the cost of a host sync.
 
     On CPU these checks always run. Elsewhere they are off by default, because reading a value makes
-    the host wait; an index out of range is then undefined behaviour (it may read another sample's
-    row). Turn them on while looking for a bug. Shape and type checks never need this switch.
+    the host wait. The fused kernels then read nothing for an index out of range: what it names is
+    NaN, and gets no gradient (the reference asserts on the device). Turn them on while looking for
+    a bug. Shape and type checks never need this switch.
     """
     global _debug
     _debug = enabled

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: launching, the noise stream, sums by index.
+"""What the Triton kernels share: launching, the noise stream.
 
 Imported only when a Triton kernel is used.
 """
@@ -145,20 +145,3 @@ def normals(
     n0, n1 = _box_muller(x0, x1)
     n2, n3 = _box_muller(x2, x3)
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
-
-
-@triton.jit
-def add_matching_rows(acc, table, ids, ks, patches, cols, in_width, D: tl.constexpr):
-    """acc[r] += sum of table[k] over the k in ``ks`` with ids[k] = patches[r], k ascending.
-
-    As many rounds as the most frequent index has duplicates: one for indices without.
-    """
-    NONE: tl.constexpr = 2147483647
-    match = ids[None, :] == patches[:, None]
-    for _ in range(tl.max(tl.sum(match.to(tl.int32), axis=1), axis=0)):
-        first = tl.min(tl.where(match, ks[None, :], NONE), axis=1)
-        found = first != NONE
-        rows = table + (first.to(tl.int64) * D)[:, None] + cols[None, :]
-        acc += tl.load(rows, mask=found[:, None] & in_width[None, :], other=0.0).to(tl.float32)
-        match = match & (ks[None, :] > first[:, None])
-    return acc

@@ -13,6 +13,7 @@ import torch
 from njepa_kernels import debug_checks, predictor_tokens
 from njepa_kernels._dispatch import IMPLEMENTATIONS, choose
 from njepa_kernels.ema_update_.cases import _case as ema_case
+from njepa_kernels.gather_tokens.cases import _case as gather_case
 from njepa_kernels.jepa_loss.cases import _case as loss_case
 from njepa_kernels.predictor_tokens.cases import _case as predictor_case
 from njepa_kernels.testing import (
@@ -22,9 +23,11 @@ from njepa_kernels.testing import (
     copy_inputs,
     evaluate,
 )
+from njepa_kernels.vicreg.cases import _case as vicreg_case
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 from noise_checks import check_draws, noise_of
+from special_checks import INDEXED, check_nan, check_stray_index
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,12 +38,14 @@ CUDA = torch.device("cuda")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [
     *all_cases(small=True),
-    *(predictor_case(f"b2-m2-kc3-kt2-n9-d{d}", 2, 2, 3, 2, 9, d) for d in (1, 5, 520, 2048)),
+    *(predictor_case(f"b2-m2-kc3-kt2-n9-d{d}", 2, 2, 3, 2, 9, d) for d in (1, 5, 520, 2048, 2304)),
     *(
         loss_case(f"b2-m2-kt2-n9-d{d}" + "-noised" * noised, 2, 2, 2, 9, d, noised=noised)
         for d in (1, 513, 2048, 2304)
         for noised in (False, True)
     ),
+    *(gather_case(f"b2-n9-k4-d{d}", 2, 9, 4, d) for d in (1, 513, 2304)),
+    vicreg_case("m2-n9-d2304", 2, 9, 2304),
     ema_case("three-hundred", [(4097,), (12288,), *[(3, 5)] * 300]),
 ]
 FUSED = tuple(impl for impl in IMPLEMENTATIONS if impl != "reference")
@@ -207,6 +212,26 @@ def test_ema_takes_a_momentum_on_the_device_without_waiting(impl: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
     for a, b in zip(number["targets"], tensor["targets"], strict=True):
         assert torch.equal(a, b)
+
+
+@each_dtype
+@each_fused_pair
+def test_an_index_out_of_range_gives_nan(case: OpCase, impl: str, dtype: torch.dtype) -> None:
+    """Without debug checks; a read outside of all memory would end the process with an error."""
+    if case.op not in INDEXED:
+        pytest.skip("has no index")
+    check_stray_index(case, partial(case.function, impl=impl), case.make_inputs(CUDA, dtype, 0))
+    torch.cuda.synchronize()
+
+
+@each_dtype
+@each_fused_pair
+def test_nan_shows_where_it_shows_in_the_reference(
+    case: OpCase, impl: str, dtype: torch.dtype
+) -> None:
+    if case.op in ("patchify", "ema_update_"):
+        pytest.skip("one element in, one element out")
+    check_nan(case, partial(case.function, impl=impl), case.make_inputs(CUDA, dtype, 0))
 
 
 @pytest.mark.parametrize("impl", FUSED)

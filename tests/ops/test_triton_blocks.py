@@ -43,8 +43,8 @@ def test_tiles_are_powers_of_two_and_bounded(width: int) -> None:
     assert rows.block_d < 2 * max(width, 8.5)
     assert 1024 <= rows.rows * rows.block_d <= 2048
     scatter = scatter_tile(width)
-    assert scatter.rows * scatter.block_d <= 1024
-    assert _power(scatter.block_d)
+    assert scatter.block_d == max(16, next_power_of_2(width))
+    assert scatter.rows * scatter.block_d == 4096
 
 
 @pytest.mark.parametrize("width", [192, 384, 768, 1024, 1280])
@@ -53,10 +53,13 @@ def test_no_idle_lane_at_vit_widths(width: int) -> None:
         assert width % copy_tile(width, dtype).block_d == 0
 
 
-def test_too_wide_a_row_is_refused() -> None:
+def test_wider_rows_are_cut_into_columns_that_leave_little_idle() -> None:
     assert row_tile(MAX_WIDTH).block_d == MAX_WIDTH
-    with pytest.raises(ValueError, match="widths up to 2048, got 2049"):
-        row_tile(MAX_WIDTH + 1)
+    for width in (MAX_WIDTH + 1, 2304, 4096, 6144):
+        tile = row_tile(width)
+        assert tile.rows * tile.block_d == 1024
+        assert -(-width // tile.block_d) * tile.block_d < 1.5 * width
+        assert scatter_tile(width).block_d == MAX_WIDTH
 
 
 def test_index_block() -> None:

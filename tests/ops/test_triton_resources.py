@@ -10,10 +10,12 @@ import re
 import pytest
 import torch
 from njepa_kernels import available_impls
+from njepa_kernels._triton import record_launches
 from njepa_kernels.resources import (
     ARCHITECTURES,
     SHARED_LIMIT,
     SIZES,
+    _usage,
     compile_launch,
     launches,
     main,
@@ -52,14 +54,16 @@ def test_other_types_compile_without_spills(op: str, dtype: torch.dtype) -> None
 def test_large_reads_and_writes_are_16_bytes_wide(op: str) -> None:
     for launch in launches(op, "vitl16", torch.bfloat16, 90):
         name = launch.kernel.__name__
-        # Three numbers per program of the kernel before it; what its arguments say.
-        if name in ("_jepa_loss_terms_kernel", "_write_row_kernel"):
+        # Three numbers per program of the kernel before it; indices only; what its arguments say.
+        few = ("_jepa_loss_terms_kernel", "_invert_index_kernel", "_write_row_kernel")
+        if name in few:
             continue
         ptx = compile_launch(launch, 90).asm["ptx"]
         # Bytes of one channel lie a pixel apart: the cache, not the width, makes those reads cheap.
         if name != "_patchify_kernel":
             assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.shared\.global", ptx), name
-        if not name.startswith(("_vicreg_stats", "_vicreg_spread", "_vicreg_product")):
+        sums = ("_vicreg_stats", "_vicreg_spread", "_vicreg_product")  # few beside what was read
+        if not name.startswith((*sums, "_predictor_tokens_bwd_target", "_sum_by_index")):
             assert re.search(r"st\.global\S*\.v4\.b32", ptx), name
 
 
@@ -70,10 +74,56 @@ def test_every_kernel_of_every_op_is_launched() -> None:
         for launch in launches(op, "vits16", torch.bfloat16, 90)
     }
     for op in available_impls():
-        module = importlib.import_module(f"njepa_kernels.{op}.triton_kernel")
-        kernels = {name for name in vars(module) if name.endswith("_kernel")}
-        assert kernels
-        assert kernels <= found
+        assert _kernels(f"{op}.triton_kernel") <= found
+    assert _kernels("_by_index") <= found
+
+
+def _kernels(module: str) -> set[str]:
+    names = vars(importlib.import_module(f"njepa_kernels.{module}"))
+    found = {name for name in names if name.endswith("_kernel")}
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_rows_wider_than_the_registers_compile_without_spills(arch: int) -> None:
+    from njepa_kernels.jepa_loss import triton_kernel as loss
+    from njepa_kernels.predictor_tokens import triton_kernel as predictor
+
+    width = 4096
+    grad = torch.empty(8, 50, width, dtype=torch.bfloat16, device="meta")
+    idx = torch.empty(2, 4, 50, dtype=torch.int64, device="meta")
+    with record_launches(arch) as recorded:
+        loss.forward(grad, grad[:2], idx, grad, 0.1, 0.1, 1.0, 1e-5, 1e-6, 1e-6, 1e-6, True, True)
+        predictor.backward(
+            grad, idx[:, 0, :10], idx[..., :40], idx[:, 0, 0], *(7, 1), False, 50, False, True
+        )
+    for launch in recorded:
+        usage = _usage(compile_launch(launch, arch))
+        assert usage["STACK"] + usage["LOCAL"] == 0, (launch.kernel.__name__, usage)
+
+
+def test_a_row_that_fits_is_read_once() -> None:
+    """One 16-byte load per thread for each of h, pred and noised; three of h otherwise."""
+    forward = [
+        launch
+        for launch in launches("jepa_loss", "vitl16", torch.bfloat16, 90)
+        if launch.kernel.__name__ == "_jepa_loss_fwd_kernel"
+    ]
+    counts = [compile_launch(launch, 90).asm["ptx"].count("ld.global.v4.b32") for launch in forward]
+    assert counts == [2, 3]
+
+
+def test_the_target_pass_sums_over_rows_after_its_loop() -> None:
+    (launch, *_) = (
+        launch
+        for launch in launches("predictor_tokens", "vits16", torch.bfloat16, 90)
+        if launch.kernel.__name__ == "_predictor_tokens_bwd_target_kernel"
+    )
+    assert not launch.meta["NEED_SIGMA"]
+    text = compile_launch(launch, 90).asm["ttgir"]
+    assert text.count('"tt.reduce"') == 1
+    assert text.index("scf.yield") < text.index('"tt.reduce"')
 
 
 def test_command_prints_one_line_per_kernel(capsys: pytest.CaptureFixture[str]) -> None:

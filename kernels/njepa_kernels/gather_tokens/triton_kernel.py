@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from .._blocks import SCATTER_REGISTERS, copy_tile, index_block, scatter_tile, tuned
-from .._triton import add_matching_rows, cdiv, launch
+from .._by_index import sum_by_index
+from .._triton import cdiv, launch
 
 
 @triton.jit(do_not_specialize=["n_rows", "n", "k"])
@@ -30,52 +31,55 @@ def _gather_tokens_fwd_kernel(
     live = row < n_rows
     mask = live[:, None] & (col < D)[None, :]
     patch = tl.load(idx_ptr + row, mask=live, other=0)
+    # An index out of range reads nothing and gives NaN.
+    read = mask & ((patch >= 0) & (patch < n))[:, None]
     source = ((row // k).to(tl.int64) * n + patch) * D
-    value = tl.load(x_ptr + source[:, None] + col[None, :], mask=mask, other=0.0)
+    value = tl.load(x_ptr + source[:, None] + col[None, :], mask=read, other=float("nan"))
     if HAS_POS:
-        psi = tl.load(pos_ptr + (patch * D)[:, None] + col[None, :], mask=mask, other=0.0)
+        psi = tl.load(pos_ptr + (patch * D)[:, None] + col[None, :], mask=read, other=0.0)
         value = value.to(tl.float32) + psi.to(tl.float32)
     tl.store(out_ptr + (row.to(tl.int64) * D)[:, None] + col[None, :], value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["batch", "n", "k", "per_chunk"])
+@triton.jit(do_not_specialize=["n", "k"])
 def _gather_tokens_bwd_kernel(
     dx_ptr,
-    partial_ptr,
     grad_ptr,
     idx_ptr,
-    batch,
     n,
     k,
-    per_chunk,
     D: tl.constexpr,
-    NEED_POS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Each program owns ROWS patches of some samples: dx is written once, without atomics."""
+    """Each program owns ROWS patches of a sample: dx is written once, without atomics.
+
+    The rounds over one block of indices: as many as the most frequent one has duplicates; one for
+    indices without.
+    """
+    NONE: tl.constexpr = 2147483647
     tiles = tl.cdiv(n, ROWS)
     pid = tl.program_id(0)
-    chunk = (pid // tiles).to(tl.int64)
+    b = (pid // tiles).to(tl.int64)
     patch = (pid % tiles) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_width = col < D
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        ids = tl.load(idx_ptr + b * k + ks, mask=ks < k, other=-1)
+        match = ids[None, :] == patch[:, None]
+        for _ in range(tl.max(tl.sum(match.to(tl.int32), axis=1), axis=0)):
+            first = tl.min(tl.where(match, ks[None, :], NONE), axis=1)
+            found = first != NONE
+            rows = grad_ptr + ((b * k + first) * D)[:, None] + col[None, :]
+            mask = found[:, None] & in_width[None, :]
+            acc += tl.load(rows, mask=mask, other=0.0).to(tl.float32)
+            match = match & (ks[None, :] > first[:, None])
+    rows = (b * n + patch) * D
     mask = (patch < n)[:, None] & in_width[None, :]
-    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for b in range(chunk * per_chunk, tl.minimum((chunk + 1) * per_chunk, batch)):
-        acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        for start in range(0, k, BLOCK_K):
-            ks = start + tl.arange(0, BLOCK_K)
-            ids = tl.load(idx_ptr + b * k + ks, mask=ks < k, other=-1)
-            acc = add_matching_rows(acc, grad_ptr + b * k * D, ids, ks, patch, col, in_width, D)
-        rows = (b * n + patch).to(tl.int64) * D
-        tl.store(dx_ptr + rows[:, None] + col[None, :], acc, mask=mask)
-        if NEED_POS:
-            total += acc
-    if NEED_POS:
-        rows = (chunk * n + patch) * D
-        tl.store(partial_ptr + rows[:, None] + col[None, :], total, mask=mask)
+    tl.store(dx_ptr + rows[:, None] + col[None, :], acc, mask=mask)
 
 
 def forward(x: torch.Tensor, idx: torch.Tensor, pos: torch.Tensor | None) -> torch.Tensor:
@@ -110,29 +114,19 @@ def backward(
     batch, k, width = grad.shape
     dx = grad.new_empty(batch, n, width)
     tile = tuned("gather_tokens_bwd", scatter_tile(width), width, grad.dtype)
-    # Enough chunks to fill the device; the number depends on sizes only, so sums keep their order.
-    chunks = min(batch, max(1, cdiv(1024, cdiv(n, tile.rows)))) if need_pos else batch
-    per_chunk = cdiv(batch, chunks) if chunks else 1
-    chunks = cdiv(batch, per_chunk)
-    partial = grad.new_empty((chunks, n, width), dtype=torch.float32) if need_pos else None
-    grid = (cdiv(n, tile.rows) * chunks, cdiv(width, tile.block_d))
     launch(
         _gather_tokens_bwd_kernel,
-        grid,
+        (cdiv(n, tile.rows) * batch, cdiv(width, tile.block_d)),
         dx,
-        partial,
         grad,
         idx,
-        batch,
         n,
         k,
-        per_chunk,
         D=width,
-        NEED_POS=need_pos,
         ROWS=tile.rows,
         BLOCK_D=tile.block_d,
         BLOCK_K=index_block(k),
         maxnreg=SCATTER_REGISTERS,
         num_warps=tile.num_warps,
     )
-    return dx, partial.sum(0) if partial is not None else None
+    return dx, sum_by_index(grad, None, idx.unsqueeze(1), n) if need_pos else None

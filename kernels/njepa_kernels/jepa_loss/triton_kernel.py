@@ -26,9 +26,13 @@ def _smooth_l1(e, beta, L1: tl.constexpr):
 
 
 @triton.jit
-def _sum_over(x, mask):
-    """The sum over rows and columns that exist."""
-    return tl.sum(tl.sum(tl.where(mask, x, 0.0), axis=1), axis=0)
+def _load(pointers, mask):
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _sum_of_all(x):
+    return tl.sum(tl.sum(x, axis=1), axis=0)
 
 
 @triton.jit(
@@ -64,44 +68,80 @@ def _jepa_loss_fwd_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Whole rows in registers: LayerNorm of the target, terms and slopes from one read of each."""
+    """LayerNorm of the target, terms and slopes; one read of each while a row fits in registers.
+
+    Wider rows are read three times, of which the cache serves the last two: their mean, their
+    variance, the rest.
+    """
+    WHOLE: tl.constexpr = D <= BLOCK_D
     program = tl.program_id(0)
     row = program * ROWS + tl.arange(0, ROWS)
-    col = tl.arange(0, BLOCK_D)
     live = row < n_rows
-    mask = live[:, None] & (col < D)[None, :]
     patch = tl.load(target_idx_ptr + row, mask=live, other=0)
+    # An index out of range reads nothing; its target is NaN.
+    inside = ((patch >= 0) & (patch < n))[:, None]
     b = row // (n_blocks * n_targets)
     m = (row // n_targets) % n_blocks
     # Rows are counted in int32, addresses in int64.
-    source = ((b.to(tl.int64) * n + patch) * D)[:, None] + col[None, :]
-    at = (((m * batch + b).to(tl.int64) * n_targets + row % n_targets) * D)[:, None] + col[None, :]
-    h = tl.load(h_ptr + source, mask=mask, other=0.0).to(tl.float32)
-    pred = tl.load(pred_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    noised = pred
+    source = ((b.to(tl.int64) * n + patch) * D)[:, None]
+    at = (((m * batch + b).to(tl.int64) * n_targets + row % n_targets) * D)[:, None]
+    if WHOLE:
+        # All reads before the first sum, so that they are under way together.
+        col = tl.arange(0, BLOCK_D)[None, :]
+        mask = live[:, None] & (col < D)
+        h = _load(h_ptr + source + col, mask & inside)
+        pred = _load(pred_ptr + at + col, mask)
+        noised = _load(noised_ptr + at + col, mask) if NOISED else pred
+        mean = tl.sum(h, axis=1) / D
+        centred = tl.where(mask, h - mean[:, None], 0.0)
+        variance = tl.sum(centred * centred, axis=1) / D
+    else:
+        total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        for start in range(0, D, BLOCK_D):
+            col = start + tl.arange(0, BLOCK_D)[None, :]
+            total += _load(h_ptr + source + col, live[:, None] & (col < D) & inside)
+        mean = tl.sum(total, axis=1) / D
+        total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        for start in range(0, D, BLOCK_D):
+            col = start + tl.arange(0, BLOCK_D)[None, :]
+            mask = live[:, None] & (col < D)
+            centred = _load(h_ptr + source + col, mask & inside) - mean[:, None]
+            centred = tl.where(mask, centred, 0.0)
+            total += centred * centred
+        variance = tl.sum(total, axis=1) / D
+    scale = tl.where(inside, (1.0 / tl.sqrt_rn(variance + eps))[:, None], float("nan"))
+    clean = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    noise = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    distance = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        if not WHOLE:
+            col = start + tl.arange(0, BLOCK_D)[None, :]
+            mask = live[:, None] & (col < D)
+            centred = _load(h_ptr + source + col, mask & inside) - mean[:, None]
+            pred = _load(pred_ptr + at + col, mask)
+            noised = _load(noised_ptr + at + col, mask) if NOISED else pred
+        y = centred * scale
+        element, slope = _smooth_l1(pred - y, beta, L1)
+        clean += tl.where(mask, element, 0.0)
+        if NEED_PRED:
+            slope *= slope_pred
+            if pull_pred != 0.0:
+                slope += pull_pred * (pred - noised)
+            tl.store(dpred_ptr + at + col, slope, mask=mask)
+        if NOISED:
+            element, slope = _smooth_l1(noised - y, beta, L1)
+            apart = noised - pred
+            noise += tl.where(mask, element, 0.0)
+            distance += tl.where(mask, apart * apart, 0.0)
+            if NEED_NOISED:
+                slope *= slope_noised
+                if pull_noised != 0.0:
+                    slope += pull_noised * apart
+                tl.store(dnoised_ptr + at + col, slope, mask=mask)
+    tl.store(partial_ptr + 3 * program, _sum_of_all(clean) / D)
     if NOISED:
-        noised = tl.load(noised_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(h, axis=1) / D
-    centred = tl.where(mask, h - mean[:, None], 0.0)
-    variance = tl.sum(centred * centred, axis=1) / D
-    y = centred * (1.0 / tl.sqrt_rn(variance + eps))[:, None]
-    element, slope = _smooth_l1(pred - y, beta, L1)
-    tl.store(partial_ptr + 3 * program, _sum_over(element, mask) / D)
-    if NEED_PRED:
-        slope *= slope_pred
-        if pull_pred != 0.0:
-            slope += pull_pred * (pred - noised)
-        tl.store(dpred_ptr + at, slope, mask=mask)
-    if NOISED:
-        element, slope = _smooth_l1(noised - y, beta, L1)
-        apart = noised - pred
-        tl.store(partial_ptr + 3 * program + 1, _sum_over(element, mask) / D)
-        tl.store(partial_ptr + 3 * program + 2, _sum_over(apart * apart, mask) / D)
-        if NEED_NOISED:
-            slope *= slope_noised
-            if pull_noised != 0.0:
-                slope += pull_noised * apart
-            tl.store(dnoised_ptr + at, slope, mask=mask)
+        tl.store(partial_ptr + 3 * program + 1, _sum_of_all(noise) / D)
+        tl.store(partial_ptr + 3 * program + 2, _sum_of_all(distance) / D)
 
 
 @triton.jit(do_not_specialize=["programs", "n_rows", "noise_weight", "consistency"])

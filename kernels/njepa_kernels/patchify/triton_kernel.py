@@ -12,12 +12,13 @@ from .._blocks import copy_tile, tuned
 from .._triton import cdiv, launch
 
 
-@triton.jit(do_not_specialize=["n_rows", "k", "columns"])
+@triton.jit(do_not_specialize=["n_rows", "n", "k", "columns"])
 def _patchify_kernel(
     out_ptr,
     images_ptr,
     idx_ptr,
     n_rows,
+    n,
     k,
     columns,
     image_stride,
@@ -43,7 +44,10 @@ def _patchify_kernel(
     mask = live[:, None] & (col < 3 * AREA)[None, :]
     patch = row % k
     if idx_ptr is not None:
-        patch = tl.load(idx_ptr + row, mask=live, other=0).to(tl.int32)
+        index = tl.load(idx_ptr + row, mask=live, other=0)
+        # An index out of range reads nothing and gives NaN.
+        inside = (index >= 0) & (index < n)
+        patch = tl.where(inside, index, 0).to(tl.int32)
     corner = (
         (row // k).to(tl.int64) * image_stride
         + (patch // columns).to(tl.int64) * (P * line_stride)
@@ -60,6 +64,8 @@ def _patchify_kernel(
     shift = tl.where(channel == 0, shift_0, tl.where(channel == 1, shift_1, shift_2))
     value = x.to(tl.float32) * scale[None, :] + shift[None, :]
     out = out_ptr + (row.to(tl.int64) * (3 * AREA))[:, None] + col[None, :]
+    if idx_ptr is not None:
+        value = tl.where(inside[:, None], value, float("nan"))
     tl.store(out, value, mask=mask)
 
 
@@ -74,7 +80,8 @@ def forward(
     """images [B,H,W,3] of any strides, idx [B,K] contiguous or None -> [B,K,3pp]."""
     batch, height, width, _ = images.shape
     columns = width // patch_size
-    k = height // patch_size * columns if idx is None else idx.shape[1]
+    n = height // patch_size * columns
+    k = n if idx is None else idx.shape[1]
     length = 3 * patch_size * patch_size
     out = images.new_empty(batch, k, length, dtype=out_dtype)
     # 128 columns whatever the length: of two blocks of 512 half would be idle at 588 (14 x 14).
@@ -86,6 +93,7 @@ def forward(
         images,
         idx,
         batch * k,
+        n,
         k,
         columns,
         *images.stride(),

@@ -10,10 +10,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .._blocks import SCATTER_REGISTERS, copy_tile, index_block, row_tile, scatter_tile, tuned
-from .._triton import add_matching_rows, as_int32, cdiv, launch, normals
+from .._blocks import copy_tile, row_tile, tuned
+from .._by_index import sum_by_index
+from .._triton import as_int32, cdiv, launch, normals
 
-_SCALARS = ["seed", "step", "batch", "n_blocks", "n_context", "n_targets", "context_tiles"]
+_SCALARS = ["seed", "step", "batch", "n_blocks", "n", "n_context", "n_targets", "context_tiles"]
+
+
+@triton.jit
+def _position(pos_ptr, patch, n, col, mask, D: tl.constexpr):
+    """Rows of the table in fp32; an index out of range reads nothing and gives NaN."""
+    read = mask & ((patch >= 0) & (patch < n))[:, None]
+    at = pos_ptr + (patch * D)[:, None] + col[None, :]
+    return tl.load(at, mask=read, other=float("nan")).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -30,6 +39,7 @@ def _predictor_tokens_fwd_kernel(
     step,
     batch,
     n_blocks,
+    n,
     n_context,
     n_targets,
     context_tiles,
@@ -52,8 +62,8 @@ def _predictor_tokens_fwd_kernel(
         token = tl.load(
             context_ptr + (row.to(tl.int64) * D)[:, None] + col[None, :], mask=mask, other=0.0
         )
-        psi = tl.load(pos_ptr + (patch * D)[:, None] + col[None, :], mask=mask, other=0.0)
-        value = (token.to(tl.float32) + psi.to(tl.float32)).to(out_ptr.dtype.element_ty)
+        psi = _position(pos_ptr, patch, n, col, mask, D)
+        value = (token.to(tl.float32) + psi).to(out_ptr.dtype.element_ty)
         first = (row // n_context).to(tl.int64)
         for copy in range(0, n_blocks):
             to = ((first + copy * batch) * length + row % n_context) * D
@@ -65,8 +75,7 @@ def _predictor_tokens_fwd_kernel(
         patch = tl.load(target_idx_ptr + row, mask=live, other=0)
         b = row // (n_blocks * n_targets)
         m = (row // n_targets) % n_blocks
-        query = tl.load(pos_ptr + (patch * D)[:, None] + col[None, :], mask=mask, other=0.0)
-        query = query.to(tl.float32)
+        query = _position(pos_ptr, patch, n, col, mask, D)
         if HAS_SIGMA:
             s = tl.load(sigma_ptr + row // n_targets, mask=live, other=0.0)
             # Clean blocks are common; they draw nothing.
@@ -127,14 +136,14 @@ def _predictor_tokens_bwd_target_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """First stage of dmask_token: one partial sum per program; and of dsigma: row by row."""
-    pid = tl.program_id(0)
-    col = tl.arange(0, BLOCK_D)
+    """First stage of dmask_token: one partial sum per program; of dsigma: one per row and tile."""
+    pid, tile = tl.program_id(0), tl.program_id(1)
+    col = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     in_width = col < D
     n_rows = batch * n_blocks * n_targets
-    total = tl.zeros([BLOCK_D], tl.float32)
-    for tile in range(0, per_program):
-        row = (pid * per_program + tile) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for turn in range(0, per_program):
+        row = (pid * per_program + turn) * ROWS + tl.arange(0, ROWS)
         live = row < n_rows
         mask = live[:, None] & in_width[None, :]
         b = row // (n_blocks * n_targets)
@@ -143,60 +152,16 @@ def _predictor_tokens_bwd_target_kernel(
         source = (out_row + n_context + row % n_targets) * D
         grad = tl.load(grad_ptr + source[:, None] + col[None, :], mask=mask, other=0.0)
         grad = grad.to(tl.float32)
-        total += tl.sum(grad, axis=0)
+        total += grad
         if NEED_SIGMA:
             patch = tl.load(target_idx_ptr + row, mask=live, other=0)
             sample = tl.load(sample_ids_ptr + b, mask=live, other=0)
             block = m * 0 if SHARED else m
-            noise = normals(sample, block, patch, seed, step, 0, ROWS, BLOCK_D // 4)
+            group = tile * (BLOCK_D // 4)
+            noise = normals(sample, block, patch, seed, step, group, ROWS, BLOCK_D // 4)
             dsigma = tl.sum(grad * noise, axis=1)
-            tl.store(dsigma_ptr + row, dsigma, mask=live)
-    tl.store(partial_ptr + pid.to(tl.int64) * D + col, total, mask=in_width)
-
-
-@triton.jit(do_not_specialize=["batch", "n_blocks", "n", "n_context", "n_targets", "per_chunk"])
-def _predictor_tokens_bwd_pos_kernel(
-    partial_ptr,
-    grad_ptr,
-    context_idx_ptr,
-    target_idx_ptr,
-    batch,
-    n_blocks,
-    n,
-    n_context,
-    n_targets,
-    per_chunk,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_KC: tl.constexpr,
-    BLOCK_KT: tl.constexpr,
-):
-    """First stage of dpos: each program owns ROWS patches of the samples of one chunk."""
-    tiles = tl.cdiv(n, ROWS)
-    pid = tl.program_id(0)
-    chunk = (pid // tiles).to(tl.int64)
-    patch = (pid % tiles) * ROWS + tl.arange(0, ROWS)
-    col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_width = col < D
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    length = n_context + n_targets
-    for b in range(chunk * per_chunk, tl.minimum((chunk + 1) * per_chunk, batch)):
-        for m in range(0, n_blocks):
-            table = grad_ptr + (b + m * batch) * length * D
-            for start in range(0, n_context, BLOCK_KC):
-                ks = start + tl.arange(0, BLOCK_KC)
-                ids = tl.load(context_idx_ptr + b * n_context + ks, mask=ks < n_context, other=-1)
-                acc = add_matching_rows(acc, table, ids, ks, patch, col, in_width, D)
-            first_target = (b * n_blocks + m) * n_targets
-            for start in range(0, n_targets, BLOCK_KT):
-                ks = start + tl.arange(0, BLOCK_KT)
-                ids = tl.load(target_idx_ptr + first_target + ks, mask=ks < n_targets, other=-1)
-                targets = table + n_context.to(tl.int64) * D
-                acc = add_matching_rows(acc, targets, ids, ks, patch, col, in_width, D)
-    rows = (chunk * n + patch) * D
-    mask = (patch < n)[:, None] & in_width[None, :]
-    tl.store(partial_ptr + rows[:, None] + col[None, :], acc, mask=mask)
+            tl.store(dsigma_ptr + tile.to(tl.int64) * n_rows + row, dsigma, mask=live)
+    tl.store(partial_ptr + pid.to(tl.int64) * D + col, tl.sum(total, axis=0), mask=in_width)
 
 
 def forward(
@@ -236,6 +201,7 @@ def forward(
         as_int32(step),
         batch,
         n_blocks,
+        pos.shape[0],
         n_context,
         n_targets,
         context_tiles,
@@ -281,16 +247,19 @@ def backward(
         BLOCK_D=tile.block_d,
         num_warps=tile.num_warps,
     )
+    # With noise the sum over a row is one store if a tile holds the row.
     noisy = "noise" if need_sigma else "clean"
-    tile = tuned("predictor_tokens_bwd_target", row_tile(width), width, grad.dtype, noisy)
-    tiles = cdiv(batch * n_blocks * n_targets, tile.rows)
-    per_program = max(1, cdiv(tiles, 1024))
+    tile = row_tile(width) if need_sigma else copy_tile(width, grad.dtype)
+    tile = tuned("predictor_tokens_bwd_target", tile, width, grad.dtype, noisy)
+    tiles, columns = cdiv(batch * n_blocks * n_targets, tile.rows), cdiv(width, tile.block_d)
+    per_program = max(1, cdiv(tiles * columns, 1024))
     programs = cdiv(tiles, per_program)
     partial = grad.new_empty((programs, width), dtype=torch.float32)
-    per_token = grad.new_empty(target_idx.shape, dtype=torch.float32) if need_sigma else None
+    shape = (columns, *target_idx.shape)
+    per_token = grad.new_empty(shape, dtype=torch.float32) if need_sigma else None
     launch(
         _predictor_tokens_bwd_target_kernel,
-        (programs,),
+        (programs, columns),
         partial,
         per_token,
         grad,
@@ -307,39 +276,6 @@ def backward(
         BLOCK_D=tile.block_d,
         num_warps=tile.num_warps,
     )
-    dpos = _backward_pos(grad, context_idx, target_idx, n) if need_pos else None
-    return dcontext, partial.sum(0), dpos, None if per_token is None else per_token.sum(-1)
-
-
-def _backward_pos(
-    grad: torch.Tensor, context_idx: torch.Tensor, target_idx: torch.Tensor, n: int
-) -> torch.Tensor:
-    batch, n_blocks, n_targets = target_idx.shape
-    n_context, width = context_idx.shape[1], grad.shape[2]
-    tile = tuned("predictor_tokens_bwd_pos", scatter_tile(width), width, grad.dtype)
-    chunks = min(batch, max(1, cdiv(1024, cdiv(n, tile.rows))))
-    per_chunk = cdiv(batch, chunks) if chunks else 1
-    chunks = cdiv(batch, per_chunk)
-    partial = grad.new_empty((chunks, n, width), dtype=torch.float32)
-    launch(
-        _predictor_tokens_bwd_pos_kernel,
-        (cdiv(n, tile.rows) * chunks, cdiv(width, tile.block_d)),
-        partial,
-        grad,
-        context_idx,
-        target_idx,
-        batch,
-        n_blocks,
-        n,
-        n_context,
-        n_targets,
-        per_chunk,
-        D=width,
-        ROWS=tile.rows,
-        BLOCK_D=tile.block_d,
-        BLOCK_KC=index_block(n_context),
-        BLOCK_KT=index_block(n_targets),
-        maxnreg=SCATTER_REGISTERS,
-        num_warps=tile.num_warps,
-    )
-    return partial.sum(0)
+    dpos = sum_by_index(grad, context_idx, target_idx, n) if need_pos else None
+    dsigma = None if per_token is None else per_token.sum((0, 3))
+    return dcontext, partial.sum(0), dpos, dsigma

@@ -88,10 +88,12 @@ def _vicreg_product_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """sum of the squares of one tile of X X^T (SAMPLES) or of X^T X without its diagonal.
+    """sum of the squares of one tile of X X^T (SAMPLES), or of X^T X without its diagonal.
 
     X is u minus its mean over the batch. Tiles above the diagonal count twice, those below it have
-    nothing to do.
+    nothing to do. Tensor cores cut off what they add: errors of both signs, except on the diagonal
+    of X X^T. That is the squared length of each sample, always too small there, so it is summed
+    beside the product.
     """
     i, j = tl.program_id(0), tl.program_id(1)
     view = tl.program_id(2).to(tl.int64)
@@ -104,7 +106,9 @@ def _vicreg_product_kernel(
     left = i * BLOCK + tl.arange(0, BLOCK)
     right = j * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    lengths = tl.zeros([BLOCK], tl.float32)
     if SAMPLES:
+        parts = tl.zeros([BLOCK, BLOCK_K], tl.float32)
         for start in range(0, D, BLOCK_K):
             col = start + tl.arange(0, BLOCK_K)
             mean = tl.load(mean_base + col, mask=col < D, other=0.0)
@@ -117,6 +121,8 @@ def _vicreg_product_kernel(
             b = tl.load(base + at_b, mask=mask_b, other=0.0).to(tl.float32)
             b = tl.where(mask_b, b - mean[None, :], 0.0)
             acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+            parts += a * a
+        lengths = tl.sum(parts, axis=1)
     else:
         mean_a = tl.load(mean_base + left, mask=left < D, other=0.0)
         mean_b = tl.load(mean_base + right, mask=right < D, other=0.0)
@@ -130,9 +136,10 @@ def _vicreg_product_kernel(
             b = tl.load(base + offset + right[None, :], mask=mask_b, other=0.0).to(tl.float32)
             b = tl.where(mask_b, b - mean_b[None, :], 0.0)
             acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
-        acc = tl.where(left[:, None] == right[None, :], 0.0, acc)
+    acc = tl.where(left[:, None] == right[None, :], 0.0, acc)
     squares = tl.sum(tl.sum(acc * acc, axis=1), axis=0)
-    tl.store(partial_ptr + program, tl.where(i == j, squares, 2.0 * squares))
+    diagonal = tl.sum(lengths * lengths, axis=0)
+    tl.store(partial_ptr + program, tl.where(i == j, squares + diagonal, 2.0 * squares))
 
 
 @triton.jit(do_not_specialize=["views", "n", "gamma", "eps", "to_inv", "to_std", "to_cov"])

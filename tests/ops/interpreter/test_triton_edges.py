@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from njepa_kernels import ema_update_, gather_tokens, jepa_loss, predictor_tokens, vicreg
+from njepa_kernels import (
+    _by_index,
+    ema_update_,
+    gather_tokens,
+    jepa_loss,
+    predictor_tokens,
+    vicreg,
+)
 from njepa_kernels._triton import launch
+from njepa_kernels.gather_tokens.cases import _case as gather_case
+from njepa_kernels.jepa_loss.cases import _case as loss_case
 from njepa_kernels.predictor_tokens import triton_kernel as predictor_kernels
+from njepa_kernels.predictor_tokens.cases import _case as predictor_case
+from njepa_kernels.testing import OpCase, assert_case_within_baseline
+from njepa_kernels.vicreg.cases import _case as vicreg_case
 
 
 @pytest.fixture(autouse=True)
@@ -74,12 +87,32 @@ def test_frozen_positions_launch_no_kernel(learnt: bool, monkeypatch: pytest.Mon
         launch(kernel, grid, *args, **meta)
 
     monkeypatch.setattr(predictor_kernels, "launch", spy)
+    monkeypatch.setattr(_by_index, "launch", spy)
     leaves = [torch.randn(2, 3, 12, requires_grad=True), torch.randn(6, 12), torch.zeros(12)]
     leaves[1].requires_grad_(learnt)
     idx = torch.randint(0, 6, (2, 2, 3))
     predictor_tokens(*leaves, idx[:, 0], idx, impl="triton").sum().backward()
-    names = ["fwd", "bwd_context", "bwd_target", *(["bwd_pos"] if learnt else [])]
-    assert launched == [f"_predictor_tokens_{name}_kernel" for name in names]
+    names = [f"_predictor_tokens_{name}_kernel" for name in ("fwd", "bwd_context", "bwd_target")]
+    if learnt:
+        names += ["_invert_index_kernel", "_sum_by_index_kernel"]
+    assert launched == names
+
+
+#: Beyond what is held in registers as a whole: rows in column tiles, the last one not full.
+WIDE = [
+    predictor_case("b2-m2-kc3-kt2-n9-d2304", 2, 2, 3, 2, 9, 2304),
+    loss_case("b2-m2-kt2-n9-d2304", 2, 2, 2, 9, 2304),
+    loss_case("b1-m2-kt2-n9-d4100-noised", 1, 2, 2, 9, 4100, noised=True),
+    gather_case("b2-n9-k4-d2304", 2, 9, 4, 2304),
+    vicreg_case("m2-n9-d2304", 2, 9, 2304),
+]
+
+
+@pytest.mark.parametrize("case", WIDE, ids=lambda case: case.name)
+def test_wide_rows(case: OpCase) -> None:
+    function = partial(case.function, impl="triton")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_case_within_baseline(case, function, torch.device("cpu"), dtype, range(2))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
