@@ -140,14 +140,16 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=4)
     parser.add_argument("--limit", type=float, default=600.0, help="seconds of a call")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("suite", nargs="*", help="arguments of the suite, after --")
-    given = parser.parse_args()
+    mine, _, others = "\0".join(sys.argv[1:]).partition("\0--\0")
+    given = parser.parse_args(mine.split("\0") if mine else [])
     suite = ["bash", "bench/gpu_suite.sh", "--cpu", "--budget", f"{0.9 * given.limit:.0f}"]
     os.environ.setdefault("PYTHON", sys.executable)
     moments = random.Random(given.seed)
     drawn = [moments.uniform(0, given.limit) for _ in range(given.kills)]
     kills = [partial(_after, seconds) for seconds in drawn]
-    out = rehearse([*suite, *given.suite], given.out.resolve(), kills, given.limit)
+    out = rehearse(
+        [*suite, *filter(None, others.split("\0"))], given.out.resolve(), kills, given.limit
+    )
     sys.stdout.write(out)
     return 0
 
