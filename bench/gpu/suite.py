@@ -74,9 +74,15 @@ class State:
         append_line(self.out / "units.jsonl", line | {"headline": headline})
 
     def stuck(self, unit: Unit) -> bool:
-        """Whether the last attempts brought no row."""
-        began = [x["rows"] for x in self.lines(unit) if x["event"] == "began"][-TRIES:]
-        return len(began) == TRIES and set(began) == {len(self.done_rows(unit))}
+        """Whether the last attempts were cut, or killed with their call, and brought no row."""
+        began: list[int] = []
+        for line in self.lines(unit):
+            if line["event"] == "began":
+                began.append(line["rows"])
+            elif line["rc"] not in (None, CUT):
+                began.clear()
+        last = began[-TRIES:]
+        return len(last) == TRIES and set(last) == {len(self.done_rows(unit))}
 
     def finished(self, unit: Unit) -> bool:
         """Whether a later call need not run it."""
@@ -267,8 +273,8 @@ def main(arguments: list[str] | None = None) -> int:
             if unit.stage not in given.skip and (not given.only or unit.stage in given.only)
         ]
         for unit in chosen:
-            if state.finished(unit) and not unit.every_call:
-                continue
+            if state.stuck(unit) or (state.finished(unit) and not unit.every_call):
+                continue  # what is given up must not eat every call, either
             left = given.budget - RESERVE - (time.monotonic() - began)
             if reason := obstacle(unit, given.cpu):
                 notes[unit.name] = f"skipped: {reason}"

@@ -200,15 +200,20 @@ def test_a_failure_is_kept_and_not_fatal(tmp_path: Path, only: list[Unit]) -> No
 def test_a_unit_that_is_cut_twice_without_a_row_is_given_up(
     tmp_path: Path, only: list[Unit], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    only += [python("slow", "import time; time.sleep(60)"), python("later", "print(1)")]
+    """Also one that is meant for every call; one that ends runs in each."""
+    sleep = "import time; time.sleep(60)"
+    only += [python("slow", sleep, every_call=True), python("later", "print(1)")]
+    only.append(python("quick", "print('here')", every_call=True))
     out = str(tmp_path / "out")
-    for call, left in enumerate(("slow, later", "later", "nothing")):
+    for call, left in enumerate(("slow, later, quick", "later, quick", "nothing", "nothing")):
         budget = "7" if call < 2 else "60"
         assert main([out, "--cpu", "--budget", budget, *(["--resume"] if call else [])]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == f"left for --resume: {left}"
     rcs = [line["rc"] for line in State(tmp_path / "out").lines(only[0]) if "rc" in line]
     assert rcs == [CUT, CUT]
-    assert "given up" in headlines(tmp_path / "out")["slow"]
+    found = headlines(tmp_path / "out")
+    assert "given up" in found["slow"]
+    assert found["quick"] == "here"
 
 
 def test_what_hangs_ends_with_its_children(tmp_path: Path) -> None:
