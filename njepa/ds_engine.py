@@ -167,6 +167,9 @@ def build_engine(
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=engine_config(ds, sizes, device)
     )
+    if sizes.world == 1 and engine.zero_optimization_stage() == 0:
+        # It would copy all gradients into one tensor, reduce that over one rank, and copy it back.
+        engine.enable_backward_allreduce = False
     return engine
 
 
@@ -183,6 +186,9 @@ def engine_config(ds: dict[str, Any], sizes: BatchSizes, device: torch.device) -
         "train_batch_size": sizes.total,
         "zero_allow_untested_optimizer": True,  # torch's AdamW is one of the untested
     }
+    if sizes.world == 1 and zero_stage(ds) > 0:
+        # Scattering over one rank copies every bucket twice more than reducing it in place.
+        config["zero_optimization"] = {"reduce_scatter": False, **config["zero_optimization"]}
     autocast = dict(config.get("torch_autocast", {}))
     if autocast:
         if autocast.get("enabled") == "auto":

@@ -2,9 +2,9 @@
 
     python jobs.py JOBS.json OUT.pt        with RANK, WORLD_SIZE, ... in the environment
 
-Every job is {name, overrides, ds, grads, reads, features}; all jobs of a call share the processes,
-because starting them costs more than training does. OUT.pt (rank 0) maps the name to what was
-recorded.
+Every job is {name, overrides, ds, grads, watch, features, moved, reduce}; all jobs of a call share
+the processes, because starting them costs more than training does. OUT.pt (rank 0) maps the name to
+what was recorded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from host_reads import reads_of
+from engine_bytes import EngineBytes
+from host_reads import watch
 from PIL import Image
 
 TINY = [
@@ -79,10 +80,10 @@ def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
 
     config = load_config("shapes-tiny", TINY + job["overrides"])
     trainer = Trainer(config, job["ds"], ranks)
-    if job.get("reads"):  # instead of a whole run
-        seen, synchronized = reads_of(trainer, steps=2)
+    if job.get("watch"):  # instead of a whole run
+        watched = watch(trainer, steps=2)
         trainer.engine.destroy()
-        return {"reads": seen, "synchronized": synchronized}
+        return watched
     record: dict[str, Any] = {"ids": [], "grads": [], "losses": []}
     engine = trainer.engine
     names = {p: n for n, p in engine.module.named_parameters() if p.requires_grad}
@@ -108,6 +109,23 @@ def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
         step()
 
     engine.step, engine.forward = recording_step, recording_forward
+    if job.get("reduce"):
+        engine.enable_backward_allreduce = True
+    if job.get("moved"):
+        counted, backward = EngineBytes(), engine.backward
+
+        def counting_backward(loss: Any) -> None:
+            with counted:
+                backward(loss)
+            trained = [p for p in names if engine.zero_optimization_stage() == 0]
+            record["moved"] = {
+                "moved": dict(counted.moved),
+                "reduced": counted.reduced,
+                "gradients": sum(4 * getattr(p, "ds_numel", p.numel()) for p in names),
+                "without": [names[p] for p in trained if p.grad is None],
+            }
+
+        engine.backward = counting_backward
     if job.get("features") and trainer.evaluator is not None:
         features, record["features"] = trainer.evaluator._features, []
 
