@@ -57,9 +57,6 @@ def register(
     ``Library.impl`` instead of ``custom_op``: less to do per call. Without ``backward`` the op is
     not differentiable and says so in the backward; an op that writes into its arguments passes
     autograd by.
-
-    Returns:
-        The operator; where it writes into nothing, behind ``_shortcut``.
     """
     name = schema.partition("(")[0]
     qualified = f"{NAMESPACE}::{name}"
@@ -78,50 +75,7 @@ def register(
         setup_context=setup_context,
         lib=_library,
     )
-    return _shortcut(name, operator, kernel, setup_context, backward)
-
-
-def _shortcut(
-    name: str,
-    operator: Operator,
-    kernel: Callable[..., Any],
-    setup_context: Callable[..., None] | None,
-    backward: Callable[..., Any] | None,
-) -> Operator:
-    """``operator``, without the dispatcher where nothing but autograd listens to it.
-
-    A call through the dispatcher into Python costs 11 us, with autograd 20 us; this one 1 and 5.
-    Compilers, dispatch and function modes, function transforms and subclasses get the operator.
-    """
-    function = None
-    if setup_context is not None and backward is not None:
-
-        def forward(ctx: Any, *args: object) -> Any:
-            output = kernel(*args)
-            setup_context(ctx, args, output)
-            return output
-
-        body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        function = type(name, (torch.autograd.Function,), body)
-
-    def call(*args: object) -> Any:
-        if torch.compiler.is_compiling() or _listened():
-            return operator(*args)
-        needs_grad = False
-        for arg in args:
-            if type(arg) in _PLAIN:
-                needs_grad = needs_grad or arg.requires_grad  # type: ignore[attr-defined]
-            elif isinstance(arg, torch.Tensor):
-                return operator(*args)
-        if not needs_grad or not torch.is_grad_enabled():
-            return kernel(*args)
-        return operator(*args) if function is None else function.apply(*args)  # type: ignore[attr-defined]
-
-    call.operator = operator  # type: ignore[attr-defined]
-    return call
-
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+    return operator
 
 
 def _listened() -> bool:

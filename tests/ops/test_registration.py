@@ -58,7 +58,7 @@ def _calls(
                 else a
                 for a in args
             )
-            calls.append((getattr(_operator, "operator", _operator), keep))
+            calls.append((_operator, keep))
             return _operator(*args)
 
         monkeypatch.setattr(module, attribute, spy)
@@ -105,7 +105,7 @@ class _Seen(TorchDispatchMode):
 
 @each_fused
 def test_with_and_without_the_dispatcher_alike(op: str, impl: str) -> None:
-    """A mode sees the operators (without one a shortcut skips them); values do not depend on it."""
+    """A mode sees the operators; values do not depend on it."""
     case, inputs = _leaves(op)
     plain = evaluate(case, partial(case.function, impl=impl), inputs)
     with _Seen() as seen:
@@ -117,7 +117,7 @@ def test_with_and_without_the_dispatcher_alike(op: str, impl: str) -> None:
 
 
 def test_no_graph_without_grad() -> None:
-    """The shortcut records nothing where nothing asks for a gradient."""
+    """Nothing is recorded where nothing asks for a gradient."""
     for op, impl in FUSED:
         case, inputs = _leaves(op)
         if not case.differentiable:
