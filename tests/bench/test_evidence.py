@@ -226,6 +226,7 @@ def make_images(folder: Path, n: int) -> None:
         Image.fromarray(pixels.astype(np.uint8)).save(path)
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_records_failures_resumes_and_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

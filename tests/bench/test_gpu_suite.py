@@ -253,8 +253,11 @@ def test_a_unit_ends_with_the_suite(tmp_path: Path) -> None:
     pytest.fail("the unit outlives the suite")
 
 
-def test_benchmarks_become_results_row_by_row(tmp_path: Path, only: list[Unit]) -> None:
+def test_benchmarks_become_results_row_by_row(
+    tmp_path: Path, only: list[Unit], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second of three is where the process dies: the first and the third are kept."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark would time nothing
     file = tmp_path / "test_a.py"
     unit = small_tests("a", file, 3, "pass")
     file.write_text(

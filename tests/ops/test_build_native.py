@@ -11,6 +11,8 @@ import native_build
 import pytest
 from native_build import LIBRARY, run_setup
 
+pytestmark = pytest.mark.slow
+
 needs_compiler = pytest.mark.skipif(
     native_build.no_compiler() is not None, reason="there is no C++ compiler"
 )

@@ -161,6 +161,7 @@ def test_values_beside_the_installed_package(folder: Path, backend: str) -> None
     assert out.strip() == (str(sorted(available_impls())))
 
 
+@pytest.mark.slow
 def test_triton_kernels_of_the_folder_run(folder: Path) -> None:
     """Through the folder's own operators, in Triton's interpreter."""
     out = _run(

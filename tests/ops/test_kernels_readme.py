@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import njepa_kernels
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -55,6 +56,7 @@ def test_python_blocks_run_in_order() -> None:
         assert any(f"ops.{name}(" in block for _, block in blocks), name
 
 
+@pytest.mark.slow
 def test_the_comparison_runs_and_checks_its_losses() -> None:
     demo = [sys.executable, str(ROOT / "bench" / "accelerate_demo.py"), "--size", "tiny"]
     done = subprocess.run(

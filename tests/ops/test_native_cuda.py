@@ -36,9 +36,10 @@ from njepa_kernels.testing import (
 )
 from noise_checks import check_draws, noise_of
 
-pytestmark = pytest.mark.skipif(
-    native_build.no_compiler() is not None, reason="there is no C++ compiler"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(native_build.no_compiler() is not None, reason="there is no C++ compiler"),
+]
 
 CPU = torch.device("cpu")
 SEEDS = range(2)

@@ -47,7 +47,7 @@ def test_another_broken_pipe_is_a_fault(monkeypatch: pytest.MonkeyPatch):
     def train(*_: object, **__: object) -> int:
         raise BrokenPipeError("to a worker")
 
-    monkeypatch.setattr(cli.train, "main", train)
+    monkeypatch.setattr("njepa.train.main", train)
     with pytest.raises(BrokenPipeError, match="to a worker"):
         cli.main(["train"])
 

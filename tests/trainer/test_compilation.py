@@ -261,6 +261,7 @@ def lines(root, run):
     return [json.loads(x) for x in (root / "runs" / run / "metrics.jsonl").open()]
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_compilations_stop_at_the_number_of_shapes(root, compiled):
     logged = [line.get("compilations") for line in lines(root, "blocks")]
@@ -286,6 +287,7 @@ def test_compilations_stop_at_the_number_of_shapes(root, compiled):
     assert (eager["compile"], eager["compilations"]) == ("off", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_compiled_losses_are_the_eager_ones_up_to_rounding(compiled):
     eager, blocks = (torch.tensor(compiled[name]["losses"]) for name in ("eager", "blocks"))
@@ -295,12 +297,14 @@ def test_compiled_losses_are_the_eager_ones_up_to_rounding(compiled):
     assert (eager.diff().abs() > 1e-3).all()  # unlike steps that change nothing
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_zero_1_and_recomputed_activations_train_alike(compiled):
     blocks, zero1 = (torch.tensor(compiled[name]["losses"]) for name in ("blocks", "zero1"))
     torch.testing.assert_close(zero1, blocks, rtol=2e-5, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_a_resumed_compiled_run_is_the_run_that_was_not_stopped(compiled):
     assert compiled["cut"]["losses"] + compiled["resumed"]["losses"] == compiled["blocks"]["losses"]
@@ -311,6 +315,7 @@ def test_a_resumed_compiled_run_is_the_run_that_was_not_stopped(compiled):
 # --- activation checkpointing --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_recomputed_activations_give_the_same_bits_under_every_zero_stage(root):
     stages = (0, 1, 2, 3)

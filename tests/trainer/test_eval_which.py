@@ -11,6 +11,8 @@ from njepa.data.sources import open_source
 from njepa.evaluation.features import load_split, pooled_features
 from njepa.models.encoder import build_encoder
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 #: Ranks and ZeRO stage; the runs of each.
 RUNS = {

@@ -15,6 +15,8 @@ from njepa.config import Config
 from njepa.ema import ema_parameters, make_target, update_target
 from njepa.step import TrainModule, param_groups
 
+pytestmark = pytest.mark.slow
+
 STEPS = 200
 LR = 3e-4
 NUDGES = 6

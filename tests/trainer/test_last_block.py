@@ -9,7 +9,7 @@ import torch
 from packed_attention import ATTENTION
 from torch import Tensor
 
-from njepa.data.batch import Lengths
+from njepa.data.batch import Lengths, Masks
 from njepa.models.architecture import Stack
 from njepa.models.attention import Attention
 from njepa.models.block import Block
@@ -86,7 +86,8 @@ def test_only_queries_pass_its_projection_and_mlp(shared: bool):
                 lambda _, x, y, name=name: tokens.update({name: x[0].numel() // x[0].shape[-1]})
             )
     idx = torch.arange(36).expand(B, -1)
-    predictor(torch.randn(B, KC, 32), idx[:, :KC], idx[:, : M * KT].unflatten(1, (M, KT)))
+    masks = Masks(idx[:, :KC], idx[:, : M * KT].unflatten(1, (M, KT)))
+    predictor(torch.randn(B, KC, 32), masks)
     whole = B * KC + M * B * KT if shared else M * B * (KC + KT)
     assert tokens["predictor_blocks.0.attn.proj"] == tokens["predictor_blocks.0.mlp.fc2"] == whole
     assert tokens["predictor_blocks.1.attn.qkv"] == whole

@@ -6,6 +6,8 @@ import pytest
 import torch
 from jobs import make_images, run_jobs
 
+pytestmark = pytest.mark.slow
+
 #: ZeRO sections: as the trainer completes them on one rank, and as DeepSpeed takes them on many.
 #: Stage 3 last: it replaces torch's ``linear`` in the whole process.
 JOBS = {

@@ -211,6 +211,7 @@ def engines(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 @pytest.mark.parametrize(("world", "stage"), list(product((1, 2), range(4))))
 def test_states_are_those_of_an_engine(engines, world: int, stage: int):

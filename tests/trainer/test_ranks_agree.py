@@ -4,6 +4,8 @@ import pytest
 import torch
 from jobs import make_images, run_jobs
 
+pytestmark = pytest.mark.slow
+
 #: A weight of 1 makes the VICReg terms visible in the gradients.
 VICREG = "vicreg.weight=1.0"
 RAGGED = ["mask.ragged=true", "vicreg.on=context_vs_target"]  # whose means leave the padding out

@@ -287,6 +287,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory):
     return root, one, two
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_the_loss_falls_and_a_resumed_run_goes_on_as_if_not_stopped(trained: Any):
     root, one, _ = trained
@@ -301,6 +302,7 @@ def test_the_loss_falls_and_a_resumed_run_goes_on_as_if_not_stopped(trained: Any
     assert json.loads((root / "whole" / "summary.json").read_text())["steps"] == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 @pytest.mark.parametrize("stage", [1, 3])
 def test_two_ranks_train_as_one(trained: Any, stage: int):
