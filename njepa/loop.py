@@ -77,7 +77,7 @@ class Trainer:
         self.sizes = ds_engine.resolve_batch(ds, ranks.world)
         check_vicreg_batch(config, self.sizes)
         with _as_config_error():  # a pure check, before anything is read or written
-            parts = architecture(config)
+            self.parts = parts = architecture(config)
             choose_backend(config.data.backend, ranks.device)
             self.impl = choose_impls(config, ranks.device)
             stacks = parts.encoder, parts.predictor
@@ -422,7 +422,7 @@ class Trainer:
 
     def describe(self) -> str:
         """What will run, for the first lines of the log."""
-        config, sizes, parts = self.config, self.sizes, architecture(self.config)
+        config, sizes, parts = self.config, self.sizes, self.parts
         trainable = sum(
             getattr(p, "ds_numel", p.numel()) for p in self.engine.parameters() if p.requires_grad
         )

@@ -58,7 +58,6 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
 
 
 def _plan(args: argparse.Namespace) -> str:
-
     worlds = _worlds(args.gpus)
     if args.gpu not in plan.GPUS:
         raise ConfigError(f"--gpu {args.gpu} is unknown; known: {', '.join(plan.GPUS)}")
@@ -97,7 +96,6 @@ def _plan(args: argparse.Namespace) -> str:
 
 
 def _model(config: Config, ds: dict[str, Any], worlds: Sequence[int]) -> str:
-
     net, sizes = plan.network(config), resolve_batch(ds, worlds[0])
     shapes = plan.drawn_shapes(config, sizes)
     mean = [sum(s[i] * n for s, n in shapes.items()) / shapes.total() for i in (0, 1)]
@@ -126,7 +124,6 @@ def _model(config: Config, ds: dict[str, Any], worlds: Sequence[int]) -> str:
 def _memory(
     config: Config, zero: plan.ZeroSettings, worlds: Sequence[int], gpu: plan.Gpu, reserve: float
 ) -> str:
-
     net, rows = plan.network(config), []
     capacity = gpu.memory * (1 - reserve)
     for world in worlds:
@@ -163,7 +160,6 @@ def _scaling(
     gpu: plan.Gpu,
     args: argparse.Namespace,
 ) -> str:
-
     capacity, first = gpu.memory * (1 - args.reserve), resolve_batch(ds, worlds[0])
     fitting = plan.largest_micro_batch(config, zero, first.world, capacity, checkpointed=False)
     micro = min(first.micro, fitting)

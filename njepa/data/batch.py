@@ -19,8 +19,8 @@ class Lengths:
     tensor: Tensor
     """int64 [B], the same numbers on the device of the batch."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Lengths:
-        return Lengths(self.counts, self.tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str) -> Lengths:
+        return Lengths(self.counts, self.tensor.to(device, non_blocking=True))
 
 
 class Masks(NamedTuple):
@@ -33,12 +33,12 @@ class Masks(NamedTuple):
     context_lengths: Lengths | None = None
     """Context patches of each image, Kc being the largest; None: Kc for all."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Masks:
+    def to(self, device: torch.device | str) -> Masks:
         lengths = self.context_lengths
         return Masks(
-            self.context_idx.to(device, non_blocking=non_blocking),
-            self.target_idx.to(device, non_blocking=non_blocking),
-            None if lengths is None else lengths.to(device, non_blocking),
+            self.context_idx.to(device, non_blocking=True),
+            self.target_idx.to(device, non_blocking=True),
+            None if lengths is None else lengths.to(device),
         )
 
 
@@ -50,9 +50,9 @@ class Noise(NamedTuple):
     key: NoiseKey
     """Seed, micro-step and sample ids."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Noise:
-        ids = self.key.sample_ids.to(device, non_blocking=non_blocking)
-        sigma = self.sigma.to(device, non_blocking=non_blocking)
+    def to(self, device: torch.device | str) -> Noise:
+        ids = self.key.sample_ids.to(device, non_blocking=True)
+        sigma = self.sigma.to(device, non_blocking=True)
         return Noise(sigma, self.key._replace(sample_ids=ids))
 
 
@@ -76,6 +76,6 @@ class Batch(NamedTuple):
         """The same batch on ``device`` (asynchronously from pinned memory)."""
         return self._replace(
             images=self.images.to(device, non_blocking=True),
-            masks=self.masks.to(device, non_blocking=True),
-            noise=None if self.noise is None else self.noise.to(device, non_blocking=True),
+            masks=self.masks.to(device),
+            noise=None if self.noise is None else self.noise.to(device),
         )
