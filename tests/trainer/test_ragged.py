@@ -265,7 +265,7 @@ def test_what_the_cut_drops():
     assert lengths.mean() == pytest.approx(91, abs=1)
     cut = 1 - lengths.min(axis=1) / lengths.mean(axis=1)
     assert cut.mean() == pytest.approx(0.345, abs=0.01)
-    padding = 1 - lengths.mean(axis=1) / lengths.max(axis=1)  # docs/running.md, section 3
+    padding = 1 - lengths.mean(axis=1) / lengths.max(axis=1)  # docs/configuration.md, ragged masks
     assert padding.mean() == pytest.approx(0.28, abs=0.01)
 
 
