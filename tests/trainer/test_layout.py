@@ -50,7 +50,9 @@ def test_info_names_recipes_ops_and_keys(capsys):
     assert cli.main(["info"]) == 0
     shown = capsys.readouterr().out
     assert "shapes-tiny: njepa" in shown
-    assert "vicreg: native: " in shown
+    assert "vicreg" in shown
+    assert "    native: " in shown
+    assert "    reference: yes" in shown
     assert cli.main(["info", "--keys"]) == 0
     shown = capsys.readouterr().out
     assert "noise.sigma = 0.5" in shown
