@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 
 from bench import step_race
-from bench.published_step import PublishedCollator, PublishedStep
+from bench.published.step import PublishedStep
 from bench.step_race import OurStep, PhaseClock, Race, Runner, check_memory, shape_of
 from bench.step_sizes import (
     STATIC,
@@ -24,12 +22,8 @@ from bench.step_sizes import (
     published_size,
     step_config,
 )
-from njepa.config import MaskConfig
 from njepa.data.batch import Batch, Masks
 from njepa.step import TrainModule
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
-from mask_oracle import OracleSampler
 
 CPU = torch.device("cpu")
 TINY = Case(
@@ -123,18 +117,6 @@ def test_steps_stay_together():
             moved, wanted = (torch.cat((x.chunk(3)[0], x.chunk(3)[2])) for x in (moved, wanted))
         assert (moved - wanted).norm() <= 0.03 * wanted.norm(), name
         assert wanted.norm() > 0, name
-
-
-def test_collator_is_the_published_one():
-    """The same masks as the independent oracle from the same draws."""
-    collator, oracle = PublishedCollator(14), OracleSampler(MaskConfig(), (14, 14))
-    for step in range(3):
-        torch.manual_seed(step)
-        context, targets = collator(5)
-        torch.manual_seed(step)
-        expected_context, expected_targets, _ = oracle(5)
-        assert torch.equal(context[0], expected_context)
-        assert torch.equal(torch.stack(targets, dim=1), expected_targets)
 
 
 class Recorder(PhaseClock):

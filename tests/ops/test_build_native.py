@@ -7,9 +7,10 @@ import sys
 import zipfile
 from pathlib import Path
 
-import native_build
 import pytest
-from native_build import LIBRARY, run_setup
+
+from tests.support import native_build
+from tests.support.native_build import LIBRARY, run_setup
 
 pytestmark = pytest.mark.slow
 

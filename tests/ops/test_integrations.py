@@ -6,10 +6,8 @@ import copy
 import gc
 import io
 import pickle
-import sys
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -23,8 +21,7 @@ from njepa_kernels.integrations._deferred import DeferredTargets
 from njepa_kernels.testing import assert_within_baseline
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-import published_style as style
+from bench.published import script as style
 
 B, SIDE, N = 3, 4, 16
 each_contexts = pytest.mark.parametrize("n_contexts", [1, 2])

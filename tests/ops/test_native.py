@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import native_build
 import pytest
 import torch
-from native_adapters import NATIVE
 from njepa_kernels import NoiseKey, _native, philox_normal
 from njepa_kernels.ema_update_.reference import ema_update_reference_
 from njepa_kernels.gather_tokens.cases import _case as gather_case
@@ -26,7 +24,10 @@ from njepa_kernels.testing import (
     evaluate,
 )
 from njepa_kernels.vicreg.cases import _case as vicreg_case
-from noise_checks import check_draws, noise_of
+
+from tests.support import native_build
+from tests.support.native_adapters import NATIVE
+from tests.support.noise_checks import check_draws, noise_of
 
 CPU = torch.device("cpu")
 LOW = (torch.bfloat16, torch.float16)

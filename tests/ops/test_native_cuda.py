@@ -14,10 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import native_build
 import pytest
 import torch
-from native_adapters import NATIVE
 from njepa_kernels import NoiseKey, _native, philox_normal
 from njepa_kernels.ema_update_ import native as ema_native
 from njepa_kernels.ema_update_.reference import ema_update_reference_
@@ -34,7 +32,10 @@ from njepa_kernels.testing import (
     cast_inputs,
     evaluate,
 )
-from noise_checks import check_draws, noise_of
+
+from tests.support import native_build
+from tests.support.native_adapters import NATIVE
+from tests.support.noise_checks import check_draws, noise_of
 
 pytestmark = [
     pytest.mark.slow,

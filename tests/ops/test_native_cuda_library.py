@@ -11,10 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import native_build
 import pytest
 from njepa_kernels import _native
 from njepa_kernels.resources import _OP_OF, ARCHITECTURES, main, measure_native, table
+
+from tests.support import native_build
 
 
 @pytest.fixture(scope="module")

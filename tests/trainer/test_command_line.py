@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs import TINY, make_images
 
 from njepa import cli, tracking
 from njepa.tracking import Tracker
+from tests.support.jobs import TINY, make_images
 
 ROOT = Path(__file__).parents[2]
 

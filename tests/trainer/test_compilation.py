@@ -8,8 +8,6 @@ import json
 import pytest
 import torch
 import torch._dynamo
-from jobs import make_images, run_jobs
-from tiny import make_batch, tiny_config
 from torch import nn
 
 from bench.measure import peak_bytes
@@ -19,6 +17,8 @@ from njepa.ema import make_target
 from njepa.models.attention import SDPA
 from njepa.models.block import Block, run_blocks
 from njepa.step import TrainModule
+from tests.support.jobs import make_images, run_jobs
+from tests.support.tiny import make_batch, tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 METHODS = {

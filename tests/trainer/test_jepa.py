@@ -6,11 +6,11 @@ from itertools import product
 
 import pytest
 import torch
-from tiny import N_BLOCKS, N_TARGETS, make_batch, tiny_config
 
 from njepa.config import Config
 from njepa.models.jepa import Jepa, JepaOutput, build_jepa
 from njepa.models.predictor import build_predictor
+from tests.support.tiny import N_BLOCKS, N_TARGETS, make_batch, tiny_config
 
 PREDICTORS, TOKENS = ("unshared", "shared", "single"), ("unshared", "shared")
 NOISED = {

@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mask_oracle import OracleSampler
-from mask_oracle import block_size as oracle_block_size
 from scipy import stats
 
 from njepa.config import MaskConfig
 from njepa.draws.masks import DrawnMasks, MaskSampler, block_size, choose_random, possible_sizes
 from njepa.draws.streams import words
+from tests.support.mask_oracle import OracleSampler
+from tests.support.mask_oracle import block_size as oracle_block_size
 
 GRID = (14, 14)
 ONE = (1.0, 1.0)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import N_BLOCKS, make_batch, tiny_config
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,6 +15,7 @@ from njepa.data.batch import Batch, Lengths
 from njepa.ema import make_target
 from njepa.models.jepa import Jepa, JepaOutput, build_jepa
 from njepa.objectives import objective, prediction_loss, vicreg_loss
+from tests.support.tiny import N_BLOCKS, make_batch, tiny_config
 
 
 def forward(config: Config, batch: Batch) -> tuple[Jepa, JepaOutput, torch.Tensor]:

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from njepa_kernels import NoiseKey, philox_normal
-from tiny import N_BLOCKS, N_CONTEXT, N_TARGETS, make_batch, rows_of, tiny_config
 from torch import Tensor
 
 from njepa.config import Config, ConfigError
 from njepa.data.batch import Batch, Masks, Noise
 from njepa.draws.streams import stream_seed
 from njepa.models.predictor import Predictor, build_predictor
+from tests.support.tiny import N_BLOCKS, N_CONTEXT, N_TARGETS, make_batch, rows_of, tiny_config
 
 BATCH, STEP = 4, 3
 

@@ -14,8 +14,15 @@ import numpy as np
 import pytest
 import torch
 from njepa_kernels import available_impls
-from published_ijepa import PublishedEncoder, PublishedPredictor, published_loss
-from published_njepa import (
+from scipy import stats
+from torch.func import functional_call
+
+from bench.published.networks import PublishedEncoder, PublishedPredictor, published_loss
+from njepa.config import Config
+from njepa.data.batch import Batch
+from njepa.draws.sigmas import block_sigmas
+from njepa.step import TrainModule, param_groups
+from tests.support.published_njepa import (
     NJepaLoss,
     NoiseStream,
     encode,
@@ -24,8 +31,7 @@ from published_njepa import (
     predict,
     standard_normals,
 )
-from scipy import stats
-from tiny import (
+from tests.support.tiny import (
     N_BLOCKS,
     N_CONTEXT,
     N_TARGETS,
@@ -35,12 +41,6 @@ from tiny import (
     normalised,
     tiny_config,
 )
-from torch.func import functional_call
-
-from njepa.config import Config
-from njepa.data.batch import Batch
-from njepa.draws.sigmas import block_sigmas
-from njepa.step import TrainModule, param_groups
 
 # --- the oracle itself ---------------------------------------------------------------------------
 

@@ -13,9 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jobs import TINY, make_images
-from packed_attention import ATTENTION
-from tiny import make_batch, rows_of, tiny_config
 
 from njepa.config import Config, MaskConfig, load_config
 from njepa.data.batch import Batch, Lengths, Masks
@@ -28,6 +25,9 @@ from njepa.models.attention import Attention, Sequences
 from njepa.models.jepa import JepaOutput
 from njepa.objectives import objective
 from njepa.step import TrainModule
+from tests.support.jobs import TINY, make_images
+from tests.support.packed_attention import ATTENTION
+from tests.support.tiny import make_batch, rows_of, tiny_config
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]

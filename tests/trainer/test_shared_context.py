@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import make_images, run_jobs
-from masked_predictor import dense_prediction
 from njepa_kernels import philox_normal
-from tiny import N_BLOCKS, N_CONTEXT, N_TARGETS, make_batch, tiny_config
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.published.shared_context import dense_prediction
 from njepa.config import Config
 from njepa.data.batch import Batch, Masks
 from njepa.models.predictor import Predictor, build_predictor
+from tests.support.jobs import make_images, run_jobs
+from tests.support.tiny import N_BLOCKS, N_CONTEXT, N_TARGETS, make_batch, tiny_config
 
 BATCH, WIDTH, HEADS = 4, 24, 2
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import class_folders, encoded, picture, shard, special_images, write
 from PIL import Image, ImageOps
 
 from njepa.data import sources
 from njepa.data.listing import SourceError
 from njepa.data.sources import open_source
+from tests.support.pictures import class_folders, encoded, picture, shard, special_images, write
 
 JPEG = encoded(picture(0))
 

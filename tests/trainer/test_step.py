@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import make_batch, rows_of, tiny_config
 from torch import multiprocessing
 
 from njepa.config import Config
@@ -17,6 +16,7 @@ from njepa.data.batch import Batch
 from njepa.ema import ema_parameters, make_target, update_target
 from njepa.models.projector import DistributedBatchNorm
 from njepa.step import TrainModule, param_groups
+from tests.support.tiny import make_batch, rows_of, tiny_config
 
 OFF = {"weight": 0.0, "consistency": 0.0}
 SINGLE = {"predictors": "single", "sigma": 0.0}

@@ -11,11 +11,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import ROOT
+
 LIBRARY = Path("njepa_kernels", "_native_cpu.so")
 CUDA_LIBRARY = LIBRARY.with_name("_native_cuda.so")
 CUDA_UNITS = ("tokens", "loss", "ema")
-EMULATION = Path(__file__).with_name("cuda_emulation")
+EMULATION = ROOT / "tests" / "ops" / "cuda_emulation"
 
 
 def no_compiler() -> str | None:
