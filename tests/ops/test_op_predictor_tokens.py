@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from njepa_kernels import NoiseKey, philox_normal, predictor_tokens
-from njepa_kernels._dispatch import IMPLEMENTATIONS, choose
+from njepa_kernels._runtime.dispatch import IMPLEMENTATIONS, choose
 
 from tests.support.noise_checks import check_draws, noise_of
 
