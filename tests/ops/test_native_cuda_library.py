@@ -71,7 +71,7 @@ def test_the_library_loads_without_a_gpu(library: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(native.__file__).parents[1])},
+        env={"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(native.__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=120,
