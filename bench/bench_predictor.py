@@ -148,7 +148,7 @@ def test_predictor(benchmark: Any, name: str, n_blocks: int, impl: str) -> None:
     )  # fmt: skip
 
 
-# --- the attention of a shared context -----------------------------------------------------------
+# The attention of a shared context
 
 
 def all_tokens(context: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 
 from bench import step_race
+from bench.published.masks import PublishedCollator
 from bench.published.step import PublishedStep
 from bench.step_race import OurStep, PhaseClock, Race, Runner, check_memory, shape_of
 from bench.step_sizes import (
@@ -117,6 +119,28 @@ def test_steps_stay_together():
             moved, wanted = (torch.cat((x.chunk(3)[0], x.chunk(3)[2])) for x in (moved, wanted))
         assert (moved - wanted).norm() <= 0.03 * wanted.norm(), name
         assert wanted.norm() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("step", "context", "targets"),
+    [
+        (0, ((5, 59), 22158), ((5, 36), [16650, 16830, 14814, 16110])),
+        (1, ((5, 67), 23365), ((5, 35), [13335, 16625, 14035, 18095])),
+        (2, ((5, 76), 31879), ((5, 35), [12775, 16100, 16345, 15435])),
+    ],
+)
+def test_the_collator_draws_as_a_second_implementation_did(
+    step: int, context: tuple[Any, int], targets: tuple[Any, list[int]]
+):
+    """Shapes and sums of what another per-image sampler drew from the same generators."""
+    collator = PublishedCollator((14, 14))
+    collator.step = step - 1
+    torch.manual_seed(step)
+    (kept,), blocks = collator(5)
+    assert (kept.shape, int(kept.sum())) == context
+    assert ({tuple(b.shape) for b in blocks}, [int(b.sum()) for b in blocks]) == (
+        {targets[0]}, targets[1]
+    )  # fmt: skip
 
 
 class Recorder(PhaseClock):

@@ -126,7 +126,7 @@ def test_another_value_is_refused(project: Path, tmp_path: Path) -> None:
     assert "NJEPA_BUILD_NATIVE must be auto, 0 or 1, got 'yes'" in output
 
 
-# The library for CUDA; that it builds where nvcc is: test_native_cuda_library.py -----------------
+# The library for CUDA; that it builds where nvcc is: test_native_cuda_library.py
 
 NVCC = """#!/bin/sh
 case "$1" in

@@ -142,7 +142,7 @@ def test_every_number_of_threads_gives_the_same_bits(case: OpCase) -> None:
             assert torch.equal(value, other[name]), name
 
 
-# Noise -------------------------------------------------------------------------------------------
+# Noise
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -192,7 +192,7 @@ def test_sigma_zero_is_no_noise_bit_for_bit(dtype: torch.dtype) -> None:
     assert torch.equal(zero, run(**(inputs | {"sigma": None})))
 
 
-# Rounding and duplicates -------------------------------------------------------------------------
+# Rounding and duplicates
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -252,7 +252,7 @@ def test_all_tokens_from_one_patch(dtype: torch.dtype) -> None:
             assert_within_baseline(value, eager[name], exact[name], value.dtype, f"{op} {name}")
 
 
-# Refusals ----------------------------------------------------------------------------------------
+# Refusals
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ class Trivial:
         return v
 
 
-# ------------------------------------------------------------------------------------- the probe
+# The probe
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def test_another_broken_pipe_is_a_fault(monkeypatch: pytest.MonkeyPatch):
         cli.main(["train"])
 
 
-# ------------------------------------------------------------------------------------ progress
+# Progress
 
 
 class Terminal(io.StringIO):

@@ -44,7 +44,7 @@ def parts(name, impl="auto", **sections):
     return module, make_target(module.jepa.encoder), make_batch(config)
 
 
-# --- one graph -----------------------------------------------------------------------------------
+# One graph
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_no_graph_breaks_in_the_step(name, impl):
     torch._dynamo.reset()
 
 
-# --- what is chosen ------------------------------------------------------------------------------
+# What is chosen
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_what_cannot_run_is_refused():
         choose_compilation(tiny_config(run={"compile": "blocks"}), 0, CPU)
 
 
-# --- how often -----------------------------------------------------------------------------------
+# How often
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def with_backend(backend):
     return lambda self, **options: original(self, backend=backend, **options)
 
 
-# --- training ------------------------------------------------------------------------------------
+# training
 
 STEPS = 12
 # On 8x8 patches targets are 3x3, and context blocks 7x7 or 8x8: two shapes.
@@ -312,7 +312,7 @@ def test_a_resumed_compiled_run_is_the_run_that_was_not_stopped(compiled):
         assert torch.equal(compiled["resumed"]["target"][name], tensor), name
 
 
-# --- activation checkpointing --------------------------------------------------------------------
+# Activation checkpointing
 
 
 @pytest.mark.slow

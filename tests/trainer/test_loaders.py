@@ -115,7 +115,7 @@ def without_pixels(batch):
     return [batch._replace(images=None)]
 
 
-# ---- content ---------------------------------------------------------------------------------
+# Content
 
 
 def test_pixels_are_the_planned_crops(tmp_path, backend):
@@ -258,7 +258,7 @@ def test_pixels_of_other_samples_are_an_error(tmp_path):
     loader.close()
 
 
-# ---- order, ranks, restarts ------------------------------------------------------------------
+# Order, ranks, restarts
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -297,7 +297,7 @@ def test_two_ranks_see_what_one_sees(tmp_path, backend, compat):
                 assert torch.equal(joined, getattr(whole.masks, name))
 
 
-# ---- unreadable images -----------------------------------------------------------------------
+# Unreadable images
 
 
 def spoil(case, sample, data):
@@ -447,7 +447,7 @@ def test_a_format_that_dali_cannot_decode(tmp_path, dali):
     assert len(case.batches("torch")) == 4
 
 
-# ---- decoding --------------------------------------------------------------------------------
+# Decoding
 
 
 def test_sixteen_bits_become_eight():
@@ -499,7 +499,7 @@ def test_eval_views(tmp_path, caplog):
     assert "d.jpg" in caplog.text
 
 
-# ---- behaviour -------------------------------------------------------------------------------
+# Behaviour
 
 
 def test_waiting_is_counted_and_reading_ahead_hides_it(tmp_path):

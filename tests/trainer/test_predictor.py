@@ -79,7 +79,7 @@ def test_clean_tokens():
             torch.testing.assert_close(tokens[m * BATCH + b], torch.cat((kept, queries)))
 
 
-# --- noise ---------------------------------------------------------------------------------------
+# noise
 
 SPACES = ["predictor", "encoder_tied"]
 
@@ -184,7 +184,7 @@ def test_position_table_is_not_written_to():
     assert not predictor.predictor_pos_embed.requires_grad
 
 
-# --- both predictions in one pass ----------------------------------------------------------------
+# Both predictions in one pass
 
 
 def with_own_token(config: Config) -> Predictor:
@@ -241,7 +241,7 @@ def test_the_token_of_noised_queries_reaches_them_alone():
         assert (predictor.mask_token.grad is not None) != own
 
 
-# --- weights and sizes ---------------------------------------------------------------------------
+# Weights and sizes
 
 
 def test_initial_weights():

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 COUNTS = (10, 3, 7, 10, 1)
 
-# --------------------------------------------------------------------------------- the network
+# The network
 
 
 def ragged_batch(config: Config, counts: tuple[int, ...] = COUNTS, padding: int = 0) -> Batch:
@@ -226,7 +226,7 @@ def test_bf16_autocast(kind: str):
     assert all(p.grad.isfinite().all() for p in module.parameters() if p.requires_grad)
 
 
-# ----------------------------------------------------------------------------------- the masks
+# The masks
 
 
 def sampler(compat: str, ragged: bool) -> MaskSampler:
@@ -278,7 +278,7 @@ def test_no_other_image_decides_anything():
     assert (whole.context_idx[11:17, width:] == 0).all()
 
 
-# ---------------------------------------------------------------------------------- the loader
+# The loader
 
 
 def batches(tmp_path, world: int, rank: int, **mask: object) -> list[Batch]:
@@ -341,7 +341,7 @@ def test_a_loader_batch_of_equal_contexts_is_dense(tmp_path):
         assert 0 < batch.cut_frac < 1
 
 
-# ------------------------------------------------------------------------------------- the run
+# The run
 
 
 @pytest.mark.multirank

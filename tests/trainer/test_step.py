@@ -258,7 +258,7 @@ def test_parameter_groups(name: str):
     assert {n.removeprefix("jepa.") for n in group if "mask_token" in n} == mask_tokens
 
 
-# ----------------------------------------------------------------------------------- several ranks
+# several ranks
 
 RANK_CASES = {
     "ijepa": {"method": "ijepa"},

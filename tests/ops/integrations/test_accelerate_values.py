@@ -108,6 +108,7 @@ def test_several_steps_with_optimizer_and_average() -> None:
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_compiled_without_a_graph_break(impl: Any) -> None:
     torch.compiler.reset()
     encoder, predictor, images, *masks = setup(2)
