@@ -25,7 +25,7 @@ from bench.step_sizes import (
     step_config,
 )
 from njepa.data.batch import Batch, Masks
-from njepa.step import TrainModule
+from njepa.training.module import TrainModule
 
 CPU = torch.device("cpu")
 TINY = Case(

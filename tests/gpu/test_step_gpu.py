@@ -16,12 +16,12 @@ MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 if MISSING:  # an import that fails would end the whole run
     pytest.skip(f"the trainer needs {', '.join(MISSING)}", allow_module_level=True)
 
-from njepa.compilation import GraphedForward, compile_blocks  # noqa: E402
 from njepa.config import load_config  # noqa: E402
-from njepa.ema import ema_parameters, make_target, update_target  # noqa: E402
-from njepa.loop import Trainer  # noqa: E402
 from njepa.models.encoder import build_encoder  # noqa: E402
-from njepa.ranks import Ranks, join_ranks, leave_ranks  # noqa: E402
+from njepa.runs.ranks import Ranks, join_ranks, leave_ranks  # noqa: E402
+from njepa.training.compiling import GraphedForward, compile_blocks  # noqa: E402
+from njepa.training.ema import ema_parameters, make_target, update_target  # noqa: E402
+from njepa.training.loop import Trainer  # noqa: E402
 from tests.support.jobs import TINY, make_images  # noqa: E402
 from tests.support.tiny import tiny_config  # noqa: E402
 

@@ -95,7 +95,7 @@ def test_only_relative_imports_and_one_place_with_the_namespace(folder: Path) ->
 def test_the_same_content_gives_the_same_id_and_another_another(tmp_path: Path) -> None:
     files = export_hf.sources()
     assert export_hf.build_id(files, "cuda") == export_hf.build_id(dict(files), "cuda")
-    changed = {**files, "_rows.py": files["_rows.py"] + "\n"}
+    changed = {**files, "nn.py": files["nn.py"] + "\n"}
     assert export_hf.build_id(changed, "cuda") != export_hf.build_id(files, "cuda")
     first, second = (export_hf.export(tmp_path / name)[0] for name in ("a", "b"))
     for path in sorted(first.rglob("*")):

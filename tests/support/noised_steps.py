@@ -13,7 +13,7 @@ from torch.func import functional_call
 from njepa.config import Config
 from njepa.data.batch import Batch
 from njepa.draws.sigmas import block_sigmas
-from njepa.step import TrainModule
+from njepa.training.module import TrainModule
 from tests.support.published_njepa import NJepaLoss, NoiseStream, njepa_loss, philox4x32_10
 from tests.support.tiny import N_BLOCKS, make_batch, noise_of, normalised, tiny_config
 

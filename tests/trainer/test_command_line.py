@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from njepa import cli, tracking
-from njepa.tracking import Tracker
+from njepa import cli
+from njepa.runs import tracking
+from njepa.runs.tracking import Tracker
 from tests.support.jobs import TINY, make_images
 
 ROOT = Path(__file__).parents[2]

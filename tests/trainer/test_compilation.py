@@ -11,12 +11,18 @@ import torch._dynamo
 from torch import nn
 
 from bench.measure import peak_bytes
-from njepa.compilation import Compilation, choose_compilation, compilations, compile_blocks, eagerly
 from njepa.config import ConfigError
-from njepa.ema import make_target
 from njepa.models.attention import SDPA
 from njepa.models.block import Block, run_blocks
-from njepa.step import TrainModule
+from njepa.training.compiling import (
+    Compilation,
+    choose_compilation,
+    compilations,
+    compile_blocks,
+    eagerly,
+)
+from njepa.training.ema import make_target
+from njepa.training.module import TrainModule
 from tests.support.jobs import make_images, run_jobs
 from tests.support.tiny import make_batch, tiny_config
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from njepa.ema import ema_parameters, make_target, update_target
 from njepa.models.encoder import build_encoder
-from njepa.schedules import Schedules
-from njepa.step import TrainModule
+from njepa.training.ema import ema_parameters, make_target, update_target
+from njepa.training.module import TrainModule
+from njepa.training.schedules import Schedules
 from tests.support.tiny import make_batch, tiny_config
 
 

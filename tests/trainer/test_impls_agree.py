@@ -11,8 +11,8 @@ from njepa_kernels import available_impls
 from torch import nn
 
 from njepa.config import Config
-from njepa.ema import ema_parameters, make_target, update_target
-from njepa.step import TrainModule, param_groups
+from njepa.training.ema import ema_parameters, make_target, update_target
+from njepa.training.module import TrainModule, param_groups
 from tests.support.tiny import make_batch, tiny_config
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ from scipy import stats
 
 from bench.published.networks import PublishedEncoder, PublishedPredictor, published_loss
 from njepa.config import Config
-from njepa.step import TrainModule, param_groups
+from njepa.training.module import TrainModule, param_groups
 from tests.support.noised_steps import NATIVE, NOISES, WAYS, build, enlarge, features, target_of
 from tests.support.tiny import N_BLOCKS, N_CONTEXT, N_TARGETS, SIDE, normalised, tiny_config
 

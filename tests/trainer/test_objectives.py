@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from njepa.config import Config
 from njepa.data.batch import Batch, Lengths
-from njepa.ema import make_target
 from njepa.models.jepa import Jepa, JepaOutput, build_jepa
 from njepa.objectives import objective, prediction_loss, vicreg_loss
+from njepa.training.ema import make_target
 from tests.support.tiny import N_BLOCKS, make_batch, tiny_config
 
 

@@ -18,11 +18,11 @@ from njepa.cli import main
 from njepa.config import load_config
 from njepa.data.batch import Masks
 from njepa.draws.masks import MaskSampler
-from njepa.ds_engine import BatchSizes
-from njepa.ema import make_target
 from njepa.models.architecture import encoder_stack
 from njepa.models.encoder import Encoder
-from njepa.step import TrainModule
+from njepa.training.ema import make_target
+from njepa.training.module import TrainModule
+from njepa.training.zero import BatchSizes
 from tests.support.jobs import TINY, make_images, run_jobs
 from tests.support.tiny import N_CONTEXT, N_TARGETS, make_batch, tiny_config
 

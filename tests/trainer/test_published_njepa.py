@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from njepa.step import TrainModule
+from njepa.training.module import TrainModule
 from tests.support.noised_steps import (
     NOISES,
     SHARING,

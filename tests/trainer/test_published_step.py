@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bench.published.networks import PublishedEncoder, PublishedPredictor, published_loss
-from njepa.ema import ema_parameters, make_target, update_target
-from njepa.step import TrainModule, param_groups
+from njepa.training.ema import ema_parameters, make_target, update_target
+from njepa.training.module import TrainModule, param_groups
 from tests.support.tiny import SIDE, make_batch, normalised, tiny_config
 
 CONFIG = tiny_config("ijepa")

@@ -13,9 +13,9 @@ from torch import multiprocessing
 
 from njepa.config import Config
 from njepa.data.batch import Batch
-from njepa.ema import ema_parameters, make_target, update_target
 from njepa.models.projector import DistributedBatchNorm
-from njepa.step import TrainModule, param_groups
+from njepa.training.ema import ema_parameters, make_target, update_target
+from njepa.training.module import TrainModule, param_groups
 from tests.support.tiny import make_batch, rows_of, tiny_config
 
 OFF = {"weight": 0.0, "consistency": 0.0}

@@ -15,14 +15,6 @@ import torch
 from njepa_kernels import choose
 from torch import Tensor
 
-from njepa import checkpointing, ds_engine
-from njepa.compilation import (
-    GraphedForward,
-    choose_compilation,
-    compilations,
-    compile_blocks,
-    eagerly,
-)
 from njepa.config import Config, ConfigError, dump_config
 from njepa.data.batch import Batch
 from njepa.data.decode import DecodeError, UnreadableImage
@@ -30,20 +22,29 @@ from njepa.data.loader import build_loader, choose_backend
 from njepa.data.sources import open_source
 from njepa.draws.masks import MaskSampler
 from njepa.draws.order import SampleOrder
-from njepa.ds_engine import BatchSizes
-from njepa.ema import ema_parameters, frozen_copy, make_target, update_target
 from njepa.evaluation.evaluate import Evaluator, open_test_side, report
 from njepa.models.architecture import architecture
 from njepa.models.attention_kernels import choose_attention
 from njepa.models.encoder import Encoder, build_encoder
-from njepa.monitors import FeatureMonitor, MetricMeans, Stopwatch
-from njepa.ranks import Ranks
-from njepa.run_folder import RunFolder, run_dir
-from njepa.schedules import Schedules
-from njepa.step import TrainModule, param_groups
-from njepa.stopping import StopRequest
-from njepa.summary import device_name, summary_table
-from njepa.tracking import Tracker
+from njepa.runs import checkpoints
+from njepa.runs.folder import RunFolder, run_dir
+from njepa.runs.monitors import FeatureMonitor, MetricMeans, Stopwatch
+from njepa.runs.ranks import Ranks
+from njepa.runs.signals import StopRequest
+from njepa.runs.summary import device_name, summary_table
+from njepa.runs.tracking import Tracker
+from njepa.training import zero
+from njepa.training.compiling import (
+    GraphedForward,
+    choose_compilation,
+    compilations,
+    compile_blocks,
+    eagerly,
+)
+from njepa.training.ema import ema_parameters, frozen_copy, make_target, update_target
+from njepa.training.module import TrainModule, param_groups
+from njepa.training.schedules import Schedules
+from njepa.training.zero import BatchSizes
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Trainer:
 
     def __init__(self, config: Config, ds: dict[str, Any], ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
-        self.sizes = ds_engine.resolve_batch(ds, ranks.world)
+        self.sizes = zero.resolve_batch(ds, ranks.world)
         check_vicreg_batch(config, self.sizes)
         with _as_config_error():  # a pure check, before anything is read or written
             self.parts = parts = architecture(config)
@@ -86,9 +87,9 @@ class Trainer:
                 config.mask,
                 {stack.width // stack.heads for stack in stacks},
                 ranks.device,
-                ds_engine.compute_dtype(ds, ranks.device),
+                zero.compute_dtype(ds, ranks.device),
             )
-            self.compilation = choose_compilation(config, ds_engine.zero_stage(ds), ranks.device)
+            self.compilation = choose_compilation(config, zero.zero_stage(ds), ranks.device)
             # Kc is the minimum over all ranks, or, as published, over each on its own.
             ranks_together = ranks.world if config.mask.compat == "fixed" else 1
             self.masks = MaskSampler(
@@ -132,7 +133,7 @@ class Trainer:
         self.online = ema_parameters(encoder)
         if self.compilation.mode == "blocks":
             compile_blocks((module, self.target), config.mask.static_shapes)
-        self.engine = ds_engine.build_engine(
+        self.engine = zero.build_engine(
             module,
             param_groups(module, config.optim.weight_decay),
             ds,
@@ -143,7 +144,7 @@ class Trainer:
         self._target_forward: Callable[[Tensor], Tensor] = self.encode_target
         if config.run.cuda_graphs == "target":
             self._target_forward = GraphedForward(
-                self.target, lambda: ds_engine.autocast(self.engine, ranks.device)
+                self.target, lambda: zero.autocast(self.engine, ranks.device)
             )
         self._compiled_before, self._compilations = compilations(), 0  # the second: in the log
         self._norm: Tensor | None = None
@@ -227,11 +228,11 @@ class Trainer:
     def _train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step: ``accumulation`` micro-batches, the update, the target's update."""
         lr, weight_decay, momentum = self.schedules.at(self.step)
-        ds_engine.set_rates(self.engine, lr, weight_decay)
+        zero.set_rates(self.engine, lr, weight_decay)
         with self.attention.ordered():
             for _ in range(self.sizes.accumulation):
                 self._micro_step(next(batches))
-        with ds_engine.full_parameters(self.engine, self.online) as online:
+        with zero.full_parameters(self.engine, self.online) as online:
             update_target(self.target, online, momentum, impl=self.config.impl.default)
 
     def _micro_step(self, batch: Batch) -> None:
@@ -240,7 +241,7 @@ class Trainer:
         loss, metrics = self.engine(batch, h)
         self.engine.backward(loss)
         if self.engine.is_gradient_accumulation_boundary():
-            self._norm = ds_engine.unsharded_gradient_norm(self.engine)
+            self._norm = zero.unsharded_gradient_norm(self.engine)
         self.engine.step()
         self._means.add(metrics)
         context_idx, target_idx, lengths = batch.masks
@@ -259,7 +260,7 @@ class Trainer:
 
     @torch.no_grad()
     def _encode(self, encoder: Encoder, images: Tensor) -> Tensor:
-        with ds_engine.autocast(self.engine, self.ranks.device):
+        with zero.autocast(self.engine, self.ranks.device):
             features: Tensor = encoder(images)
         return features
 
@@ -272,7 +273,7 @@ class Trainer:
         waited, self.loader.wait_s = self.loader.wait_s, 0.0
         if self._tracker is not None:
             lr, weight_decay, momentum = self.schedules.at(self.step - 1)
-            norm = ds_engine.gradient_norm(self.engine, self._norm)
+            norm = zero.gradient_norm(self.engine, self._norm)
             self._tracker.log(
                 self.step,
                 {
@@ -291,7 +292,7 @@ class Trainer:
         if not math.isfinite(metrics["loss"]):
             raise NonFiniteLoss(
                 f"the loss is {metrics['loss']} at step {self.step}; the last good checkpoint is "
-                f"{checkpointing.latest_checkpoint(run_dir(self.config)) or 'none'}. Lower "
+                f"{checkpoints.latest_checkpoint(run_dir(self.config)) or 'none'}. Lower "
                 f"optim.lr, lengthen optim.warmup_epochs, or set gradient_clipping in the "
                 f"DeepSpeed file"
             )
@@ -302,13 +303,13 @@ class Trainer:
         return {"compilations": self._compilations} if self._compilations > known else {}
 
     def _save(self) -> None:
-        norm = ds_engine.gradient_norm(self.engine, self._norm)
+        norm = zero.gradient_norm(self.engine, self._norm)
         if not self._means.finite(self.ranks.group) or not math.isfinite(norm or 0.0):
             raise NonFiniteLoss(
                 f"loss or gradient is not finite at step {self.step} (gradient norm {norm}); "
                 f"nothing was saved, the last good checkpoint stays"
             )
-        checkpointing.save_checkpoint(
+        checkpoints.save_checkpoint(
             run_dir(self.config),
             self.step,
             self.engine,
@@ -320,7 +321,7 @@ class Trainer:
                 "config": dump_config(self.config),
                 "impl": self.impl,
                 "attention": str(self.attention),
-                "versions": checkpointing.versions(),
+                "versions": checkpoints.versions(),
             },
             self.ranks,
             self.config.run.keep_checkpoints,
@@ -334,7 +335,7 @@ class Trainer:
         which = self.config.eval.which
         found: dict[str, Encoder] = {} if which == "context" else {"": self.target}
         if which != "target":
-            with ds_engine.full_parameters(self.engine, self.online) as online:
+            with zero.full_parameters(self.engine, self.online) as online:
                 if self.evaluator is not None:
                     found["_context" if found else ""] = frozen_copy(self.target, online)
         return {suffix: partial(self._encode, encoder) for suffix, encoder in found.items()}
@@ -408,14 +409,14 @@ class Trainer:
             self.evaluator = Evaluator(self.config, self.index, test, self.ranks.device)
 
     def _resume(self) -> int:
-        path = checkpointing.latest_checkpoint(run_dir(self.config))
+        path = checkpoints.latest_checkpoint(run_dir(self.config))
         if path is None:
             log.warning(
                 "run.resume=true, but %s has no checkpoint: starting at step 0",
                 run_dir(self.config),
             )
             return 0
-        state = checkpointing.load_checkpoint(
+        state = checkpoints.load_checkpoint(
             path, self.engine, self.target, self.ranks, self.index.digest, self.sizes.total
         )
         return int(state["step"])

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from njepa.run_folder import write_atomically
+from njepa.runs.folder import write_atomically
 
 
 class Tracker:

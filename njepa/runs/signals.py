@@ -9,7 +9,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from njepa.ranks import Ranks
+from njepa.runs.ranks import Ranks
 
 
 class StopRequest:
