@@ -106,10 +106,10 @@ class Watch:
 watch = Watch()
 
 
-def shifted(value: Any) -> Any:
+def misaligned(value: Any) -> Any:
     """The same values, contiguous, on an address that is no multiple of 16."""
     if isinstance(value, list):
-        return [shifted(item) for item in value]
+        return [misaligned(item) for item in value]
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
     room = torch.empty(value.numel() + 1, dtype=value.dtype)[1:].view(value.shape)

@@ -18,7 +18,16 @@ from njepa_kernels.ops.predictor_tokens.cases import _case as predictor_case
 from njepa_kernels.testing import OpCase, all_cases, assert_case_within_baseline, evaluate
 
 from tests.support import native_build
-from tests.support.emulated_cuda import CASES, CHUNKS, CPU, MARKS, SEEDS, each_dtype, ops, shifted
+from tests.support.emulated_cuda import (
+    CASES,
+    CHUNKS,
+    CPU,
+    MARKS,
+    SEEDS,
+    each_dtype,
+    misaligned,
+    ops,
+)
 from tests.support.native_adapters import NATIVE
 
 pytestmark = MARKS
@@ -76,7 +85,7 @@ def test_addresses_that_are_not_aligned_give_the_same_bits(dtype: torch.dtype) -
     ]
     for case in cases:
         inputs = case.make_inputs(CPU, dtype, 4)
-        shifted = {name: shifted(value) for name, value in inputs.items()}
+        shifted = {name: misaligned(value) for name, value in inputs.items()}
         # The functions straight, since the tests' own helper would copy to aligned memory.
         ours, theirs = (NATIVE[case.op](**given) for given in (inputs, shifted))
         if case.op == "predictor_tokens":
@@ -85,14 +94,14 @@ def test_addresses_that_are_not_aligned_give_the_same_bits(dtype: torch.dtype) -
             rest = (inputs["context_idx"], inputs["target_idx"], ids, seed, step, shared, 9)
             for a, b in zip(
                 predictor_native.backward(ours, *rest, True, True),
-                predictor_native.backward(shifted(ours), *rest, True, True),
+                predictor_native.backward(misaligned(ours), *rest, True, True),
                 strict=True,
             ):
                 assert torch.equal(a, b)
         else:
             assert torch.equal(ours.loss, theirs.loss)
             slopes = [inputs["pred"], inputs["pred"] + 1]
-            moved = [shifted(slope) for slope in slopes]
+            moved = [misaligned(slope) for slope in slopes]
             out = [torch.empty_like(slope) for slope in slopes]
             loss_native.backward(torch.tensor(0.5), slopes, out, 0.25)
             loss_native.backward(torch.tensor(0.5), moved, moved, 0.25)

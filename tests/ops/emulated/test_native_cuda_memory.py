@@ -13,9 +13,9 @@ from tests.support.emulated_cuda import (
     MARKS,
     each_dtype,
     loss_call,
+    misaligned,
     ops,
     predictor_calls,
-    shifted,
     watch,
 )
 
@@ -29,12 +29,12 @@ def test_no_thread_leaves_the_tensors(dtype: torch.dtype) -> None:
         for shift in (False, True):
             inputs = case.make_inputs(CPU, dtype, 5)
             if shift:
-                inputs = {name: shifted(value) for name, value in inputs.items()}
+                inputs = {name: misaligned(value) for name, value in inputs.items()}
             if case.op == "predictor_tokens":
                 forward, backward = predictor_calls(inputs, inputs["pos"].shape[0])
                 out = forward()
                 assert watch.outside() == 0, case.name
-                backward(shifted(out) if shift else out)
+                backward(misaligned(out) if shift else out)
             elif case.op == "jepa_loss":
                 slopes = [t for t in loss_call(inputs)[2:] if t.numel()]
                 assert watch.outside() == 0, case.name
