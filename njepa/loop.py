@@ -25,7 +25,7 @@ from njepa.compilation import (
 )
 from njepa.config import Config, ConfigError, dump_config
 from njepa.data.batch import Batch
-from njepa.data.decode import DecodeError, UnreadableImage
+from njepa.data.errors import DataError
 from njepa.data.loader import build_loader, choose_backend
 from njepa.data.sources import open_source
 from njepa.draws.masks import MaskSampler
@@ -46,11 +46,6 @@ from njepa.summary import device_name, summary_table
 from njepa.tracking import Tracker
 
 log = logging.getLogger(__name__)
-
-
-#: The loader met an image that nothing can replace.
-UNREADABLE = (UnreadableImage, DecodeError)
-
 
 #: The fused ops of every step; VICReg's is the fifth.
 OPS = ("patchify", "predictor_tokens", "jepa_loss", "ema_update_")
@@ -166,7 +161,7 @@ class Trainer:
 
         Raises:
             NonFiniteLoss: the loss is no longer a number.
-            UnreadableImage, DecodeError: the loader cannot go on; the steps done are saved.
+            DataError: the loader cannot go on; the steps done are saved.
         """
         run = self.config.run
         if self.folder is not None:
@@ -191,7 +186,7 @@ class Trainer:
                 return None
             images = (self.step - first_step) * self.sizes.total
             return self._summarise(images, time.perf_counter() - began)
-        except UNREADABLE:
+        except DataError:
             # Of several ranks one alone meets the image, and a checkpoint needs all of them.
             if self.ranks.world == 1 and self.engine.micro_steps % self.sizes.accumulation == 0:
                 self._save()

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from njepa.data.decode import DecodeError, decode
+from njepa.data.decode import decode
+from njepa.data.errors import DecodeError
 from njepa.data.index import ImageIndex, build_index
 from njepa.data.listing import SourceError, find_source
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from njepa.config import DataConfig
-from njepa.data.decode import DecodeError, decode, resize
+from njepa.data.decode import decode, resize
+from njepa.data.errors import DecodeError
+from njepa.data.fork_guard import forking
 from njepa.data.index import ImageIndex
 from njepa.data.pixels import Pixels, planned_views
 from njepa.draws.crops import crop_windows
@@ -113,7 +115,8 @@ class TorchPixels:
             # threads of the parent; forkserver and spawn would import torch once per worker.
             multiprocessing_context="fork" if workers else None,
         )
-        self._batches: Iterator[Pixels | DecodeError] = iter(loader)
+        with forking():
+            self._batches: Iterator[Pixels | DecodeError] = iter(loader)
 
     def __next__(self) -> Pixels:
         pixels = next(self._batches)

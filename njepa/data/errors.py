@@ -1,0 +1,19 @@
+"""What stops a run because of its images, not of its configuration."""
+
+from __future__ import annotations
+
+
+class DataError(RuntimeError):
+    """The loader cannot go on; the message names the image or the source and the way out."""
+
+
+class DecodeError(DataError):
+    """These bytes are not a complete image, or nothing can take the place of an unreadable one."""
+
+
+class UnreadableImage(DataError):
+    """DALI met an image that it cannot decode, and has no way to go on without it."""
+
+
+class LoaderStalled(DataError):
+    """No batch came for so long that none will."""
