@@ -1,6 +1,12 @@
-"""What stops a run because of its images, not of its configuration."""
+"""Errors of the images: a source that cannot be used, and what stops a run that has begun."""
 
 from __future__ import annotations
+
+from njepa.config import ConfigError
+
+
+class SourceError(ConfigError):
+    """A source that holds nothing to train on; the message says what was found and expected."""
 
 
 class DataError(RuntimeError):

@@ -17,7 +17,7 @@ import torch
 from njepa_kernels import NoiseKey
 from torch import Tensor
 
-from njepa.config import Config
+from njepa.config import Config, ConfigError
 from njepa.data.batch import Batch, Lengths, Masks, Noise
 from njepa.data.errors import LoaderStalled
 from njepa.data.fork_guard import at_work
@@ -195,7 +195,7 @@ def build_loader(
     needed to continue with the same samples, crops, masks and sigmas.
 
     Raises:
-        ValueError: ``data.backend=dali`` where DALI is not installed.
+        ConfigError: ``data.backend=dali`` where DALI is not installed.
     """
     backend, reason = choose_backend(config.data.backend, device)
     start, stop = start_step * order.accumulation, total_steps * order.accumulation
@@ -220,13 +220,13 @@ def choose_backend(wanted: str, device: torch.device) -> tuple[str, str]:
     """Backend and reason.
 
     Raises:
-        ValueError: DALI is asked for and not installed.
+        ConfigError: DALI is asked for and not installed.
     """
     installed = importlib.util.find_spec("nvidia") is not None and (
         importlib.util.find_spec("nvidia.dali") is not None
     )
     if wanted == "dali" and not installed:
-        raise ValueError(
+        raise ConfigError(
             "data.backend=dali, but DALI is not installed; run: pip install nvidia-dali-cuda130 "
             "(Linux on x86-64), or set data.backend=torch"
         )

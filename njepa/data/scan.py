@@ -12,9 +12,9 @@ import torch
 from tqdm import tqdm
 
 from njepa.data.decode import decode
-from njepa.data.errors import DecodeError
+from njepa.data.errors import DecodeError, SourceError
 from njepa.data.index import ImageIndex, build_index
-from njepa.data.listing import SourceError, find_source
+from njepa.data.listing import find_source
 
 _SHOWN = 20
 _CHUNK = 64

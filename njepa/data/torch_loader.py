@@ -111,8 +111,9 @@ class TorchPixels:
             collate_fn=_as_it_is,
             generator=torch.Generator(),  # leaves torch's own alone
             worker_init_fn=_init_worker,
-            # Fork: starts at once, shares the index, and workers touch neither CUDA nor the
-            # threads of the parent; forkserver and spawn would import torch once per worker.
+            # Fork: starts at once and shares the index, which spawn and forkserver would copy to
+            # every worker (spawn imports torch in each, too). Workers touch neither CUDA nor the
+            # threads of the parent; what threads of loaders hold is free: ``forking``.
             multiprocessing_context="fork" if workers else None,
         )
         with forking():

@@ -13,6 +13,7 @@ import torch
 from loader_case import CPU, Case
 from pictures import class_folders
 
+from njepa.config import ConfigError
 from njepa.data.errors import LoaderStalled
 from njepa.data.fork_guard import at_work, forking
 from njepa.data.loader import Loader, choose_backend, default_workers
@@ -190,7 +191,7 @@ def test_choice_of_the_backend(monkeypatch):
     assert choose_backend("auto", cuda) == (
         "torch", "DALI is not installed (pip install nvidia-dali-cuda130)",
     )  # fmt: skip
-    with pytest.raises(ValueError, match="pip install nvidia-dali-cuda130"):
+    with pytest.raises(ConfigError, match="pip install nvidia-dali-cuda130"):
         choose_backend("dali", cuda)
 
 

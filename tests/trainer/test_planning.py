@@ -336,6 +336,7 @@ def test_command(capsys: pytest.CaptureFixture[str]):
         (["mask.ragged=true"], "mask.ragged=true is not covered"),
         (["mask.min_keep=30"], "mask.min_keep=30"),
         (["model.encoder=vit_larg"], "did you mean 'vit_large'"),
+        (["mask.target_scale=[0.9, 0.9]"], "leaves at most"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
