@@ -19,7 +19,7 @@ _forkers = 0  # threads that wait in ``forking``; no other work begins meanwhile
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """Around what a thread does while another thread may fork; any number at once."""
+    """Around what a thread does while another may fork; any number of threads, but not nested."""
     global _at_work
     with _turn:
         _turn.wait_for(lambda: not _forkers)

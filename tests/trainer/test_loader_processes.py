@@ -14,6 +14,7 @@ from loader_case import CPU, Case
 from pictures import class_folders
 
 from njepa.config import ConfigError
+from njepa.data import fork_guard
 from njepa.data.errors import LoaderStalled
 from njepa.data.fork_guard import at_work, forking
 from njepa.data.loader import Loader, choose_backend, default_workers
@@ -145,21 +146,30 @@ def test_no_worker_is_forked_while_a_loader_is_at_work(blocked):
         next(loader)
 
 
-def test_no_work_begins_during_a_fork():
-    begun = threading.Event()
+def test_a_fork_comes_before_work_that_has_not_begun():
+    """Work that keeps coming cannot put it off."""
+    order = []
+
+    def fork():
+        with forking():
+            time.sleep(0.2)
+            order.append("fork")
 
     def work():
         with at_work():
-            begun.set()
+            order.append("work")
 
-    thread = threading.Thread(target=work)
-    with forking():
-        thread.start()
-        assert not begun.wait(0.3)
-    thread.join()
-    assert begun.is_set()
-    with at_work(), at_work():  # any number
-        pass
+    forker, worker = threading.Thread(target=fork), threading.Thread(target=work)
+    with at_work():
+        forker.start()
+        while not fork_guard._forkers:
+            time.sleep(0.01)
+        worker.start()
+        worker.join(0.3)
+        assert order == []
+    forker.join()
+    worker.join()
+    assert order == ["fork", "work"]
 
 
 def test_a_loader_that_delivers_nothing_is_an_error(blocked, monkeypatch):
