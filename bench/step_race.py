@@ -1,22 +1,22 @@
 """Whole steps side by side: variants of one step on the same weights, images and masks.
 
-What ``bench_step.py`` and ``profile_step.py`` share. DeepSpeed is not needed: our step is
-``TrainModule`` with the attention and the compilation that the trainer chooses here, torch's AdamW
-and the EMA, put together as ``njepa/loop.py`` does.
+What ``bench_step.py`` and ``profile_step.py`` share. DeepSpeed is not needed: our step is the
+trainer's ``training_step`` on the plain engine, with the attention and the compilation that the
+trainer chooses here.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.facts import machine
 from bench.measure import ceilings, synchronise
@@ -34,14 +34,17 @@ from njepa import planning
 from njepa.config import Config
 from njepa.data.batch import Batch, Masks
 from njepa.draws.masks import MaskSampler
+from njepa.models.architecture import architecture
 from njepa.models.attention_kernels import choose_attention
 from njepa.training.compiling import choose_compilation, compilations, compile_blocks
-from njepa.training.ema import ema_parameters, make_target, update_target
-from njepa.training.module import TrainModule, param_groups
+from njepa.training.ema import make_target
+from njepa.training.engine import PlainEngine, Update
+from njepa.training.module import TrainModule
+from njepa.training.schedules import Rates
+from njepa.training.step import TrainState, encode_with, training_step
 
 PHASES = ("data", "target", "context", "predictor", "loss", "backward", "optimizer", "EMA")
-_RATES = {"lr": 1e-4, "weight_decay": 0.04}
-_MOMENTUM = 0.996
+_RATES = Rates(lr=1e-4, weight_decay=0.04, momentum=0.996)
 #: Shapes that a race with static masks meets at most: each is compiled for each such variant.
 SHAPES = 4
 #: Steps from one wait for the device to the next: the trainer lets the host run ahead, too.
@@ -57,55 +60,38 @@ class Inputs(NamedTuple):
     """What the published loader delivers: fp32 [B, 3, S, S]."""
 
 
-class OurStep:
-    """A step of njepa; a call is a step and returns its loss."""
+class PhasedEngine(PlainEngine):
+    """The plain engine; says where it is, to whom ``phase`` is not ``no_phase``."""
 
-    def __init__(
-        self, config: Config, state: dict[str, Tensor], device: torch.device, low: bool
-    ) -> None:
-        self.device, self.low, self.impl = device, low, config.impl.default
-        net = planning.network(config)
-        widths = {part.width // part.heads for part in (net.encoder, net.predictor)}
-        dtype = torch.bfloat16 if low else torch.float32
-        self.attention = choose_attention(config.model, config.mask, widths, device, dtype)
-        self.compilation = choose_compilation(config, zero_stage=0, device=device)
-        self.module = TrainModule(config, attention=self.attention)
-        self.module.jepa.load_state_dict(state)
-        self.target = make_target(self.module.jepa.encoder).to(device)
-        if self.compilation.mode == "blocks":
-            compile_blocks((self.module, self.target), config.mask.static_shapes)
-        self.online = ema_parameters(self.module.to(device).jepa.encoder)
-        self.optimizer = torch.optim.AdamW(
-            param_groups(self.module, _RATES["weight_decay"]),
-            lr=_RATES["lr"],
-            fused=device.type == "cuda",
-        )
+    phase: Phase = staticmethod(no_phase)
 
-    def __call__(self, batch: Batch, phase: Phase = no_phase) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low):
-            with torch.no_grad(), phase("target"):
-                h = self.target(batch.images)
-            with self._marked(phase):
-                loss, _ = self.module(batch, h)
-        with phase("backward"):
-            loss.backward()
-        with phase("optimizer"):
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        with phase("EMA"):
-            update_target(self.target, self.online, _MOMENTUM, impl=self.impl)
-        return loss.detach()
+    def forward(self, batch: Batch, h: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with self._marked():
+            return super().forward(batch, h)
+
+    def backward(self, loss: Tensor) -> None:
+        with self.phase("backward"):
+            super().backward(loss)
+
+    def update(self, rates: Rates) -> Update:
+        with self.phase("optimizer"):
+            return super().update(rates)
 
     @contextmanager
-    def _marked(self, phase: Phase) -> Iterator[None]:
+    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
+        with self.phase("EMA"), super().whole(parameters) as whole:
+            yield whole
+
+    @contextmanager
+    def _marked(self) -> Iterator[None]:
         """Phases inside of the module's forward, whose code knows of none: by hooks."""
-        if phase is no_phase:
+        if self.phase is no_phase:
             yield
             return
         running: list[Any] = []
 
         def enter(name: str) -> None:
-            running.append(phase(name))
+            running.append(self.phase(name))
             running[-1].__enter__()
 
         def leave() -> None:
@@ -124,6 +110,35 @@ class OurStep:
             leave()
             for hook in hooks:
                 hook.remove()
+
+
+class OurStep:
+    """A step of njepa; a call is a step and returns its loss."""
+
+    def __init__(
+        self, config: Config, state: dict[str, Tensor], device: torch.device, low: bool
+    ) -> None:
+        parts = architecture(config)
+        widths = {part.width // part.heads for part in (parts.encoder, parts.predictor)}
+        dtype = torch.bfloat16 if low else torch.float32
+        self.attention = choose_attention(config.model, config.mask, widths, device, dtype)
+        self.compilation = choose_compilation(config, zero_stage=0, device=device)
+        module = TrainModule(config, attention=self.attention)
+        module.jepa.load_state_dict(state)
+        target = make_target(module.jepa.encoder).to(device)
+        if self.compilation.name == "blocks":
+            compile_blocks((module, target), config.mask.static_shapes)
+        self.engine = PhasedEngine(module, config.optim, device, low=low)
+
+        def encode(images: Tensor) -> Tensor:
+            with self.engine.phase("target"):
+                return encode_with(self.engine, target, images)
+
+        self.state = TrainState(self.engine, target, self.attention, config.impl.default, encode)
+
+    def __call__(self, batch: Batch, phase: Phase = no_phase) -> Tensor:
+        self.engine.phase = phase
+        return training_step(self.state, [batch], _RATES).micro_batches[0].metrics["loss"]
 
 
 class PhaseClock:
@@ -160,8 +175,8 @@ class Runner:
                 mask.aspect_ratio, mask.min_keep,
             )  # fmt: skip
             self._published = PublishedStep(
-                published_size(self.config), weights, device, low, variant.compiled, **_RATES,
-                momentum=_MOMENTUM,
+                published_size(self.config), weights, device, low, variant.compiled,
+                **_RATES._asdict(),
             )  # fmt: skip
         else:
             self._ours = OurStep(self.config, weights, device, low)

@@ -15,6 +15,7 @@ from torch import nn
 
 from njepa import train
 from njepa.config import ConfigError, MaskConfig, ModelConfig
+from njepa.config.deepspeed_file import parse_deepspeed
 from njepa.data.batch import Lengths
 from njepa.models import attention_kernels
 from njepa.models.attention import Attention, Sdpa, Sequences
@@ -313,7 +314,7 @@ def test_what_cannot_run_is_refused(
 )
 def test_type_that_is_probed(ds: dict, cpu: str, cuda: str):
     for device, name in (("cpu", cpu), ("cuda", cuda)):
-        assert compute_dtype(ds, torch.device(device)) is getattr(torch, name)
+        assert compute_dtype(parse_deepspeed(ds), torch.device(device)) is getattr(torch, name)
 
 
 def test_it_is_refused_before_the_images_are_looked_for(tmp_path, capsys, monkeypatch):

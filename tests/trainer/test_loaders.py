@@ -18,6 +18,7 @@ import torch
 from pictures import class_folders, data_folder, encoded, picture, shard, special_images, write
 from PIL import Image, ImageOps
 
+from njepa.choice import Choice
 from njepa.config import parse_config
 from njepa.data.decode import DecodeError, decode
 from njepa.data.eval_views import eval_images
@@ -243,7 +244,14 @@ def test_pixels_of_other_samples_are_an_error(tmp_path):
     case = Case(class_folders(tmp_path / "in", 12), tmp_path)
     case.batches("torch", stop=1)
     loader = Loader(
-        case.config, case.index, case.order, case.masks, CPU, range(2), Mispaired(case), "torch", ""
+        case.config,
+        case.index,
+        case.order,
+        case.masks,
+        CPU,
+        range(2),
+        Mispaired(case),
+        Choice("torch", "as configured"),
     )
     with pytest.raises(RuntimeError, match="pixels of micro-step 0 are of samples"):
         next(loader)
@@ -418,7 +426,7 @@ def test_dali_cuts_whole_images_where_windows_crash(tmp_path, dali, monkeypatch)
     monkeypatch.setattr(dali_pipeline, "DaliPixels", lambda *_: pixels)
     loader = case.loader("dali")
     loader.close()
-    assert loader.backend_reason == f"as configured; {note}"
+    assert loader.backend.reason == f"as configured; {note}"
 
 
 def test_dali_names_a_member_of_a_shard(tmp_path, dali):
