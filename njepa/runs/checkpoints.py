@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from njepa.config import ConfigError
-from njepa.runs.ranks import Ranks
 from njepa.runs.folder import write_atomically
+from njepa.runs.ranks import Ranks
 
 _NAME = re.compile(r"step-(\d{8})$")
 
