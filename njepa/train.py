@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         ds = load_deepspeed_file(args.ds_config)
         # torch, DeepSpeed and DALI take seconds to import: a typing error should not.
         from njepa.runs.ranks import join_ranks, leave_ranks
-        from njepa.training.loop import UNREADABLE, Loop, NonFiniteLoss
+        from njepa.training.health import NonFiniteLoss
+        from njepa.training.loop import UNREADABLE, Loop
         from njepa.training.setup import set_up
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # the import sets its own level

@@ -226,7 +226,7 @@ class Loop:
 def token_counts(masks: Masks) -> dict[str, float]:
     """Tokens of a micro-batch per image and per target block."""
     context_idx, target_idx, lengths = masks
-    context = context_idx.shape[-1]
+    context = float(context_idx.shape[-1])
     if lengths is not None:
         context = sum(lengths.counts) / len(lengths.counts)
     return {"k_context": context, "k_target": target_idx.shape[-1]}

@@ -2,9 +2,9 @@
 
     python jobs.py JOBS.json OUT.pt        with RANK, WORLD_SIZE, ... in the environment
 
-Every job is {name, overrides, ds, grads, watch, features, moved, reduce}; all jobs of a call share
-the processes, because starting them costs more than training does. OUT.pt (rank 0) maps the name to
-what was recorded.
+Every job is {name, overrides, ds, grads, watch, features, moved, reduce, broken}; all jobs of a
+call share the processes, because starting them costs more than training does. OUT.pt (rank 0) maps
+the name to what was recorded.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from broken_steps import Breaking
 from engine_bytes import EngineBytes
 from host_reads import watch
 from PIL import Image
@@ -77,6 +78,7 @@ def run_jobs(jobs: list[dict[str, Any]], world: int, folder: Path) -> dict[str, 
 def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
     from njepa.config import load_config
     from njepa.config.deepspeed_file import parse_deepspeed
+    from njepa.training.health import NonFiniteLoss
     from njepa.training.loop import Loop
     from njepa.training.setup import set_up
 
@@ -89,6 +91,7 @@ def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
         return watched
     record: dict[str, Any] = {"ids": [], "grads": [], "losses": []}
     engine, scoring = setup.engine.inner, setup.scoring
+    breaking = Breaking(job.get("broken"), ranks.rank)
     names = {p: n for n, p in engine.module.named_parameters() if p.requires_grad}
     step, forward = engine.step, engine.forward
 
@@ -97,6 +100,7 @@ def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
         torch.distributed.all_gather(ids, batch.sample_ids.contiguous())
         record["ids"].append(torch.cat(ids))
         loss, metrics = forward(batch, h)
+        loss = breaking.loss(loss)
         shared = loss.detach().clone()
         torch.distributed.all_reduce(shared)
         record["losses"].append(shared.item() / ranks.world)
@@ -138,7 +142,12 @@ def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
             return pair
 
         scoring.evaluator._features = recording_features
-    loop.run()
+    if "broken" in job:
+        breaking.record(loop, record)
+    try:
+        loop.run()
+    except NonFiniteLoss as error:
+        record["error"] = str(error)
     record["step"] = loop.step
     if job.get("features"):
         from deepspeed.utils import safe_get_full_fp32_param
