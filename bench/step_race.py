@@ -129,6 +129,7 @@ class OurStep:
         if self.compilation.name == "blocks":
             compile_blocks((module, target), config.mask.static_shapes)
         self.engine = PhasedEngine(module, config.optim, device, low=low)
+        self.module, self.target = module, target
 
         def encode(images: Tensor) -> Tensor:
             with self.engine.phase("target"):
