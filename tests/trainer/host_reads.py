@@ -23,6 +23,9 @@ READS = {
     "__array__", "__bool__", "__float__", "__int__", "__index__", "__contains__",
 }  # fmt: skip
 
+#: The average's momentum, which hangs on the step's verdict; on a GPU the kernel reads it there.
+ON_A_CPU_ONLY = " in ema.py:update_target"
+
 
 class HostReads(TorchDispatchMode):
     """While active, ``seen`` collects "operator in file:function", innermost caller outside torch;
@@ -113,7 +116,7 @@ def watch(loop: Any, steps: int) -> dict[str, Any]:
                 loop.advance()
     loop.setup.close()
     return {
-        "reads": sorted(reads.seen),
+        "reads": sorted(read for read in reads.seen if not read.endswith(ON_A_CPU_ONLY)),
         "synchronized": synchronize.call_count,
         "ordered": ordered.call_count,
         "attended": attended,
