@@ -309,7 +309,7 @@ def test_what_cannot_run_is_refused(
         ({"torch_autocast": {"enabled": "auto"}}, "float32", "bfloat16"),
         ({"torch_autocast": {"enabled": True}}, "bfloat16", "bfloat16"),
         ({"torch_autocast": {"enabled": False}}, "float32", "float32"),
-        ({"bf16": {"enabled": True}}, "bfloat16", "bfloat16"),
+        ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}, "bfloat16", "bfloat16"),
     ],
 )
 def test_type_that_is_probed(ds: dict, cpu: str, cuda: str):
