@@ -8,6 +8,8 @@ import time
 from itertools import islice
 from typing import Any
 
+from torch import Tensor
+
 from njepa.config import dump_config
 from njepa.data.batch import Masks
 from njepa.data.decode import DecodeError, UnreadableImage
@@ -41,7 +43,7 @@ class Loop:
         self._batches = iter(setup.loader)
         self._means, self._features = MetricMeans(), FeatureMonitor()
         self._bad, self._watch = BadSteps(setup.plan.ranks.device), Stopwatch()
-        self._last: StepResult | None = None
+        self._norm: Tensor | None = None  # of the last gradient
         self._compiled_before, self._compilations = compilations(), 0  # the second: in the log
 
     def run(self) -> dict[str, Any] | None:
@@ -106,7 +108,7 @@ class Loop:
                 seen.metrics, result.update.bad, **counts, context_cut_frac=seen.cut_frac
             )
             self._features.add(seen.features)
-        self._last = result
+        self._norm = result.update.norm
         return result
 
     def _log(self) -> None:
@@ -153,7 +155,7 @@ class Loop:
 
     def _gradient_norm(self) -> dict[str, float]:
         """``grad_norm`` of the last step, before clipping; none of a step that was skipped."""
-        norm = float(self._last.update.norm) if self._last is not None else math.nan
+        norm = math.nan if self._norm is None else float(self._norm)
         return {"grad_norm": norm} if math.isfinite(norm) else {}
 
     def _new_compilations(self) -> dict[str, int]:
