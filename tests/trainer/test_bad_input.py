@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from jobs import TINY, make_images
 from PIL import Image
 
 from njepa import train
+from tests.support.jobs import TINY, make_images
 
 
 @pytest.fixture

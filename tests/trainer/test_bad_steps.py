@@ -7,9 +7,6 @@ import math
 
 import pytest
 import torch
-from broken_steps import KINDS, NAN, digest
-from jobs import make_images, run_jobs
-from tiny import make_batch, tiny_config
 
 from njepa.training.ema import make_target
 from njepa.training.engine import PlainEngine
@@ -17,6 +14,9 @@ from njepa.training.health import BadSteps, gate
 from njepa.training.module import TrainModule
 from njepa.training.schedules import Rates
 from njepa.training.step import TrainState, training_step
+from tests.support.broken_steps import KINDS, NAN, digest
+from tests.support.jobs import make_images, run_jobs
+from tests.support.tiny import make_batch, tiny_config
 
 CPU = torch.device("cpu")
 RATES = Rates(lr=1e-2, weight_decay=0.1, momentum=0.9)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from njepa_kernels import available_impls
-from tiny import make_batch, tiny_config
 from torch import nn
 
 from njepa.config import Config
@@ -17,6 +16,7 @@ from njepa.training.engine import PlainEngine
 from njepa.training.module import TrainModule
 from njepa.training.schedules import Rates
 from njepa.training.step import TrainState, training_step
+from tests.support.tiny import make_batch, tiny_config
 
 pytestmark = pytest.mark.slow
 

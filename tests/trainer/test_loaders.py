@@ -9,13 +9,11 @@ import sys
 import threading
 import time
 import zipfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from pictures import class_folders, data_folder, encoded, picture, shard, special_images, write
 from PIL import Image, ImageOps
 
 from njepa.choice import Choice
@@ -30,6 +28,16 @@ from njepa.draws.masks import MaskSampler
 from njepa.draws.order import SampleOrder
 from njepa.draws.sigmas import block_sigmas
 from njepa.draws.streams import stream_seed
+from tests.support import program_env
+from tests.support.pictures import (
+    class_folders,
+    data_folder,
+    encoded,
+    picture,
+    shard,
+    special_images,
+    write,
+)
 
 CPU = torch.device("cpu")
 SIZE = 48
@@ -108,7 +116,7 @@ def without_pixels(batch):
     return [batch._replace(images=None)]
 
 
-# ---- content ---------------------------------------------------------------------------------
+# Content
 
 
 def test_pixels_are_the_planned_crops(tmp_path, backend):
@@ -258,7 +266,7 @@ def test_pixels_of_other_samples_are_an_error(tmp_path):
     loader.close()
 
 
-# ---- order, ranks, restarts ------------------------------------------------------------------
+# Order, ranks, restarts
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -297,7 +305,7 @@ def test_two_ranks_see_what_one_sees(tmp_path, backend, compat):
                 assert torch.equal(joined, getattr(whole.masks, name))
 
 
-# ---- unreadable images -----------------------------------------------------------------------
+# Unreadable images
 
 
 def spoil(case, sample, data):
@@ -447,7 +455,7 @@ def test_a_format_that_dali_cannot_decode(tmp_path, dali):
     assert len(case.batches("torch")) == 4
 
 
-# ---- decoding --------------------------------------------------------------------------------
+# Decoding
 
 
 def test_sixteen_bits_become_eight():
@@ -499,7 +507,7 @@ def test_eval_views(tmp_path, caplog):
     assert "d.jpg" in caplog.text
 
 
-# ---- behaviour -------------------------------------------------------------------------------
+# Behaviour
 
 
 def test_waiting_is_counted_and_reading_ahead_hides_it(tmp_path):
@@ -554,11 +562,9 @@ def _children():
 def test_a_program_that_forgets_to_close_ends_all_the_same(tmp_path):
     class_folders(tmp_path / "in", 12)
     program = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from types import SimpleNamespace
-from test_loaders import Case
+from tests.trainer.test_loaders import Case
 case = Case(Path({str(tmp_path / "in")!r}), Path({str(tmp_path)!r}))
 loaders = [case.loader("torch", stop=1000, workers=workers) for workers in (0, 2)]
 for loader in loaders:
@@ -567,8 +573,9 @@ print("one batch each", flush=True)
 raise SystemExit(7)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
-    )
+        [sys.executable, "-c", program], env=program_env(), capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
     assert (done.returncode, done.stdout) == (7, "one batch each\n"), done.stderr
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mask_oracle import OracleSampler
-from mask_oracle import block_size as oracle_block_size
 from scipy import stats
 
 from njepa.config import MaskConfig
 from njepa.draws.masks import DrawnMasks, MaskSampler, block_size, choose_random, possible_sizes
 from njepa.draws.streams import words
+from tests.support.mask_oracle import OracleSampler
+from tests.support.mask_oracle import block_size as oracle_block_size
 
 GRID = (14, 14)
 ONE = (1.0, 1.0)
@@ -60,7 +60,7 @@ def same_distribution(a: Any, b: Any, least: int = 8) -> float:
     return float(stats.chi2_contingency(np.array(table).T).pvalue)
 
 
-# --- T1: block sizes -----------------------------------------------------------------------------
+# Block sizes
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_frequency_of_target_sizes() -> None:
     assert stats.chisquare([*drawn.values()], expected).pvalue > 1e-3
 
 
-# --- T1: places, lengths and visits, upstream against the oracle ---------------------------------
+# Places, lengths and visits, upstream against the oracle
 
 
 def test_upstream_offsets_are_uniform_without_the_last_one() -> None:
@@ -240,7 +240,7 @@ def test_upstream_never_sees_the_last_row_and_column_and_prefers_the_top() -> No
     assert rows[12] == pytest.approx(0.005, abs=0.003)
 
 
-# --- fixed ---------------------------------------------------------------------------------------
+# Fixed
 
 
 def test_fixed_sees_every_patch_and_prefers_no_side() -> None:
@@ -321,7 +321,7 @@ def test_fixed_cuts_each_context_to_a_uniform_choice() -> None:
     np.testing.assert_allclose(histogram / len(ranks), 0.1, atol=0.004)
 
 
-# --- properties of both --------------------------------------------------------------------------
+# Properties of both
 
 
 @settings(derandomize=True, deadline=None)
@@ -430,7 +430,7 @@ def test_seeds_and_steps_are_unrelated() -> None:
     assert sizes[0] != sizes[1]
 
 
-# --- too little room -----------------------------------------------------------------------------
+# Too little room
 
 
 @pytest.mark.parametrize("compat", ["fixed", "upstream"])

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import N_BLOCKS, make_batch, tiny_config
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,6 +15,7 @@ from njepa.data.batch import Batch, Lengths
 from njepa.models.jepa import Jepa, JepaOutput, build_jepa
 from njepa.objectives import objective, prediction_loss, vicreg_loss
 from njepa.training.ema import make_target
+from tests.support.tiny import N_BLOCKS, make_batch, tiny_config
 
 
 def forward(config: Config, batch: Batch) -> tuple[Jepa, JepaOutput, torch.Tensor]:
@@ -45,7 +45,7 @@ def smooth_l1(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.where(gap < 1, 0.5 * gap**2, gap - 0.5).mean()
 
 
-# ------------------------------------------------------------------------------- prediction terms
+# Prediction terms
 
 
 def test_ijepa_loss():
@@ -133,7 +133,7 @@ def test_a_single_predictor_has_no_clean_loss_and_no_lambda(weight: float):
     torch.testing.assert_close(losses.total, expected)
 
 
-# ---------------------------------------------------------------------------------------- VICReg
+# VICReg
 
 
 def variance(u: torch.Tensor, gamma: float = 1.0, eps: float = 1e-4) -> torch.Tensor:
@@ -212,7 +212,7 @@ def test_pred_blocks_of_a_single_predictor_takes_the_noised_predictions():
     )
 
 
-# --- context against target ----------------------------------------------------------------------
+# Context against target
 
 
 class Scaled(nn.Module):
@@ -278,7 +278,7 @@ def test_context_vs_target_reaches_no_predictor():
     assert jepa.projector[0].weight.grad.norm() > 0
 
 
-# --- the sum -------------------------------------------------------------------------------------
+# The sum
 
 
 @pytest.mark.parametrize("on", ["pred_blocks", "context_vs_target"])

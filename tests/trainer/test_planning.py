@@ -8,8 +8,6 @@ from itertools import product
 
 import pytest
 import torch
-from jobs import TINY, make_images, run_jobs
-from tiny import N_CONTEXT, N_TARGETS, make_batch, tiny_config
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -25,6 +23,8 @@ from njepa.models.architecture import encoder_stack
 from njepa.models.encoder import Encoder
 from njepa.training.ema import make_target
 from njepa.training.module import TrainModule
+from tests.support.jobs import TINY, make_images, run_jobs
+from tests.support.tiny import N_CONTEXT, N_TARGETS, make_batch, tiny_config
 
 SHAPE, BATCH = plan.Shape(N_CONTEXT, N_TARGETS), 4
 REFERENCE = {"default": "reference"}  # the native ops' products are not visible to the counter

@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from published_ijepa import PublishedEncoder, PublishedPredictor, published_loss
-from tiny import SIDE, make_batch, normalised, tiny_config
 
+from bench.published.networks import PublishedEncoder, PublishedPredictor, published_loss
 from njepa.training.ema import make_target
 from njepa.training.engine import PlainEngine
 from njepa.training.module import TrainModule
 from njepa.training.schedules import Rates
 from njepa.training.step import TrainState, training_step
+from tests.support.tiny import SIDE, make_batch, normalised, tiny_config
 
 CONFIG = tiny_config("ijepa")
 

@@ -1,11 +1,11 @@
 """``scan``: every image decoded, bad ones named, good ones in a list to train on."""
 
 import pytest
-from pictures import class_folders, encoded, picture, shard, write
 
 from njepa.data.listing import SourceError
 from njepa.data.scan import scan
 from njepa.data.sources import open_source
+from tests.support.pictures import class_folders, encoded, picture, shard, write
 
 GOOD = encoded(picture(9, 80, 60))
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import make_batch, rows_of, tiny_config
 from torch import multiprocessing
 
 from njepa.config import Config
@@ -20,6 +19,7 @@ from njepa.training.engine import PlainEngine
 from njepa.training.module import TrainModule, param_groups
 from njepa.training.schedules import Rates
 from njepa.training.step import TrainState, training_step
+from tests.support.tiny import make_batch, rows_of, tiny_config
 
 RATES = Rates(lr=2e-3, weight_decay=0.05, momentum=0.95)
 OFF = {"weight": 0.0, "consistency": 0.0}
@@ -255,7 +255,7 @@ def test_parameter_groups(name: str):
     assert {n.removeprefix("jepa.") for n in group if "mask_token" in n} == mask_tokens
 
 
-# ----------------------------------------------------------------------------------- several ranks
+# several ranks
 
 RANK_CASES = {
     "ijepa": {"method": "ijepa"},
