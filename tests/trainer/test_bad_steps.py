@@ -128,8 +128,7 @@ def test_counts_since_the_last_reading_and_in_a_row():
     assert bad.read() == (0, 0)
 
 
-# --- several ranks -------------------------------------------------------------------------------
-
+#: Of the runs on two ranks: their length, and the step that is broken on one of them.
 STEPS, BROKEN = 4, 2
 #: kind, ZeRO stage, more of the DeepSpeed file.
 CASES = {
