@@ -68,16 +68,17 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         config = load_config(args.recipe, args.overrides)
         ds = load_deepspeed_file(args.ds_config)
         # torch, DeepSpeed and DALI take seconds to import: a typing error should not.
+        from njepa.data.errors import DataError
         from njepa.runs.ranks import join_ranks, leave_ranks
         from njepa.training.health import NonFiniteLoss
-        from njepa.training.loop import UNREADABLE, Loop
+        from njepa.training.loop import Loop
         from njepa.training.setup import set_up
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # the import sets its own level
         ranks = join_ranks(config.run.device)
         try:
             Loop(set_up(config, ds, ranks)).run()
-        except (NonFiniteLoss, *UNREADABLE) as error:
+        except (NonFiniteLoss, DataError) as error:
             if main_rank:
                 print(f"njepa: {error}", file=sys.stderr)
             return 1

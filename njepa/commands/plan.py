@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from njepa import planning as plan
 from njepa.config import Config, ConfigError, load_config
 from njepa.config.deepspeed_file import BatchSizes, DeepSpeedFile, load_deepspeed_file
-from njepa.draws.masks import MaskSampler
 
 DESCRIPTION = """What a step of a configuration costs, and on how many GPUs it fits:
 computed, not measured. Needs no GPU and no data."""
@@ -70,11 +69,6 @@ def _plan(args: argparse.Namespace) -> str:
         raise ConfigError(f"--efficiency must be in (0, 1], got {args.efficiency:g}")
     config = load_config(args.recipe, ["data.path=.", *args.overrides])
     ds = load_deepspeed_file(args.ds_config)
-    try:
-        plan.network(config)
-        MaskSampler(config.mask, config.grid, config.run.seed)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     gpu = plan.with_ceilings(
         plan.GPUS[args.gpu],
         memory=_times(args.memory, 1e9),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from njepa.config import dump_config
 from njepa.data.batch import Masks
-from njepa.data.decode import DecodeError, UnreadableImage
+from njepa.data.errors import DataError
 from njepa.runs import checkpoints
 from njepa.runs.folder import run_dir
 from njepa.runs.monitors import FeatureMonitor, MetricMeans, Stopwatch
@@ -24,9 +24,6 @@ from njepa.training.setup import Setup, start_table
 from njepa.training.step import StepResult, training_step
 
 log = logging.getLogger(__name__)
-
-#: The loader met an image that nothing can replace.
-UNREADABLE = (UnreadableImage, DecodeError)
 
 
 class Loop:
@@ -51,7 +48,7 @@ class Loop:
 
         Raises:
             NonFiniteLoss: too many steps in a row had no finite loss and gradient.
-            UnreadableImage, DecodeError: the loader cannot go on; the steps done are saved.
+            DataError: the loader cannot go on; the steps done are saved.
         """
         say, total = self._recorder.say, self._length.total_steps
         self._recorder.begin(self.step, total)
@@ -68,7 +65,7 @@ class Loop:
                 return None
             images = (self.step - first_step) * self.setup.plan.sizes.total
             return self._summarise(images, time.perf_counter() - began)
-        except UNREADABLE:
+        except DataError:
             # Of several ranks one alone meets the image, and a checkpoint needs all of them.
             if self._ranks.world == 1 and self.setup.engine.between_steps:
                 self._save()

@@ -85,6 +85,13 @@ def test_messages_about_the_batch(attempt, ds, overrides, message):
     assert message in stderr
 
 
+def test_a_fault_of_ours_is_a_traceback(attempt, monkeypatch):
+    """Only what names the user's input is a message; any other ValueError keeps its place."""
+    monkeypatch.setattr("njepa.data.sources.find_source", lambda *_: int("a"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        attempt("run.max_steps=1")
+
+
 def test_no_cuda(attempt):
     import torch
 

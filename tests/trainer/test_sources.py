@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from njepa.data import sources
-from njepa.data.listing import SourceError
+from njepa.data.errors import SourceError
 from njepa.data.sources import open_source
 from tests.support.pictures import class_folders, encoded, picture, shard, special_images, write
 
@@ -125,6 +125,9 @@ def test_nothing_to_train_on(tmp_path):
     bad = write(tmp_path / "bad", {"a.jpg": b"", "b.jpg": b"text"})
     with pytest.raises(SourceError, match=r"none of the 2 images .*a\.jpg \(empty file\); b\.jpg"):
         opened(bad, tmp_path)
+    (tmp_path / "list.txt").write_bytes(b"no\0name.jpg\n")
+    with pytest.raises(SourceError, match=r"none of the 1 images"):
+        opened(tmp_path / "list.txt", tmp_path)
     with pytest.raises(SourceError, match=r"ends in '\.zip'"):
         opened(write(tmp_path, {"x.zip": b""}) / "x.zip", tmp_path)
 
