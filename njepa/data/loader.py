@@ -83,8 +83,8 @@ class Loader:
             raise LoaderStalled(
                 f"no batch came from the {self.backend.name} loader within {_STALLED:g} s; look "
                 f"whether the storage of data.path answers (njepa scan PATH) and whether its "
-                f"processes or threads hang (py-spy dump --pid PID); other values of data.workers or "
-                f"data.backend avoid them"
+                f"processes or threads hang (py-spy dump --pid PID); other values of data.workers "
+                f"or data.backend avoid them"
             ) from None
         self.wait_s += time.perf_counter() - began
         if item is None or isinstance(item, Exception):
