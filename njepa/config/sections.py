@@ -1,4 +1,4 @@
-"""All sections in one table (hence its length): each field, its meaning, its unit, its default.
+"""Long: all sections in one table, each field with its meaning, its unit and its default.
 
 The recipe owns everything except what the DeepSpeed file owns (batch size, accumulation, ZeRO,
 precision, clipping).

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from njepa.config import Config, MaskConfig, load_config
+from njepa.config import Config
 from njepa.data.batch import Batch, Lengths, Masks
-from njepa.data.loader import build_loader
-from njepa.data.sources import open_source
-from njepa.draws.masks import MaskSampler
-from njepa.draws.order import SampleOrder
 from njepa.models.attention import Attention, Sequences
 from njepa.models.jepa import JepaOutput
 from njepa.objectives import objective
 from njepa.training.ema import make_target
 from njepa.training.module import TrainModule
-from tests.support import ROOT
-from tests.support.jobs import TINY, make_images
 from tests.support.packed_attention import ATTENTION
 from tests.support.tiny import make_batch, rows_of, tiny_config
 
-CPU = torch.device("cpu")
 COUNTS = (10, 3, 7, 10, 1)
-
-# The network
 
 
 def ragged_batch(config: Config, counts: tuple[int, ...] = COUNTS, padding: int = 0) -> Batch:
@@ -223,148 +209,3 @@ def test_bf16_autocast(kind: str):
     loss.backward()
     assert (loss - exact).abs() <= 2 * (near - exact).abs() + 2**-8 * exact
     assert all(p.grad.isfinite().all() for p in module.parameters() if p.requires_grad)
-
-
-# The masks
-
-
-def sampler(compat: str, ragged: bool) -> MaskSampler:
-    return MaskSampler(MaskConfig(compat=compat, min_keep=4, ragged=ragged), (12, 12), seed=5)
-
-
-@pytest.mark.parametrize("compat", ["fixed", "upstream"])
-def test_every_image_keeps_its_whole_context(compat: str):
-    """What an image alone has: a batch of one is never cut."""
-    ragged, dense = sampler(compat, True), sampler(compat, False)
-    ids = np.arange(40, dtype=np.int64) * 7
-    saved = []
-    for step in range(4):
-        masks, cut = ragged(step, ids), dense(step, ids)
-        assert masks.context_idx.dtype == np.int64
-        np.testing.assert_array_equal(masks.target_idx, cut.target_idx)
-        np.testing.assert_array_equal(masks.lengths, cut.lengths)
-        assert masks.context_idx.shape == (40, masks.lengths.max())
-        assert cut.context_idx.shape == (40, masks.lengths.min())
-        for row, n, own in zip(masks.context_idx, masks.lengths, ids, strict=True):
-            whole = dense(step, np.array([own])).context_idx[0]
-            np.testing.assert_array_equal(row[:n], whole)
-            assert (row[n:] == 0).all()
-        for row, n, kept in zip(masks.context_idx, masks.lengths, cut.context_idx, strict=True):
-            assert set(kept) <= set(row[:n])
-        saved.append(1 - cut.context_idx.size / masks.lengths.sum())
-    assert min(saved) > 0.05
-
-
-def test_what_the_cut_drops():
-    """The first row of the table in docs/variants.md, ragged masks."""
-    masks = MaskSampler(MaskConfig(ragged=True), (14, 14), seed=0)
-    ids = np.arange(128, dtype=np.int64)
-    lengths = np.stack([masks(step, ids + 128 * step).lengths for step in range(200)])
-    assert lengths.min(axis=1).mean() == pytest.approx(60, abs=1)
-    assert lengths.mean() == pytest.approx(91, abs=1)
-    cut = 1 - lengths.min(axis=1) / lengths.mean(axis=1)
-    assert cut.mean() == pytest.approx(0.345, abs=0.01)
-    padding = 1 - lengths.mean(axis=1) / lengths.max(axis=1)  # docs/configuration.md, ragged masks
-    assert padding.mean() == pytest.approx(0.28, abs=0.01)
-
-
-def test_no_other_image_decides_anything():
-    ragged, ids = sampler("fixed", True), np.arange(30, dtype=np.int64)
-    whole, part = ragged(3, ids), ragged(3, ids[11:17])
-    np.testing.assert_array_equal(part.lengths, whole.lengths[11:17])
-    width = part.context_idx.shape[1]
-    np.testing.assert_array_equal(part.context_idx, whole.context_idx[11:17, :width])
-    assert (whole.context_idx[11:17, width:] == 0).all()
-
-
-# The loader
-
-
-def batches(tmp_path, world: int, rank: int, **mask: object) -> list[Batch]:
-    config = load_config(
-        "shapes-tiny", [*TINY, "method=njepa", "noise.sigma=edm", f"data.path={tmp_path}/images",
-                        *(f"mask.{key}={value}" for key, value in mask.items())],
-    )  # fmt: skip
-    index = open_source(tmp_path / "images", tmp_path / "cache", progress=False)
-    order = SampleOrder(index.n, 8 // world, 1, world, rank, 0)
-    masks = MaskSampler(config.mask, config.grid, 0)
-    loader = build_loader(config, index, order, masks, CPU, 0, 3)
-    try:
-        return list(loader)
-    finally:
-        loader.close()
-
-
-def test_batches_of_the_loader(tmp_path):
-    make_images(tmp_path / "images", 24)
-    ragged, dense = (batches(tmp_path, 1, 0, ragged=r) for r in ("true", "false"))
-    assert any(batch.masks.context_lengths for batch in ragged)
-    for long, short in zip(ragged, dense, strict=True):
-        assert short.masks.context_lengths is None
-        assert torch.equal(long.sample_ids, short.sample_ids)
-        assert torch.equal(long.masks.target_idx, short.masks.target_idx)
-        assert torch.equal(long.noise.sigma, short.noise.sigma)
-        assert long.cut_frac == short.cut_frac
-        total = 8 * long.masks.context_idx.shape[1]
-        if long.masks.context_lengths is not None:
-            counts = long.masks.context_lengths.counts
-            assert long.masks.context_lengths.tensor.tolist() == list(counts)
-            assert max(counts) == long.masks.context_idx.shape[1]
-            total = sum(counts)
-        assert long.cut_frac == pytest.approx(1 - short.masks.context_idx.numel() / total)
-        moved = long.to("meta")
-        assert long.masks.context_lengths is None or moved.masks.context_lengths.tensor.is_meta
-
-
-def test_ranks_share_the_work_of_one(tmp_path):
-    make_images(tmp_path / "images", 24)
-    one = batches(tmp_path, 1, 0, ragged="true")
-    halves = [batches(tmp_path, 2, rank, ragged="true") for rank in range(2)]
-    for whole, *parts in zip(one, *halves, strict=True):
-        counts = whole.masks.context_lengths.counts
-        assert {part.cut_frac for part in parts} == {whole.cut_frac}
-        for rank, part in enumerate(parts):
-            mine = slice(4 * rank, 4 * rank + 4)
-            own = counts[mine]
-            assert part.masks.context_idx.shape[1] == max(own)
-            assert part.masks.context_lengths is None or part.masks.context_lengths.counts == own
-            assert torch.equal(part.masks.context_idx, whole.masks.context_idx[mine, : max(own)])
-            assert torch.equal(part.masks.target_idx, whole.masks.target_idx[mine])
-
-
-def test_a_loader_batch_of_equal_contexts_is_dense(tmp_path):
-    make_images(tmp_path / "images", 24)
-    for batch in batches(tmp_path, 8, 3, ragged="true"):  # one image per rank
-        assert batch.masks.context_lengths is None
-        assert len(batch.images) == 1
-        assert 0 < batch.cut_frac < 1
-
-
-# The run
-
-
-@pytest.mark.multirank
-def test_what_a_ragged_run_reports(tmp_path):
-    make_images(tmp_path / "images", 16)
-    (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 8}')
-    done = subprocess.run(
-        [
-            sys.executable, str(ROOT / "njepa/train.py"), "--ds_config", str(tmp_path / "ds.json"),
-            *TINY, "method=cjepa", "vicreg.on=context_vs_target", "mask.ragged=true",
-            "run.device=cpu", f"data.path={tmp_path}/images", f"data.cache_dir={tmp_path}/cache",
-            f"run.dir={tmp_path}/run",
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path, capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    reason = "sdpa (varlen: needs CUDA; xformers: "
-    assert f"attention  {reason}" in done.stdout + done.stderr
-    assert json.loads((tmp_path / "run/summary.json").read_text())["attention"].startswith(reason)
-    logged = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
-    drawn = batches(tmp_path, 1, 0, ragged="true")
-    for line, batch in zip(logged, drawn, strict=True):
-        counts = batch.masks.context_lengths.counts
-        assert line["k_context"] == sum(counts) / 8
-        assert line["context_cut_frac"] == pytest.approx(1 - 8 * min(counts) / sum(counts))
-        assert line["context_cut_frac"] > 0
