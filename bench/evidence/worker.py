@@ -153,7 +153,7 @@ def serve(pipe: Connection, folder: Path, work: Path, number: int) -> None:
                 answer = None
             except Stopped:
                 return
-            except Exception as error:  # the arm failed, the table goes on
+            except Exception as error:  # the arm failed, the table continues
                 traceback.print_exc()
                 answer = last_line(error)
             pipe.send(answer)

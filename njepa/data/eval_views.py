@@ -41,7 +41,7 @@ def eval_images(index: ImageIndex, ids: npt.NDArray[np.int64], image_size: int) 
         unreadable = [reason for reason in pool.map(fill, range(len(ids))) if reason]
     if unreadable:
         logger.warning(
-            "%d of %d evaluation images are unreadable and grey instead: %s",
+            "%d of %d evaluation images are unreadable and were replaced by grey: %s",
             len(unreadable),
             len(ids),
             "; ".join(unreadable[:5]),

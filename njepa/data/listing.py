@@ -200,7 +200,7 @@ def _list_file(path: Path) -> Source:
         rows.append((Path(name).as_posix(), label.strip() if tab else None))
         if (rows[0][1] is None) != (rows[-1][1] is None):
             raise SourceError(
-                f"data: {path}, line {number}: labels must stand on every line or on none; "
+                f"data: {path}, line {number}: either every line has a label or none; "
                 f"expected a path, or a path, a tab and a label, got {line!r}"
             )
     if not rows:

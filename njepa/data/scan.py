@@ -40,7 +40,10 @@ class ScanReport:
         if self.out is not None:
             lines.append(f"the good ones are listed in {self.out}: use data.path={self.out}")
         elif self.bad:
-            lines.append("tar shards take no list: write them anew without the bad images")
+            lines.append(
+                "a list cannot select images inside tar shards; write new shards without the bad "
+                "images"
+            )
         return "\n".join(lines)
 
 

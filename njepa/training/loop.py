@@ -60,7 +60,7 @@ class Loop:
             if self.step < total:
                 say(
                     f"stopped after step {self.step} of {total}; the checkpoint is in "
-                    f"{run_dir(self._config)}; go on with run.resume=true"
+                    f"{run_dir(self._config)}; continue with run.resume=true"
                 )
                 return None
             images = (self.step - first_step) * self.setup.plan.sizes.total

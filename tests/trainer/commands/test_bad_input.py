@@ -44,7 +44,7 @@ def attempt(tmp_path, capfd, monkeypatch):
             ["optim.epochs=1", "run.max_steps=null", "optim.warmup_epochs=3"],
             "got 9 warm-up steps of 3",
         ),
-        (["noise.levels=4"], "noise.levels: gone, "),
+        (["noise.levels=4"], "noise.levels: removed: "),
         (["noise.sigma=[5, 4, 3, 2, 1]"], "give at most 4 values or raise mask.n_targets"),
         (["noise.sigma=big"], "noise.sigma must be a number >= 0, 'edm' or a list"),
         (["noise.predictors=single", "noise.consistency=1"], "set noise.consistency=0"),

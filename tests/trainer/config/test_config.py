@@ -111,7 +111,7 @@ def test_a_retired_key_gets_one_message_that_names_its_successor(key):
         load_config("shapes-tiny", [f"noise.{key}={OLD_VALUES[key]}"])
     _, *lines = str(caught.value).splitlines()
     assert len(lines) == 1
-    assert lines[0].strip().startswith(f"noise.{key}: gone, ")
+    assert lines[0].strip().startswith(f"noise.{key}: removed: ")
     assert lines[0].endswith(RETIRED[key])
 
 

@@ -1,4 +1,4 @@
-"""The child that tries DALI's GPU decoder: whatever it does, the run goes on and says so."""
+"""The child that tries DALI's GPU decoder: whatever it does, the run continues and says so."""
 
 from __future__ import annotations
 

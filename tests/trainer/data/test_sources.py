@@ -156,7 +156,7 @@ def test_list_file_with_labels(tmp_path):
     assert (index.classes, index.labels.tolist()) == (["big cat", "dog"], [0, 1, 1])
     listed.write_text("c1/001.jpg\tdog\n\nc0/000.jpg\n")
     with pytest.raises(
-        SourceError, match=r"line 3: labels must stand on every line .*'c0/000.jpg'"
+        SourceError, match=r"line 3: either every line has a label or none.*'c0/000.jpg'"
     ):
         opened(listed, tmp_path)
     listed.write_text("\n")

@@ -174,8 +174,8 @@ def test_hopeless_rooms_end_with_overlap_and_say_so_once(
     assert shared_with[19] > 0
 
 
-def test_fixed_draws_failing_images_anew_before_it_overlaps() -> None:
-    """Rare failures are mended by new places, and only the failing images change."""
+def test_fixed_draws_failing_images_again_before_it_overlaps() -> None:
+    """Rare failures are fixed by new places, and only the failing images change."""
     tight = {"target_scale": (0.2, 0.25), "min_keep": 11}
     masks = sampler(grid=(8, 8), **tight)
     loose = sampler(grid=(8, 8), target_scale=(0.2, 0.25), min_keep=0)
@@ -195,7 +195,7 @@ def test_fixed_draws_failing_images_anew_before_it_overlaps() -> None:
 def test_constraints_are_dropped_after_exactly_twenty_failures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A 7x7 context block has one place on 8x8 (upstream), so only a dropped constraint mends."""
+    """A 7x7 context block has one place on 8x8 (upstream), so only a dropped constraint helps."""
     attempts: list[int] = []
 
     def recorded(*args: Any) -> np.ndarray:

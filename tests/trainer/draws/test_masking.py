@@ -126,7 +126,7 @@ def test_upstream_offsets_are_uniform_without_the_last_one() -> None:
         pytest.param(
             GRID, 2, 1500, {"allow_overlap": True, "context_scale": (0.4, 0.8)}, id="overlap"
         ),
-        pytest.param(  # 37 % of the images are drawn anew, 17 % lose a constraint
+        pytest.param(  # 37 % of the images are drawn again, 17 % lose a constraint
             (8, 8), 1, 2500,
             {"context_scale": (0.5, 0.7), "target_scale": (0.24, 0.3), "min_keep": 6},
             id="redraws-and-dropped-constraints",

@@ -76,7 +76,7 @@ def test_the_batch_that_the_minimum_runs_over_matters() -> None:
 
 
 @pytest.mark.parametrize("compat", ["fixed", "upstream"])
-def test_only_images_with_too_short_a_context_are_drawn_anew(compat: str) -> None:
+def test_only_images_with_too_short_a_context_are_drawn_again(compat: str) -> None:
     plain, static = pair(compat, 14, 128)
     redrawn = 0
     for step in range(8):

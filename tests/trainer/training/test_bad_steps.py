@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite changes nothing on any rank; training goes on."""
+"""A step whose loss or gradient is not finite changes nothing on any rank; training continues."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_counts_since_the_last_reading_and_in_a_row():
     for verdict in (False, True, True, False, True):
         bad.add(torch.tensor(verdict))
     assert bad.read() == (3, 2)
-    assert bad.read() == (0, 1)  # the row goes on
+    assert bad.read() == (0, 1)  # the row continues
     for verdict in (True, True, False):
         bad.add(torch.tensor(verdict))
     assert bad.read() == (2, 3)
