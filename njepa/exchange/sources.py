@@ -15,11 +15,8 @@ from njepa.checkpointing import latest_checkpoint
 from njepa.config import ConfigError, parse_config
 from njepa.exchange.files import read_json, read_metadata, read_safetensors, read_torch
 from njepa.exchange.layouts import State, to_ours
-from njepa.exchange.weights import Channels, Weights
+from njepa.exchange.weights import FACTS, Channels, Weights
 from njepa.models.architecture import architecture
-
-#: Beside the weights of ``njepa export --format safetensors``; and as "njepa" in other formats.
-FACTS = "encoder.json"
 
 
 def open_path(path: Path) -> Weights:
@@ -168,6 +165,10 @@ def _open_published(path: Path) -> Weights:
     }
     if facts.get("encoder") == "target":  # put where other libraries look
         states.pop("context")
+        if _is_state(found.get("context_encoder")):
+            states["context"] = found["context_encoder"]
+    elif facts.get("encoder") == "only":
+        states = {"only": found["encoder"]}
     return Weights(
         f"{path}",
         {w: partial(dict, state) for w, state in states.items()},

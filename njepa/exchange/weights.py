@@ -16,6 +16,8 @@ from njepa.models.encoder import Encoder
 Which = Literal["target", "context"]
 Channels = tuple[float, float, float]
 
+#: What says the facts of an encoder beside its weights, in our own exports.
+FACTS = "encoder.json"
 #: Of official files, which do not say it (facebookresearch/ijepa, src/transforms.py).
 IMAGENET: tuple[Channels, Channels] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -109,6 +111,6 @@ def _published_heads(width: int, depth: int, origin: str) -> int:
     known = ", ".join(f"{s.width} x {s.depth}" for s in SIZES.values())
     raise ConfigError(
         f"{origin}: the number of attention heads is not in the file, and width {width} with "
-        f"{depth} blocks is no published size ({known}); give the folder of its run or export, which "
-        f"says it, instead of the file alone"
+        f"{depth} blocks is no published size ({known}); give the folder of its run or "
+        f"export, which says it, instead of the file alone"
     )
