@@ -52,13 +52,13 @@ def read_torch(path: Path) -> Any:
         mapped = zipfile.is_zipfile(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error).upper():
-            raise ConfigError(
-                f"{path} is refused: expected tensors and plain values, got a pickle that names "
-                f"code ({_reason(error)}), and loading that could run it. Where you trust its "
-                f"origin, save its state dicts alone, as safetensors or by torch.save"
-            ) from None
-        raise _damaged(path, error) from None
+        if "invalid load key" in str(error):  # no pickle at all
+            raise _damaged(path, error) from None
+        raise ConfigError(
+            f"{path} is refused: expected tensors and plain values, got a pickle of other things, "
+            f"and loading those can run code ({_reason(error)}). Where you trust its origin, save "
+            f"its state dicts alone, as safetensors or by torch.save"
+        ) from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise _damaged(path, error) from None
 
@@ -88,7 +88,7 @@ def _damaged(path: Path, error: Exception) -> ConfigError:
 
 def _reason(error: Exception) -> str:
     """The line of a long message that says what was found."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [x for x in lines if "global" in x.lower() or "invalid" in x.lower()]
-    text = (telling or lines or [type(error).__name__])[0]
+    _, _, told = str(error).rpartition("WeightsUnpickler error:")
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    text = (lines or [type(error).__name__])[0]
     return text if len(text) < 200 else f"{text[:200]} ..."
