@@ -48,11 +48,11 @@ def read_torch(path: Path) -> Any:
     Raises:
         ConfigError: damaged, or a pickle of more than tensors and plain values.
     """
+    mapped = zipfile.is_zipfile(path)
     try:
-        mapped = zipfile.is_zipfile(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        if "invalid load key" in str(error):  # no pickle at all
+        if not (mapped or _first_byte(path) == pickle.PROTO):  # no pickle at all
             raise _damaged(path, error) from None
         raise ConfigError(
             f"{path} is refused: expected tensors and plain values, got a pickle of other things, "
@@ -88,7 +88,12 @@ def _damaged(path: Path, error: Exception) -> ConfigError:
 
 def _reason(error: Exception) -> str:
     """The line of a long message that says what was found."""
-    _, _, told = str(error).rpartition("WeightsUnpickler error:")
-    lines = [line.strip() for line in told.splitlines() if line.strip()]
-    text = (lines or [type(error).__name__])[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "unsupported" in line.lower()]
+    text = (telling or lines or [type(error).__name__])[0]
     return text if len(text) < 200 else f"{text[:200]} ..."
+
+
+def _first_byte(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(1)

@@ -11,12 +11,12 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from njepa.checkpointing import latest_checkpoint
 from njepa.config import ConfigError, parse_config
 from njepa.exchange.files import read_json, read_metadata, read_safetensors, read_torch
 from njepa.exchange.layouts import State, to_ours
 from njepa.exchange.weights import FACTS, Channels, Weights
 from njepa.models.architecture import architecture
+from njepa.runs.checkpoints import latest_checkpoint
 
 
 def open_path(path: Path) -> Weights:

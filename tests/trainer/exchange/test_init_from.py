@@ -6,11 +6,11 @@ from torch.nn import functional as F
 from weight_sources import config_of, network, noise_images, published, write_run
 
 from njepa.config import ConfigError
-from njepa.ema import make_target
 from njepa.exchange.initial import read_initial_weights
 from njepa.exchange.positions import resize_positions
 from njepa.models.jepa import build_jepa
 from njepa.models.positions import position_table
+from njepa.training.ema import make_target
 
 METHODS = ["ijepa", "cjepa", "njepa", "ncjepa"]
 

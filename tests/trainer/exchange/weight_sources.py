@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from njepa.config import Config, dump_config, parse_config
-from njepa.ema import make_target
 from njepa.models.jepa import Jepa, build_jepa
+from njepa.training.ema import make_target
 
 MEAN, STD = [0.5, 0.25, 0.4], [0.2, 0.3, 0.25]
 
