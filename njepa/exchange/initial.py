@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from njepa.config import Config, ConfigError
+from njepa.config.sections import UNSET
 from njepa.exchange.layouts import State, check_predictor, predictor_facts
 from njepa.exchange.positions import resize_positions
 from njepa.exchange.reading import EncoderWeights, Weights, Which, open_weights
@@ -65,7 +66,7 @@ def read_initial_weights(config: Config) -> InitialWeights | None:
     model = config.model
     if model.init_from is None:
         return None
-    if model.init_from == "???":
+    if model.init_from == UNSET:
         raise ConfigError(
             "model.init_from is not set, and this recipe goes on from weights; add "
             "model.init_from=PATH: a run, an official .pth.tar, or a folder of timm or transformers"
