@@ -21,13 +21,13 @@ COMMANDS = {
 USAGE = """usage: njepa <command> [options]
 
 commands:
-  train   pre-train an encoder (the same as `deepspeed njepa/train.py` with one process)
-  export  write an encoder for timm, transformers, ONNX or in the layout of official files
-  scan    decode every image of a source, write a list of the good ones, name the bad ones
-  plan    FLOPs, memory, traffic and predicted speed of a configuration on some GPUs
-  info    versions, recipes, configuration keys, what runs on this machine
+  train   pre-train an encoder in one process (like `python njepa/train.py`)
+  export  write an encoder for timm, transformers, ONNX or like an official file
+  scan    decode every image once, list the good ones, name the bad ones
+  plan    predict FLOPs, memory, traffic and speed on given GPUs, without one
+  info    print versions, recipes, configuration keys and what runs on this machine
 
-`njepa <command> --help` tells more.
+`njepa <command> --help` gives the options.
 """
 
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from jobs import TINY, make_images, run_jobs
 
 from njepa.config import load_config
 from njepa.data.sources import open_source
 from njepa.evaluation.features import load_split, pooled_features
 from njepa.models.encoder import build_encoder
+from tests.support.jobs import TINY, make_images, run_jobs
 
 pytestmark = pytest.mark.slow
 
