@@ -32,7 +32,7 @@ def model_card(
     record = weights.record
     lines = [
         f"---\n{front}---",
-        f"# {encoder.which if encoder.which != 'only' else 'An'} encoder, "
+        f"# {'An' if encoder.which == 'only' else encoder.which.capitalize()} encoder, "
         f"ViT {encoder.width} x {encoder.depth}, patch {encoder.patch_size}, "
         f"{encoder.image_size} px",
         holds,

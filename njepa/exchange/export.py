@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
@@ -60,20 +62,15 @@ def export(source: str, out: Path, form: Format, which: Which | None = None) -> 
     encoder = _choose(weights, which or ("context" if form == "ijepa" else "target"), which)
     temporary = out.with_name(f".{out.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{out} cannot be written ({error.strerror}); choose a folder that you may write"
-        ) from None
-    try:
-        holds = writer.write(temporary, encoder, weights)
+        with _writable(out):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            holds = writer.write(temporary, encoder, weights)
         checked = compare(writer, temporary, encoder)
         card = model_card(encoder, weights, writer.LIBRARY, writer.usage(encoder), holds, checked)
-        (temporary / "README.md").write_text(card)
-        os.rename(temporary, out)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written: {error}") from None
+        with _writable(out):
+            (temporary / "README.md").write_text(card)
+            os.rename(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.iterdir())
@@ -114,6 +111,17 @@ def _choose(weights: Weights, wanted: Which, asked: Which | None) -> EncoderWeig
     if asked is None and wanted not in weights.encoders and len(weights.encoders) == 1:
         wanted = "context" if "context" in weights.encoders else "target"
     return weights.encoder(wanted)
+
+
+@contextmanager
+def _writable(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{out} cannot be written ({error.strerror or error}); choose a folder that you may "
+            f"write, on a disk with room for it"
+        ) from None
 
 
 def _check_free(out: Path) -> None:

@@ -107,7 +107,9 @@ def _check_encoder(encoder: EncoderWeights, config: Config, parts: Architecture)
         _Given("data.mean", list(encoder.mean), list(config.data.mean)),
         _Given("data.std", list(encoder.std), list(config.data.std)),
     ]
-    _check_same(given, f"model.init_from={config.model.init_from} ({encoder.origin})", encoder)
+    names = [name for name, named in SIZES.items() if encoder.stack[:3] == named[:3]]
+    hint = f" ({names[0]} has this size)" if names else ""
+    _check_same(given, f"model.init_from={config.model.init_from} ({encoder.origin})", hint)
     if encoder.hidden != size.hidden:  # no key of its own: the named size decides
         raise ConfigError(
             f"model.init_from={config.model.init_from} has an MLP of width {encoder.hidden}, "
@@ -133,32 +135,24 @@ def _predictors(weights: Weights, config: Config, parts: Architecture) -> dict[s
         _check_same(
             given,
             f"the predictor of model.init_from={config.model.init_from}",
-            way_out="; or model.init_predictor=false, to begin with a new predictor",
+            hint=", or model.init_predictor=false, to begin with a new predictor",
         )
         side = round(state["predictor_pos_embed"].shape[1] ** 0.5)
         check_predictor(state, parts.encoder.width, Stack(width, depth, heads, hidden), side, told)
     return {name: {k: v.float() for k, v in state.items()} for name, state in states.items()}
 
 
-def _check_same(
-    given: list[_Given], what: str, encoder: EncoderWeights | None = None, way_out: str = ""
-) -> None:
+def _check_same(given: list[_Given], what: str, hint: str = "") -> None:
     differ = [x for x in given if x.source != x.config]
-    if not differ:
-        return
-    got = ", ".join(f"{x.key}={x.source}".replace(" ", "") for x in differ)
-    expected = ", ".join(f"{x.key}={x.config}".replace(" ", "") for x in differ)
-    settings = [f"{x.key}={x.source}".replace(" ", "") for x in differ]
-    for name, size in SIZES.items() if encoder is not None else ():
-        same = (size.width, size.depth, size.heads) == encoder.stack[:3] if encoder else False
-        if same and any(x.key in ("model.width", "model.depth", "model.heads") for x in differ):
-            shape = ("model.width=", "model.depth=", "model.heads=")
-            rest = [s for s in settings if not s.startswith(shape)]
-            settings = [f"model.encoder={name}", *rest]
-    raise ConfigError(
-        f"{what} does not fit the configuration: got {got}; expected {expected}. "
-        f"Set {' '.join(settings)}{way_out}"
-    )
+    if differ:
+        got, expected = (
+            " ".join(f"{x.key}={value}".replace(" ", "") for x, value in side)
+            for side in ([(x, x.source) for x in differ], [(x, x.config) for x in differ])
+        )
+        raise ConfigError(
+            f"{what} does not fit the configuration: got {got}, expected {expected}; "
+            f"set {got}{hint}"
+        )
 
 
 def _resized(state: State, name: str, side: int) -> State:

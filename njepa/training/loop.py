@@ -22,6 +22,7 @@ from njepa.data.sources import open_source
 from njepa.draws.masks import MaskSampler
 from njepa.draws.order import SampleOrder
 from njepa.evaluation.evaluate import Evaluator, open_test_side, report
+from njepa.exchange.initial import InitialWeights, read_initial_weights
 from njepa.models.architecture import architecture
 from njepa.models.attention_kernels import choose_attention
 from njepa.models.encoder import Encoder, build_encoder
@@ -89,16 +90,19 @@ class Trainer:
         self.masks = MaskSampler(
             config.mask, config.grid, config.run.seed, self.sizes.micro * ranks_together
         )
+        # A run that goes on from its own checkpoint needs no others.
+        goes_on = config.run.resume and checkpoints.latest_checkpoint(run_dir(config)) is not None
+        initial = None if goes_on else read_initial_weights(config)
         self.evaluator: Evaluator | None = None  # rank 0, where there are labelled test images
         self.folder: RunFolder | None = None  # rank 0 only
         ranks.on_main(lambda: self._claim(ds))
         try:
-            self._build(ds)
+            self._build(ds, initial)
         except BaseException:
             self.close()
             raise
 
-    def _build(self, ds: dict[str, Any]) -> None:
+    def _build(self, ds: dict[str, Any], initial: InitialWeights | None) -> None:
         config, ranks = self.config, self.ranks
         self.index = open_source(
             config.data.path,
@@ -121,7 +125,12 @@ class Trainer:
 
         module = TrainModule(config, ranks.group, self.attention)
         encoder = module.jepa.encoder
-        self.target = make_target(encoder).to(ranks.device)
+        self.target = make_target(encoder)
+        self._weights = "from the seed"
+        if initial is not None:
+            initial.load_into(module.jepa, self.target)
+            self._weights = f"from {initial.told}"
+        self.target.to(ranks.device)
         self.online = ema_parameters(encoder)
         if self.compilation.mode == "blocks":
             compile_blocks((module, self.target), config.mask.static_shapes)
@@ -429,6 +438,7 @@ class Trainer:
             "model": f"{config.model.encoder}/{config.model.patch_size} at "
             f"{config.data.image_size} px: {len(self.target.blocks)} blocks of width "
             f"{parts.encoder.width}; {trainable / 1e6:.2f} M trainable parameters in all",
+            "weights": "from the run's checkpoint" if self.step else self._weights,
             "predictor": f"{parts.predictor.depth} blocks of width {parts.predictor.width}, "
             f"context {config.model.predictor.context}",
             "device": device_name(self.ranks.device),

@@ -5,10 +5,18 @@ import json
 import pytest
 import torch
 import yaml
-from weight_sources import MEAN, STD, config_of, network, noise_images, normalised, write_run
 
 from njepa.cli import main
 from njepa.exchange.reading import open_weights, read_encoder
+from tests.support.weight_sources import (
+    MEAN,
+    STD,
+    config_of,
+    network,
+    noise_images,
+    normalised,
+    write_run,
+)
 
 WITHIN = {"rtol": 0, "atol": 1e-5}
 

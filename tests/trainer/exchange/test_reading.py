@@ -8,12 +8,20 @@ import re
 import pytest
 import torch
 from safetensors.torch import save_file
-from weight_sources import MEAN, STD, config_of, network, noise_images, published, write_run
 
 from njepa.config import ConfigError
 from njepa.exchange.layouts import to_transformers
 from njepa.exchange.reading import open_weights, read_encoder
 from njepa.models.architecture import SIZES, Stack
+from tests.support.weight_sources import (
+    MEAN,
+    STD,
+    config_of,
+    network,
+    noise_images,
+    published,
+    write_run,
+)
 
 
 @pytest.fixture(scope="module")
