@@ -122,10 +122,9 @@ def _predictors(weights: Weights, config: Config, parts: Architecture) -> dict[s
     states, size = weights.predictors(), parts.predictor
     if "predictor" not in states:
         return {}
-    side = parts.grid[0]
     for name, state in states.items():
         told = f"{weights.origin}, {name}"
-        width, depth, hidden = predictor_facts(state, told)
+        width, depth, hidden, side = predictor_facts(state, told)
         heads = weights.predictor_heads or weights.heads or parts.encoder.heads
         given = [
             _Given("model.predictor.width", width, size.width),
@@ -137,7 +136,6 @@ def _predictors(weights: Weights, config: Config, parts: Architecture) -> dict[s
             f"the predictor of model.init_from={config.model.init_from}",
             hint=", or model.init_predictor=false, to begin with a new predictor",
         )
-        side = round(state["predictor_pos_embed"].shape[1] ** 0.5)
         check_predictor(state, parts.encoder.width, Stack(width, depth, heads, hidden), side, told)
     return {name: {k: v.float() for k, v in state.items()} for name, state in states.items()}
 

@@ -135,19 +135,21 @@ def check_predictor(
         _check(state, built.state_dict(), origin)
 
 
-def predictor_facts(state: Mapping[str, Tensor], origin: str) -> tuple[int, int, int]:
-    """(width, depth, hidden) of a predictor, from its tensors' shapes."""
+def predictor_facts(state: Mapping[str, Tensor], origin: str) -> tuple[int, int, int, int]:
+    """(width, depth, hidden, patches a side) of a predictor, from its tensors' shapes."""
     embed, fc1 = (
         state.get("predictor_embed.weight"),
         state.get("predictor_blocks.0.mlp.fc1.weight"),
     )
-    if embed is None or fc1 is None:
+    pos = state.get("predictor_pos_embed")
+    if embed is None or fc1 is None or pos is None or pos.dim() != 3:
         raise ConfigError(
-            f"{origin} is no predictor of this family: expected predictor_embed.weight [d, D] and "
-            f"predictor_blocks.0.mlp.fc1.weight, got {_some(state)}"
+            f"{origin} is no predictor of this family: expected predictor_embed.weight [d, D], "
+            f"predictor_pos_embed [1, N, d] and predictor_blocks.0.mlp.fc1.weight, got "
+            f"{_some(state)}; model.init_predictor=false begins with a new one"
         )
     depth = len({n.split(".")[1] for n in state if n.startswith("predictor_blocks.")})
-    return embed.shape[0], depth, fc1.shape[0]
+    return embed.shape[0], depth, fc1.shape[0], round(pos.shape[1] ** 0.5)
 
 
 def _check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], origin: str) -> None:
