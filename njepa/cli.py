@@ -1,4 +1,4 @@
-"""``njepa train | scan | plan | info``."""
+"""``njepa train | export | scan | plan | info``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from njepa import __version__
 
 COMMANDS = {
     "train": "njepa.train",
+    "export": "njepa.commands.export",
     "scan": "njepa.commands.scan",
     "plan": "njepa.commands.plan",
     "info": "njepa.commands.info",
@@ -21,6 +22,7 @@ USAGE = """usage: njepa <command> [options]
 
 commands:
   train   pre-train an encoder in one process (like `python njepa/train.py`)
+  export  write an encoder for timm, transformers, ONNX or like an official file
   scan    decode every image once, list the good ones, name the bad ones
   plan    predict FLOPs, memory, traffic and speed on given GPUs, without one
   info    print versions, recipes, configuration keys and what runs on this machine

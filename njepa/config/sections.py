@@ -191,6 +191,13 @@ class ModelConfig(Section):
     re-draws every linear layer, so its effective value is false."""
     pos_scale: Annotated[float, Field(gt=0)] = 1.0
     """Factor on the encoder's and predictors' frozen sin-cos tables (published: 1)."""
+    init_from: str | None = None
+    """Weights to start from instead of random ones: a run, an official .pth.tar, a folder of timm
+    or transformers (docs/weights.md). Its position table comes with it, whatever ``pos_scale``."""
+    init_which: Literal["both", "target", "context"] = "both"
+    """``both``: each encoder from its own, where ``init_from`` holds both; else both from one."""
+    init_predictor: bool = True
+    """Start from the predictor of ``init_from`` too, where it holds one."""
     checkpoint_blocks: Annotated[bool, FREE] = False
     """Keep only the input of each block of the context encoder and the predictors for the backward,
     and compute the rest again there: the same gradients, less memory, about a third more

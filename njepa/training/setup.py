@@ -22,6 +22,7 @@ from njepa.data.sources import open_source
 from njepa.draws.masks import MaskSampler
 from njepa.draws.order import SampleOrder
 from njepa.evaluation.evaluate import Evaluator, open_test_side
+from njepa.exchange.initial import InitialWeights, read_initial_weights
 from njepa.models.architecture import Architecture, architecture
 from njepa.models.attention import Attention
 from njepa.models.attention_kernels import choose_attention
@@ -82,6 +83,8 @@ class Setup:
     recorder: Recorder
     loader: Loader
     first_step: int
+    weights: str
+    """What the network started from, for people."""
 
     def close(self) -> None:
         """End the loader's workers, release the run folder; may be called twice."""
@@ -103,6 +106,7 @@ def set_up(
         ConfigError: input that cannot work; nothing was trained or written over.
     """
     plan = decide(config, ds, ranks)
+    initial = _initial_weights(config)
     folder: list[RunFolder] = []  # of rank 0
     ranks.on_main(lambda: folder.append(RunFolder(config, ds)))
     recorder = Recorder(folder[0] if folder else None, config.run)
@@ -120,7 +124,7 @@ def set_up(
             config.run.seed,
         )
         length = decide_length(config, order.steps_per_epoch)
-        engine, state = build_state(plan)
+        engine, state = build_state(plan, initial)
         first = _resume(plan, index, engine, state) if config.run.resume else 0
         scoring = Scoring(config, state, plan.compilation, scorers[0] if scorers else None)
         loader = build_loader(
@@ -129,7 +133,8 @@ def set_up(
     except BaseException:
         recorder.close()
         raise
-    return Setup(plan, index, length, engine, state, scoring, recorder, loader, first)
+    weights = f"from {initial.told}" if initial is not None else "from the seed"
+    return Setup(plan, index, length, engine, state, scoring, recorder, loader, first, weights)
 
 
 def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
@@ -174,16 +179,26 @@ def decide_length(config: Config, steps_per_epoch: int) -> Length:
     return Length(total, steps_per_epoch, Schedules(config.optim, total, warmup))
 
 
-def build_state(plan: Plan) -> tuple[ZeroEngine, TrainState]:
-    """Network, target encoder and engine, with their first weights."""
+def build_state(plan: Plan, initial: InitialWeights | None = None) -> tuple[ZeroEngine, TrainState]:
+    """Network, target encoder and engine, with their first weights; None: from the seed."""
     config, device = plan.config, plan.ranks.device
     module = TrainModule(config, plan.ranks.group, plan.attention)
-    target = make_target(module.jepa.encoder).to(device)
+    target = make_target(module.jepa.encoder)
+    if initial is not None:
+        initial.load_into(module.jepa, target)
+    target.to(device)
     if plan.compilation.name == "blocks":
         compile_blocks((module, target), config.mask.static_shapes)
     engine = ZeroEngine(module, config.optim, plan.ds, plan.sizes, device)
     graph = GraphedForward(target, engine.autocast) if config.run.cuda_graphs == "target" else None
     return engine, TrainState(engine, target, plan.attention, config.impl.default, graph)
+
+
+def _initial_weights(config: Config) -> InitialWeights | None:
+    """Those of ``model.init_from``; a run that goes on from its own checkpoint needs none."""
+    if config.run.resume and latest_checkpoint(run_dir(config)) is not None:
+        return None
+    return read_initial_weights(config)
 
 
 def _open_evaluator(
@@ -250,6 +265,7 @@ def start_table(run: Setup) -> str:
         "model": f"{config.model.encoder}/{config.model.patch_size} at "
         f"{config.data.image_size} px: {parts.encoder.depth} blocks of width "
         f"{parts.encoder.width}; {millions:.2f} M trainable parameters in all",
+        "weights": run.weights if run.first_step == 0 else "from the run's checkpoint",
         "predictor": f"{parts.predictor.depth} blocks of width {parts.predictor.width}, "
         f"context {config.model.predictor.context}",
         "device": device_name(plan.ranks.device),

@@ -1,0 +1,52 @@
+"""``njepa export``: an encoder for other libraries."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from njepa.config import ConfigError
+
+DESCRIPTION = """Write an encoder for another library into a new folder, with a model card.
+Where that library is installed, its features are compared with ours."""
+EPILOG = """formats:
+  timm          timm.create_model("local-dir:OUT", pretrained=True)
+  transformers  IJepaModel.from_pretrained("OUT"), versions 4 and 5
+  ijepa         the layout of official files: both encoders and the predictor
+  safetensors   one encoder under timm's names, and a JSON file with its facts
+  onnx          a graph on normalised images
+
+For example:  njepa export runs/shapes-tiny exported --format timm
+"""
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Write it and print what was written; returns the exit status (0 done, 2 bad input)."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    formats = ("timm", "transformers", "ijepa", "safetensors", "onnx")
+    parser.add_argument(
+        "source", help="run, checkpoint, export, official .pth.tar, folder of timm or transformers"
+    )
+    parser.add_argument("out", type=Path, help="folder to create")
+    parser.add_argument("--format", choices=formats, required=True)
+    parser.add_argument(
+        "--which",
+        choices=("target", "context"),
+        help="the encoder (default: target); with ijepa the one under the key `encoder`, where "
+        "timm and transformers look (default: context, as in official files)",
+    )
+    args = parser.parse_args(argv)
+    from njepa.exchange.export import export  # torch takes seconds; --help should not
+
+    try:
+        print(export(args.source, args.out, args.format, args.which))
+    except (ConfigError, RuntimeError) as error:
+        print(f"njepa: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0

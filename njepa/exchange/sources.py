@@ -1,0 +1,247 @@
+"""What kinds of files and folders hold weights, and how each is opened."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from njepa.config import ConfigError, parse_config
+from njepa.exchange.files import read_json, read_metadata, read_safetensors, read_torch
+from njepa.exchange.layouts import State, to_ours
+from njepa.exchange.weights import FACTS, Channels, Weights
+from njepa.models.architecture import architecture
+from njepa.runs.checkpoints import latest_checkpoint
+
+
+def open_path(path: Path) -> Weights:
+    """See ``reading.open_weights``."""
+    if path.is_dir():
+        return _open_folder(path)
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    if path.suffix in (".tar", ".pth", ".pt", ".bin"):
+        return _open_published(path)
+    raise ConfigError(
+        f"{path}: expected weights in a .safetensors, .pth.tar, .pth, .pt or .bin file, got a "
+        f"{path.suffix or 'file without an ending'}; ONNX and other graphs cannot be read back"
+    )
+
+
+def cached_repository(name: str) -> Path | None:
+    """The folder of ``owner/name``, or of timm's model ``name``, in Hugging Face's cache."""
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        return None
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        return None
+    try:
+        repository = name if "/" in name else f"timm/{name}"
+        return Path(snapshot_download(repository, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
+
+
+def _open_folder(path: Path) -> Weights:
+    if (path / "config.yaml").is_file():
+        checkpoint = latest_checkpoint(path)
+        if checkpoint is None:
+            raise ConfigError(f"run {path} has no complete checkpoint yet; train it first")
+        return _open_checkpoint(checkpoint, path)
+    if (path / "state.json").is_file():
+        return _open_checkpoint(path, path.parent.parent)
+    if (path / FACTS).is_file():
+        return _open_safetensors(path / "model.safetensors", read_json(path / FACTS))
+    if (path / "config.json").is_file():
+        return _open_hugging_face(path, read_json(path / "config.json"))
+    if (path / "model.safetensors").is_file():  # timm caches no more of its own models
+        return _open_safetensors(path / "model.safetensors")
+    inside = sorted(p.name for p in path.iterdir())
+    raise ConfigError(
+        f"{path} holds no weights: expected a run (config.yaml), a checkpoint (state.json), an "
+        f"export ({FACTS}), or a folder of timm or transformers (config.json), got "
+        f"{', '.join(inside[:8]) or 'an empty folder'}"
+    )
+
+
+def _open_checkpoint(path: Path, run: Path) -> Weights:
+    """``checkpoints/step-N`` of a run."""
+    state = read_json(path / "state.json")
+    config = parse_config(yaml.safe_load(state["config"]), origin=f"{path / 'state.json'}")
+    parts = architecture(config)
+    file = path / "mp_rank_00_model_states.pt"
+
+    def module() -> State:
+        """The trained network: DeepSpeed's own file, of tensors and plain values."""
+        found: State = read_torch(file)["module"]
+        return found
+
+    def context() -> State:
+        return _below(module(), "jepa.encoder.")
+
+    def predictors() -> dict[str, State]:
+        if not file.is_file():
+            return {}
+        states = {
+            name: _below(module(), f"jepa.{name}.") for name in ("predictor", "noise_predictor")
+        }
+        return {name: state for name, state in states.items() if state}
+
+    encoders: dict[str, Callable[[], State]] = {
+        "target": partial(read_safetensors, path / "target_encoder.safetensors")
+    }
+    absent = {}
+    if file.is_file():
+        encoders["context"] = context
+    else:
+        absent["context"] = (
+            f"ZeRO stage {state['zero_stage']} left it in shards (no {file.name}); use the target "
+            f"encoder, or train with ZeRO 0, 1 or 2"
+        )
+    summary = run / "summary.json"
+    record = {
+        "recipe": config.recipe,
+        "method": config.method,
+        "step": state["step"],
+        "config": state["config"],
+        "versions": state.get("versions", {}),
+        "data_digest": state["data_digest"],
+        "summary": read_json(summary) if summary.is_file() else {},
+    }
+    return Weights(
+        f"run {run}, step {state['step']}",
+        encoders,
+        predictors,
+        parts.encoder.heads,
+        parts.predictor.heads,
+        (config.data.mean, config.data.std),
+        absent,
+        record,
+    )
+
+
+def _open_safetensors(path: Path, facts: dict[str, Any] | None = None) -> Weights:
+    """One encoder under our names or transformers', alone or with what is known about it."""
+    facts = facts if facts is not None else dict(read_metadata(path))
+    encoders: dict[str, Callable[[], State]] = {
+        facts.get("which", "only"): partial(read_safetensors, path)
+    }
+    heads = facts.get("heads")
+    return Weights(
+        str(path),
+        encoders,
+        heads=None if heads is None else int(heads),
+        mean_std=_mean_std(facts),
+    )
+
+
+def _open_published(path: Path) -> Weights:
+    """``{encoder, target_encoder, predictor, ...}`` of facebookresearch/ijepa, src/train.py."""
+    found = read_torch(path)
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} must hold a dictionary, got {type(found).__name__}")
+    facts = found.get("njepa", {})  # of our own exports
+    heads, own = facts.get("heads"), facts.get("predictor_heads")
+    names = {"context": "encoder", "target": "target_encoder"}
+    states = {w: found[key] for w, key in names.items() if _is_state(found.get(key))}
+    if not states and _is_state(found):
+        states = {"only": found}
+    if not states:
+        raise ConfigError(
+            f"{path} holds no weights: expected the keys encoder and target_encoder of official "
+            f"files, or a state dict, got {', '.join(map(str, list(found)[:8])) or 'nothing'}"
+        )
+    predictors = {
+        name: to_ours(found[name])
+        for name in ("predictor", "noise_predictor")
+        if _is_state(found.get(name))
+    }
+    if facts.get("encoder") == "target":  # put where other libraries look
+        states.pop("context")
+        if _is_state(found.get("context_encoder")):
+            states["context"] = found["context_encoder"]
+    elif facts.get("encoder") == "only":
+        states = {"only": found["encoder"]}
+    return Weights(
+        f"{path}",
+        {w: partial(dict, state) for w, state in states.items()},
+        lambda: predictors,
+        heads,
+        own,
+        _mean_std(facts),
+        record={"epoch": found["epoch"]} if isinstance(found.get("epoch"), int) else {},
+    )
+
+
+def _open_hugging_face(path: Path, config: dict[str, Any]) -> Weights:
+    """A folder of timm (``architecture``) or transformers (``model_type``)."""
+    facts = config.get("njepa", {})
+    if config.get("model_type") == "ijepa":
+        if config.get("hidden_act", "gelu") != "gelu":
+            raise ConfigError(f"{path}: hidden_act must be gelu, got {config['hidden_act']}")
+        heads = config.get("num_attention_heads", 12)
+        file = path / "preprocessor_config.json"
+        given = read_json(file) if file.is_file() else {}
+        given = {"mean": given.get("image_mean"), "std": given.get("image_std")}
+    elif "architecture" in config:
+        heads = (config.get("model_args") or {}).get("num_heads")
+        given = config.get("pretrained_cfg", config)
+    else:
+        kind = config.get("model_type", "no model_type and no architecture")
+        raise ConfigError(
+            f"{path / 'config.json'}: expected model_type ijepa (transformers) or an architecture "
+            f"(timm), got {kind}"
+        )
+    which = facts.get("which", "only")
+    return Weights(
+        f"{path}", {which: partial(_folder_state, path)}, heads=heads, mean_std=_mean_std(given)
+    )
+
+
+def _folder_state(path: Path) -> State:
+    """The tensors of a folder, in one file or listed by an index of several."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise ConfigError(f"{index} names files outside of its folder: {outside}")
+        state: State = {}
+        for name in names:
+            state |= read_safetensors(path / name)
+        return state
+    if (path / "model.safetensors").is_file():
+        return read_safetensors(path / "model.safetensors")
+    file = path / "pytorch_model.bin"
+    if not file.is_file():
+        raise ConfigError(f"{path}: expected model.safetensors or pytorch_model.bin, got neither")
+    state = read_torch(file)
+    return state
+
+
+def _mean_std(facts: dict[str, Any]) -> tuple[Channels, Channels] | None:
+    mean, std = facts.get("mean"), facts.get("std")
+    if not isinstance(mean, list | tuple) or not isinstance(std, list | tuple):
+        return None
+    if len(mean) != 3 or len(std) != 3:
+        raise ConfigError(f"mean and std must have three channels, got {mean} and {std}")
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
+def _is_state(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(tensor, Tensor) for tensor in value.values())
+    )
+
+
+def _below(state: State, prefix: str) -> State:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -1,0 +1,247 @@
+"""Encoders from every layout are the network that was written; what is wrong is named."""
+
+import json
+import os
+import pickle
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from njepa.config import ConfigError
+from njepa.exchange.layouts import to_transformers
+from njepa.exchange.reading import open_weights, read_encoder
+from njepa.models.architecture import SIZES, Stack
+from tests.support.weight_sources import (
+    MEAN,
+    STD,
+    config_of,
+    network,
+    noise_images,
+    published,
+    write_run,
+)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return network(config_of())
+
+
+def refuses(source, message, which="target"):
+    with pytest.raises(ConfigError, match=message) as error:
+        read_encoder(source, which)
+    return str(error.value)
+
+
+def same(encoder, module):
+    state = module.state_dict()
+    assert encoder.state.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(encoder.state[name], tensor), name
+    with torch.no_grad():
+        assert torch.equal(encoder.build()(noise_images()), module(noise_images()))
+
+
+def new_style(state):
+    """The names of transformers 5's modules."""
+    for old, new in (
+        ("encoder.layer.", "layers."), ("attention.attention.query", "attention.q_proj"),
+        ("attention.attention.key", "attention.k_proj"),
+        ("attention.attention.value", "attention.v_proj"),
+        ("attention.output.dense", "attention.o_proj"), ("intermediate.dense", "mlp.fc1"),
+        (r"(\d)\.output\.dense", r"\1.mlp.fc2"),
+    ):  # fmt: skip
+        state = {re.sub(old, new, name): tensor for name, tensor in state.items()}
+    return state
+
+
+def test_run_and_checkpoint(tmp_path, net):
+    checkpoint = write_run(tmp_path / "run", config_of(), *net)
+    for source in (tmp_path / "run", checkpoint, str(checkpoint)):
+        for which, module in (("target", net[1]), ("context", net[0].encoder)):
+            encoder = read_encoder(source, which)
+            same(encoder, module)
+            assert encoder.stack == Stack(32, 2, 2, 128)
+            assert (encoder.patch_size, encoder.image_size) == (8, 48)
+            assert (list(encoder.mean), list(encoder.std), encoder.which) == (MEAN, STD, which)
+    assert open_weights(checkpoint).predictors()["predictor"].keys() == (
+        net[0].predictor.state_dict().keys()
+    )
+
+
+def test_a_run_under_zero_3_has_its_target_alone(tmp_path, net):
+    write_run(tmp_path, config_of(), *net, stage=3)
+    same(read_encoder(tmp_path), net[1])
+    refuses(tmp_path, "ZeRO stage 3 left it in shards.*use the target encoder", "context")
+
+
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_official_layout(tmp_path, prefix):
+    """A published size, whose heads no tensor tells: here ViT-Ti/16."""
+    config = config_of(
+        data={"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+        model={"width": None, "depth": None, "heads": None, "patch_size": 16},
+    )
+    jepa, target = network(config)
+    torch.save(published(jepa, target, prefix), tmp_path / "IN1K-vit.pth.tar")
+    for which, module in (("target", target), ("context", jepa.encoder)):
+        encoder = read_encoder(tmp_path / "IN1K-vit.pth.tar", which)
+        same(encoder, module)
+        assert encoder.stack == Stack(192, 12, 3, 768)
+        assert "ImageNet's are assumed" in encoder.origin
+
+
+@pytest.mark.parametrize(
+    ("name", "patch", "image"),
+    [("vit_huge", 14, 224), ("vit_huge", 16, 448), ("vit_giant", 16, 224)],
+)
+def test_sizes_of_the_official_files(name, patch, image):
+    """Their shapes, without their numbers: H/14, H/16 at 448 px and g/16."""
+    from njepa.exchange.weights import Weights
+    from njepa.models.encoder import Encoder
+
+    size = SIZES[name]
+    stack = Stack(size.width, size.depth, size.heads, int(size.width * size.mlp_ratio))
+    with torch.device("meta"):
+        state = Encoder(stack, image, patch).state_dict()
+    named = {f"module.{key}": tensor for key, tensor in state.items()}
+    encoder = Weights("file", {"target": lambda: named}).encoder("target")
+    assert encoder.stack == stack
+    assert (encoder.patch_size, encoder.image_size) == (patch, image)
+
+
+@pytest.mark.parametrize("style", [dict, new_style])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_transformers_folder(tmp_path, net, style, sharded):
+    state = style(to_transformers(net[1].state_dict()))
+    config = {"model_type": "ijepa", "num_attention_heads": 2, "hidden_act": "gelu"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": MEAN, "image_std": STD})
+    )
+    if sharded:
+        names, files = sorted(state), {}
+        for i, half in enumerate((names[:10], names[10:])):
+            save_file({n: state[n] for n in half}, tmp_path / f"{i}.safetensors")
+            files |= dict.fromkeys(half, f"{i}.safetensors")
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": files}))
+    else:
+        save_file(state, tmp_path / "model.safetensors")
+    encoder = read_encoder(tmp_path)
+    same(encoder, net[1])
+    assert encoder.which == "only"
+    if sharded:
+        index.write_text(json.dumps({"weight_map": {"pos_embed": "../0.safetensors"}}))
+        refuses(tmp_path, "names files outside of its folder")
+
+
+def test_half_precision_is_read_as_float32(tmp_path, net):
+    state = {n: t.bfloat16() for n, t in net[1].state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": "vit", "model_args": {"num_heads": 2}})
+    )
+    read = read_encoder(tmp_path).state
+    for name, tensor in state.items():
+        assert torch.equal(read[name], tensor.float()), name
+
+
+def test_every_wrong_key_is_named(tmp_path, net):
+    state = dict(net[1].state_dict())
+    gone = ["blocks.0.norm1.bias", "blocks.1.attn.qkv.weight", "norm.weight"]
+    for name in gone:
+        del state[name]
+    state |= {"head.weight": torch.zeros(3), "blocks.0.ls1.gamma": torch.zeros(32)}
+    state["blocks.1.mlp.fc2.bias"] = torch.zeros(31)
+    save_file(state, tmp_path / "x.safetensors", metadata={"heads": "2"})
+    text = refuses(tmp_path / "x.safetensors", "6 of its keys differ")
+    for name in gone:
+        assert f"  missing: {name}\n" in text
+    assert "  unexpected: head.weight\n" in text
+    assert "  unexpected: blocks.0.ls1.gamma\n" in text
+    assert "blocks.1.mlp.fc2.bias: got [31], expected [32]" in text
+
+
+class Bomb:
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, net, writer):
+    file, sign = tmp_path / "model.pth.tar", tmp_path / "ran"
+    content = {**published(*net), "opt": Bomb(sign)}
+    if writer == "torch":
+        torch.save(content, file)
+    else:
+        file.write_bytes(pickle.dumps({"opt": Bomb(sign)}))
+    refuses(file, "is refused: .*can run code.*(posix.system|operand)")
+    assert not sign.exists()
+
+
+@pytest.mark.parametrize("name", ["model.pth.tar", "model.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])
+def test_damaged_files(tmp_path, net, name, damage):
+    file = tmp_path / name
+    if name.endswith("tar"):
+        torch.save(published(*net), file)
+    else:
+        save_file(dict(net[1].state_dict()), file)
+    whole = file.read_bytes()
+    cut = {"cut": whole[: len(whole) // 2], "garbage": b"\x93garbage" * 99, "empty": b""}
+    file.write_bytes(cut[damage])
+    refuses(file, r"cannot be read \(\d+ bytes\).*copy or download it again")
+
+
+def test_other_things_are_named(tmp_path, net):
+    refuses(tmp_path / "nowhere", "does not exist, nor is a repository of that name")
+    refuses(tmp_path, "holds no weights: expected a run .* got an empty folder")
+    (tmp_path / "model.onnx").touch()
+    refuses(tmp_path / "model.onnx", "got a .onnx; ONNX and other graphs cannot be read back")
+    torch.save({"optimizer": 1}, tmp_path / "x.pth")
+    refuses(tmp_path / "x.pth", "expected the keys encoder and target_encoder .*got optimizer")
+    torch.save([1], tmp_path / "x.pth")
+    refuses(tmp_path / "x.pth", "must hold a dictionary, got list")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    refuses(tmp_path, "expected model_type ijepa .*got vit")
+    (tmp_path / "config.json").write_text("[1]")
+    refuses(tmp_path, "must hold a JSON object, got list")
+    run = tmp_path / "run"
+    write_run(run, config_of(), *net)
+    (run / "checkpoints" / "step-00000007" / "state.json").unlink()
+    refuses(run, "has no complete checkpoint yet")
+
+
+def test_not_an_encoder_of_this_family(tmp_path, net):
+    file, state = tmp_path / "x.safetensors", dict(net[1].state_dict())
+    save_file({"conv1.weight": torch.zeros(1)}, file)
+    refuses(file, "is no encoder of this family.*got 1 keys: conv1.weight")
+    save_file(state, file)
+    refuses(file, "attention heads is not in the file, and width 32 with 2 blocks is no published")
+    state["pos_embed"] = torch.zeros(1, 37, 32)  # a class token
+    save_file(state, file)
+    refuses(file, "square number of patches, got 37")
+
+
+def test_a_cached_repository(tmp_path, net, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    folder = tmp_path / "models--timm--vit_x" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (tmp_path / "models--timm--vit_x" / "refs").mkdir()
+    (tmp_path / "models--timm--vit_x" / "refs" / "main").write_text("abc")
+    save_file(dict(net[1].state_dict()), folder / "model.safetensors", metadata={"heads": "2"})
+    download = hub.snapshot_download
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda repo, **given: download(repo, cache_dir=tmp_path, **given)
+    )
+    for name in ("vit_x", "timm/vit_x"):
+        encoder = read_encoder(name)
+        assert torch.equal(encoder.state["norm.weight"], net[1].norm.weight)
+        assert encoder.origin.startswith(f"{name} (abc), its only encoder")
+    refuses("vit_y", "does not exist, nor is a repository")
