@@ -1,4 +1,4 @@
-"""``njepa train | scan | plan | info``."""
+"""``njepa train | probe | scan | plan | info``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from njepa import __version__
 
 COMMANDS = {
     "train": "njepa.train",
+    "probe": "njepa.commands.probe",
     "scan": "njepa.commands.scan",
     "plan": "njepa.commands.plan",
     "info": "njepa.commands.info",
@@ -21,6 +22,7 @@ USAGE = """usage: njepa <command> [options]
 
 commands:
   train   pre-train an encoder (the same as `deepspeed njepa/train.py` with one process)
+  probe   what a frozen encoder is worth on labelled images, beside its floors
   scan    decode every image of a source, write a list of the good ones, name the bad ones
   plan    FLOPs, memory, traffic and predicted speed of a configuration on some GPUs
   info    versions, recipes, configuration keys, what runs on this machine

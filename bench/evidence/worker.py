@@ -24,7 +24,7 @@ from njepa.config import Config, load_config
 from njepa.data.sources import open_source
 from njepa.ds_engine import load_ds_config
 from njepa.evaluation.evaluate import Evaluator, open_test_side
-from njepa.evaluation.features import LabelledImages
+from njepa.evaluation.images import LabelledImages
 from njepa.loop import Trainer
 from njepa.models.encoder import build_encoder
 from njepa.ranks import Ranks, join_ranks, leave_ranks
