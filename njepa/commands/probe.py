@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,7 +24,7 @@ list file with labels, or tar shards with labels. For example:
 
 docs/evaluation.md says what each kind does.
 """
-KINDS = ("knn", "linear", "logistic")
+KINDS = ("knn", "linear", "logistic", "lowshot", "attentive", "finetune", "dense")
 
 
 def main(argv: list[str], prog: str) -> int:
@@ -47,12 +48,14 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("subject", metavar="SUBJECT", help="see below")
-    add("--train", type=Path, metavar="SOURCE", required=True, help="labelled training images")
-    add("--test", type=Path, metavar="SOURCE", required=True, help="labelled test images")
+    add("--train", type=Path, metavar="SOURCE", help="labelled training images (dense: none)")
+    add("--test", type=Path, metavar="SOURCE", help="labelled test images (dense: none)")
     add("--kind", default="knn,linear", help=f"of {', '.join(KINDS)} (default: %(default)s)")
     add("--which", default="target", choices=("target", "context", "both"), help="encoder of a run")
     add("--json", type=Path, metavar="FILE", help="write the results there")
     add("--k", default="10,20,100,200", help="neighbours of kNN (default: %(default)s)")
+    add("--shots", default="1,2,5,10", help="labels a class of lowshot (default: %(default)s)")
+    add("--finetune-epochs", type=int, default=100, metavar="N", help="(default: 100)")
     add("--max-train", type=int, metavar="N", help="a fixed random subset of --train")
     add("--max-test", type=int, metavar="N", help="a fixed random subset of --test")
     add("--seed", type=int, default=0, help="of subsets, lists and batches (default: 0)")
@@ -65,8 +68,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> None:
     kinds = _kinds(args.kind)
-    ks = _positive("--k", args.k)
-    for option in ("max_train", "max_test", "batch_size"):
+    on_sources = [kind for kind in kinds if kind != "dense"]
+    for side in ("train", "test"):
+        if on_sources and getattr(args, side) is None:
+            raise ConfigError(f"--kind {','.join(on_sources)} needs --{side} SOURCE, got none")
+    ks, shots = _positive("--k", args.k), _positive("--shots", args.shots)
+    for option in ("max_train", "max_test", "batch_size", "finetune_epochs"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ConfigError(f"--{option.replace('_', '-')} must be positive, got {value}")
@@ -75,14 +82,23 @@ def _run(args: argparse.Namespace) -> None:
     if args.json is not None:
         _check_writable(args.json)
     # Only now what takes seconds to import.
-    from njepa.evaluation.probe import Settings, open_task, probe
+    from njepa.evaluation.finetune import require_timm
+    from njepa.evaluation.probe import Settings, dense_probes, probe
     from njepa.evaluation.subject import Which, init_of_run, open_subject, untrained
+    from njepa.evaluation.task import open_task
 
-    settings = Settings(ks, seed=args.seed, batch_size=args.batch_size, cache=args.cache,
-                        device=_device(args.device))  # fmt: skip
+    if "finetune" in kinds:
+        require_timm()
+    settings = Settings(
+        ks, shots=shots, finetune_epochs=args.finetune_epochs, seed=args.seed,
+        batch_size=args.batch_size, device=_device(args.device), cache=args.cache,
+    )  # fmt: skip
     which = get_args(Which) if args.which == "both" else (args.which,)
     subjects = {name: open_subject(args.subject, name) for name in which}
-    task = open_task(args.train, args.test, args.cache, (args.max_train, args.max_test), args.seed)
+    task = None
+    if on_sources:
+        limits = args.max_train, args.max_test
+        task = open_task(args.train, args.test, args.cache, limits, args.seed)
     results: dict[str, Any] = {}
     for name, subject in subjects.items():
         second = args.which == "both" and name == "context"
@@ -90,20 +106,35 @@ def _run(args: argparse.Namespace) -> None:
         floor = None  # both encoders of a run have the same
         if not (args.no_floors or second):
             floor = untrained(subject, *(init_of_run(args.subject) or ()))
-        for kind, result in probe(subject, floor, task, kinds, settings):
+        found = probe(subject, floor, task, on_sources, settings) if task else iter(())
+        if "dense" in kinds:
+            found = chain(found, dense_probes(subject, floor, settings))
+        for kind, result in found:
             results[f"{kind}{suffix}"] = result
             print("\n".join(_lines(f"{kind}{suffix}", result)), flush=True)
     if args.json is not None:
-        facts = {
-            "subject": {"source": args.subject, "which": args.which,
-                        "digest": {name: s.digest for name, s in subjects.items()}},
-            "data": {side: {"source": str(getattr(args, side)),
-                            "images": len(getattr(task, side).ids),
-                            "digest": getattr(task, side).index.digest}
-                     for side in ("train", "test")} | {"classes": len(task.names)},
-            "settings": {"seed": args.seed, "image_size": subject.image_size},
-        }  # fmt: skip
-        _write(args.json, results | facts)
+        _write(args.json, results | _facts(args, subjects, task))
+
+
+def _facts(args: argparse.Namespace, subjects: dict[str, Any], task: Any) -> dict[str, Any]:
+    """What the numbers belong to."""
+    first = next(iter(subjects.values()))
+    facts: dict[str, Any] = {
+        "subject": {
+            "source": args.subject,
+            "which": args.which,
+            "origin": {name: subject.weights.origin for name, subject in subjects.items()},
+            "digest": {name: subject.digest for name, subject in subjects.items()},
+        },
+        "settings": {"seed": args.seed, "image_size": first.image_size},
+    }
+    if task is not None:
+        for side in ("train", "test"):
+            part = getattr(task, side)
+            facts[side] = {"source": str(getattr(args, side)), "images": len(part.ids),
+                           "digest": part.index.digest}  # fmt: skip
+        facts["classes"] = len(task.names)
+    return facts
 
 
 def _kinds(text: str) -> list[str]:
@@ -154,10 +185,17 @@ def _write(file: Path, results: dict[str, Any]) -> None:
 
 
 def _lines(kind: str, result: dict[str, Any]) -> Iterator[str]:
-    """A row of the table: accuracy with its interval, floors, settings."""
+    """Rows of the table: top-1 in percent with its 95 % interval, floors, what it consists of."""
     cells = [_cell(result)]
     cells += [f"{name} {_cell(floor)}" for name, floor in result.get("floors", {}).items()]
     yield f"{kind:16}{'   '.join(cells)}"
+    for part, unit in (("k", "neighbours"), ("shots", "labels a class")):
+        for number, value in result.get(part, {}).items():
+            yield f"    {number + ' ' + unit:20}{_cell(value)}"
+    if "head" in result:
+        chosen = ", ".join(f"{name} {value}" for name, value in result["head"].items())
+        split = "".join(f", {name} {value}" for name, value in result.get("split", {}).items())
+        yield f"    {chosen}" + (f"; on the split of train{split[1:]}" if split else "")
 
 
 def _cell(value: dict[str, Any]) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
+
+import torch
 
 
 class Accuracy(NamedTuple):
@@ -31,3 +34,12 @@ def report(name: str, accuracy: Accuracy) -> dict[str, Any]:
     """``{name: percent, name_ci95: [low, high]}``, as ``summary.json`` has it."""
     value = accuracy.as_json()
     return {name: value["top1"], f"{name}_ci95": value["ci95"]}
+
+
+def spread(scores: Iterable[float]) -> dict[str, Any]:
+    """How far the candidates of a choice lie apart: quartiles of their scores, in percent."""
+    values = torch.tensor(list(scores), dtype=torch.float64)
+    quartiles = {"best": 1.0, "median": 0.5, "quarter": 0.25, "worst": 0.0}
+    return {name: round(float(values.quantile(q)), 2) for name, q in quartiles.items()} | {
+        "candidates": len(values)
+    }

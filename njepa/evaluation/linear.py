@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from njepa.draws.streams import permutation
-from njepa.evaluation.accuracy import Accuracy, wilson
+from njepa.evaluation.accuracy import Accuracy, spread, wilson
 
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 WEIGHT_DECAYS = (0.0, 1e-3, 1e-2)
@@ -47,21 +47,16 @@ class LinearResult:
     """The best one on the split of train."""
     chosen: dict[Head, float]
     """Percent right on that split, of every head."""
+    predicted: Tensor
+    """int64 [m], classes of the test rows."""
 
     def as_json(self) -> dict[str, Any]:
         """Test accuracy, the head, and how far the heads spread on the split of train."""
-        scores = torch.tensor(list(self.chosen.values()), dtype=torch.float64)
-        low, quarter, median, best = (
-            round(float(scores.quantile(q)), 2) for q in (0, 0.25, 0.5, 1)
-        )
         return {
             **self.test.as_json(),
             "head": self.head._asdict(),
-            "split": {
-                "best": best, "median": median, "quarter": quarter, "worst": low,
-                "heads": len(scores),
-            },
-        }  # fmt: skip
+            "split": spread(self.chosen.values()),
+        }
 
 
 def linear_probe(
@@ -94,7 +89,7 @@ def linear_probe(
     x, y = _normalised(best.norm, train[best.view], test[best.view])
     (matrix,) = _train(x, labels, [best], classes, seed, epochs)
     accuracy = wilson(_correct(matrix, y, test_labels), len(test_labels))
-    return LinearResult(accuracy, best, scores)
+    return LinearResult(accuracy, best, scores, (y @ matrix).argmax(1))
 
 
 def _normalised(norm: str, train: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

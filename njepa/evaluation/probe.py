@@ -11,102 +11,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from njepa.config import ConfigError
-from njepa.data.index import ImageIndex
-from njepa.data.sources import cache_dir, open_source
+from njepa.data.sources import cache_dir
+from njepa.evaluation import dense, finetune
+from njepa.evaluation.attentive import attentive_probe
 from njepa.evaluation.features import Views, cached, extract, pixel_views, pooled_views
-from njepa.evaluation.images import Int64Array, stream, subset
+from njepa.evaluation.images import stream
 from njepa.evaluation.knn import knn_accuracies
 from njepa.evaluation.linear import linear_probe
 from njepa.evaluation.logistic import logistic_accuracy
+from njepa.evaluation.lowshot import SHOTS, lowshot_probe
+from njepa.evaluation.scenes import FRAMES, scenes
 from njepa.evaluation.splits import held_out
 from njepa.evaluation.subject import Subject
+from njepa.evaluation.task import Side, Task
+from njepa.evaluation.tokens import TokenStore
+
+Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line sets; the defaults are those of docs/evaluation.md."""
+    """What the command line sets; docs/evaluation.md explains the defaults."""
 
     ks: tuple[int, ...] = (10, 20, 100, 200)
     """Neighbours; ``top1`` is that of 20, or of the first where 20 is not among them."""
     temperature: float = 0.07
+    shots: tuple[int, ...] = SHOTS
+    """Labelled images of a class; ``top1`` is that of the most."""
+    finetune_epochs: int = 100
     seed: int = 0
     batch_size: int = 256
     device: str = "cpu"
     cache: Path | None = None
-
-
-@dataclass(frozen=True)
-class Side:
-    """Labelled images of a source: which of them, and their classes."""
-
-    index: ImageIndex
-    ids: Int64Array
-    labels: Tensor
-    """int64 [n], in the numbering of the training side."""
-
-    def facts(self) -> dict[str, object]:
-        return {"source": self.index.digest, "n": len(self.ids)}
-
-
-@dataclass(frozen=True)
-class Task:
-    """Images and classes that every subject of a call is probed on."""
-
-    train: Side
-    test: Side
-
-    @property
-    def names(self) -> list[str]:
-        return self.train.index.classes
-
-
-def open_task(
-    train: Path, test: Path, cache: Path | None, limits: tuple[int | None, int | None], seed: int
-) -> Task:
-    """Open both sources.
-
-    Raises:
-        SourceError, ConfigError: no images, no labels, one class only, or classes on the test side
-            that the training side does not have.
-    """
-    sides, classes = [], None
-    for option, path, limit in (("--train", train, limits[0]), ("--test", test, limits[1])):
-        index = open_source(path, cache)
-        labels = index.labels_in(index.classes if classes is None else classes)
-        if labels is None:
-            raise ConfigError(f"{option} {path}: {_no_labels(index)}")
-        if (labels < 0).any():
-            unknown = sorted(set(index.classes) - set(classes or []))
-            raise ConfigError(
-                f"--test {path}: its classes must be among the {len(classes or [])} of --train "
-                f"{train}, got {len(unknown)} others: {', '.join(unknown[:5])}; give both sides "
-                f"the same class folders"
-            )
-        classes = classes or index.classes
-        ids = subset(index, limit, seed)
-        sides.append(Side(index, ids, torch.as_tensor(labels[ids]).long()))
-    return Task(*sides)
-
-
-def _no_labels(index: ImageIndex) -> str:
-    folders = {name.split("/", 1)[0] for name in index.names if "/" in name}
-    if len(folders) == 1 and not index.shards:
-        only = folders.pop()
-        return (
-            f"a probe needs two classes or more, got one, {only!r}, with all {index.n} images; "
-            f"give a folder of class folders (perhaps {index.root / only})"
-        )
-    return (
-        f"a probe needs labels, got {index.n} images without any; give a folder of class folders, "
-        f"a list file with a tab and a label on every line, or shards with .cls members"
-    )
-
-
-Probe = Callable[["Features", Settings], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -148,7 +87,7 @@ def features_of(
     )
 
 
-def knn(features: Features, settings: Settings) -> dict[str, Any]:
+def knn(features: Features, settings: Settings) -> Result:
     """kNN for each k; the k of ``top1`` is fixed beforehand."""
     train, test = features.main
     if max(settings.ks) > len(train):
@@ -163,47 +102,131 @@ def knn(features: Features, settings: Settings) -> dict[str, Any]:
     return {**found[first].as_json(), "k": {str(k): v.as_json() for k, v in found.items()}}
 
 
-def linear(features: Features, settings: Settings) -> dict[str, Any]:
+def linear(features: Features, settings: Settings) -> Result:
     chooses = held_out(features.labels.cpu(), features.names).to(features.labels.device)
     return linear_probe(
         features.train, features.labels, features.test, features.test_labels, chooses, settings.seed
     ).as_json()
 
 
-def logistic(features: Features, settings: Settings) -> dict[str, Any]:
+def logistic(features: Features, settings: Settings) -> Result:
     """The linear probe of ``summary.json``."""
     train, test = features.main
     return logistic_accuracy(train, features.labels, test, features.test_labels).as_json()
 
 
-#: Probes on cached features.
-ON_FEATURES: dict[str, Probe] = {"knn": knn, "linear": linear, "logistic": logistic}
+def lowshot(features: Features, settings: Settings) -> Result:
+    train, test = features.main
+    found = lowshot_probe(
+        train, features.labels, test, features.test_labels, features.names,
+        settings.shots, settings.seed,
+    )  # fmt: skip
+    most = found[max(found)].as_json()
+    shots = {str(n): result.as_json() for n, result in found.items()}
+    return {"top1": most["top1"], "ci95": most["ci95"], "shots": shots}
+
+
+def attentive(subject: Subject, task: Task, settings: Settings) -> Result:
+    stores = [
+        TokenStore(subject, side, settings.batch_size, settings.device)
+        for side in (task.train, task.test)
+    ]
+    labels, test_labels = (side.labels.to(settings.device) for side in (task.train, task.test))
+    chooses = held_out(task.train.labels, task.names).to(settings.device)
+    width, heads = subject.weights.width, subject.weights.heads
+    return attentive_probe(
+        stores[0], labels, stores[1], test_labels, chooses, width, heads, settings.seed
+    ).as_json()
+
+
+def fine_tuned(subject: Subject, task: Task, settings: Settings) -> Result:
+    return finetune.finetune(
+        subject, task.train, task.test, len(task.names), settings.finetune_epochs,
+        settings.batch_size, settings.device, settings.seed,
+    ).as_json()  # fmt: skip
+
+
+#: Probes on cached features; their floors are the untrained network and pixels.
+ON_FEATURES: dict[str, Callable[[Features, Settings], Result]] = {
+    "knn": knn, "linear": linear, "logistic": logistic, "lowshot": lowshot,
+}  # fmt: skip
+#: Probes on the network; their floor is the untrained one, fine-tuned from scratch.
+ON_NETWORK: dict[str, Callable[[Subject, Task, Settings], Result]] = {
+    "attentive": attentive, "finetune": fine_tuned,
+}  # fmt: skip
+KINDS = (*ON_FEATURES, *ON_NETWORK, "dense")
 
 
 def probe(
-    subject: Subject,
-    floor: Subject | None,
-    task: Task,
-    kinds: Sequence[str],
-    settings: Settings,
-) -> Iterator[tuple[str, dict[str, Any]]]:
+    subject: Subject, floor: Subject | None, task: Task, kinds: Sequence[str], settings: Settings
+) -> Iterator[tuple[str, Result]]:
     """Results of each kind as they come: ``top1``, ``ci95``, ``floors`` and what the kind adds.
 
     Args:
         floor: the untrained network; None: no floors.
+        kinds: of ``ON_FEATURES`` and ``ON_NETWORK``.
     """
-    device = settings.device
-    rows = {"": (pooled_views(subject.encoder.to(device)), subject.digest)}
+    networks = {"": subject} if floor is None else {"": subject, "untrained": floor}
+    for network in networks.values():
+        network.encoder.to(settings.device)
+    found: dict[str, Features] = {}
+    for kind in kinds:
+        if kind in ON_NETWORK:
+            results = {
+                name: ON_NETWORK[kind](network, task, settings)
+                for name, network in networks.items()
+            }
+        else:
+            found = found or _all_features(networks, task, settings)
+            results = {name: ON_FEATURES[kind](x, settings) for name, x in found.items()}
+        yield kind, _beside_floors(results)
+
+
+def dense_probes(
+    subject: Subject, floor: Subject | None, settings: Settings
+) -> Iterator[tuple[str, Result]]:
+    """``segmentation`` and ``propagation`` on scenes of the embedded set."""
+    weights, device, size = subject.weights, settings.device, subject.image_size
+    encoders: dict[str, dense.Encode] = {"": subject.encoder.to(device)}
     if floor is not None:
-        rows["untrained"] = (pooled_views(floor.encoder.to(device)), floor.digest)
-        rows["pixels"] = (pixel_views, "pixels")
-    wanted = [kind for kind in kinds if kind in ON_FEATURES]
+        encoders["untrained"] = floor.encoder.to(device)
+        encoders["pixels"] = dense.patch_pixels(weights.patch_size)
+    sides = [scenes("train", dense.TRAIN, size), scenes("test", dense.TEST, size)]
+    labels = [side.patch_labels(weights.patch_size)[:, 0].to(device) for side in sides]
+    results = {}
+    for name, encode in encoders.items():
+        train, test = (
+            dense.tokens_of(encode, side.images[:, 0], settings.batch_size, device)
+            for side in sides
+        )
+        results[name] = dense.segmentation(train, labels[0], test, labels[1], settings.seed)
+    yield "segmentation", _beside_floors(results)
+    clips = scenes("test", dense.CLIPS, size, FRAMES)
+    results = {}
+    for name, encode in encoders.items():
+        tokens = dense.clip_tokens(encode, clips, settings.batch_size, device)
+        results[name] = dense.propagation(tokens, clips, weights.patch_size)
+    if floor is not None:
+        results["still"] = dense.standing_still(clips, weights.patch_size)
+    yield "propagation", _beside_floors(results)
+
+
+def _all_features(
+    networks: dict[str, Subject], task: Task, settings: Settings
+) -> dict[str, Features]:
+    size = networks[""].image_size
     found = {
-        name: features_of(views, digest, subject.image_size, task, settings)
-        for name, (views, digest) in (rows.items() if wanted else ())
+        name: features_of(pooled_views(network.encoder), network.digest, size, task, settings)
+        for name, network in networks.items()
     }
-    for kind in wanted:
-        results = {name: ON_FEATURES[kind](features, settings) for name, features in found.items()}
-        own = results.pop("")
-        floors = {name: {k: r[k] for k in ("top1", "ci95")} for name, r in results.items()}
-        yield kind, {**own, **({"floors": floors} if floors else {})}
+    if len(networks) > 1:
+        found["pixels"] = features_of(pixel_views, "pixels", size, task, settings)
+    return found
+
+
+def _beside_floors(results: dict[str, Result]) -> Result:
+    floors = {
+        name: {key: value for key, value in result.items() if key in ("top1", "ci95", "miou")}
+        for name, result in results.items() if name
+    }  # fmt: skip
+    return {**results[""], **({"floors": floors} if floors else {})}

@@ -32,7 +32,8 @@ class EncoderWeights:
     width: int
     depth: int
     heads: int
-    patch: int
+    hidden: int
+    patch_size: int
     image_size: int
     mean: Triple
     std: Triple
@@ -78,9 +79,8 @@ def as_subject(weights: EncoderWeights) -> Subject:
     ]
     if missing or unknown or wrong:
         raise ConfigError(
-            f"{weights.origin}: these are not the weights of an encoder of {weights.depth} blocks "
-            f"of width {weights.width} with patches of {weights.patch} at {weights.image_size} "
-            f"px: missing {_some(missing)}; unexpected {_some(unknown)}; {'; '.join(wrong[:3])}"
+            f"{weights.origin}: no weights of an encoder of {weights.depth} blocks of width "
+            f"{weights.width} with patches of {weights.patch_size} at {weights.image_size} px: missing {_some(missing)}; unexpected {_some(unknown)}; {'; '.join(wrong[:3])}"
         )
     encoder.load_state_dict(weights.state)
     return Subject(encoder.eval().requires_grad_(False), weights, _digest(encoder, weights))
@@ -113,16 +113,14 @@ def init_of_run(source: str) -> tuple[ModelConfig, int] | None:
 
 
 def _build(weights: EncoderWeights) -> Encoder:
-    hidden = weights.state.get("blocks.0.mlp.fc1.weight")
-    wide = 4 * weights.width if hidden is None else len(hidden)
-    stack = Stack(weights.width, weights.depth, weights.heads, wide)
+    stack = Stack(weights.width, weights.depth, weights.heads, weights.hidden)
     return Encoder(
-        stack, weights.image_size, weights.patch, mean=weights.mean, std=weights.std
+        stack, weights.image_size, weights.patch_size, mean=weights.mean, std=weights.std
     ).float()
 
 
 def _digest(encoder: Encoder, weights: EncoderWeights) -> str:
-    facts = [weights.heads, weights.patch, weights.image_size, weights.mean, weights.std]
+    facts = [weights.heads, weights.patch_size, weights.image_size, weights.mean, weights.std]
     digest = hashlib.sha256(json.dumps(facts).encode())
     for name, value in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {list(value.shape)}".encode())
@@ -161,6 +159,6 @@ def read_encoder(source: str, which: Which) -> EncoderWeights:
         raise ConfigError(f"{file} cannot be read ({error}); probe an older checkpoint") from None
     stack = encoder_stack(config.model)
     return EncoderWeights(
-        state, stack.width, stack.depth, stack.heads, config.model.patch_size,
+        state, *stack, config.model.patch_size,
         config.data.image_size, config.data.mean, config.data.std, str(file),
     )  # fmt: skip
