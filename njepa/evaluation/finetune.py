@@ -161,6 +161,9 @@ def _loader(
         re_prob=ERASING,
         re_mode="pixel",
     )
+    for step in transform.transforms:  # Pillow refuses what a drawn magnitude of 10 asks posterize
+        for operation in getattr(step, "ops", ()):
+            operation.magnitude_max = 9.99
     return DataLoader(
         _Augmented(train, transform),
         batch_size,

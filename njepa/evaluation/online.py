@@ -13,7 +13,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from njepa.config import Config, ConfigError
+from njepa.data.index import ImageIndex
+
 _SHARE = 10  # one sample id in ten is scored
+
+
+def follow_run(config: Config, index: ImageIndex, device: torch.device) -> OnlineProbe | None:
+    """The probe of a run; None without ``eval.online``.
+
+    Raises:
+        ConfigError: the training images have no labels.
+    """
+    if not config.eval.online:
+        return None
+    if index.labels is None:
+        raise ConfigError(
+            f"eval.online=true needs labels on the training images, and data.path={index.root} has "
+            f"none, or one class only; give a folder of class folders, or unset eval.online"
+        )
+    labels = torch.from_numpy(index.labels).long()
+    k, temperature = config.eval.knn_k, config.eval.knn_temperature
+    return OnlineProbe(labels, device, k=k, temperature=temperature)
 
 
 class OnlineProbe:

@@ -80,7 +80,8 @@ def as_subject(weights: EncoderWeights) -> Subject:
     if missing or unknown or wrong:
         raise ConfigError(
             f"{weights.origin}: no weights of an encoder of {weights.depth} blocks of width "
-            f"{weights.width} with patches of {weights.patch_size} at {weights.image_size} px: missing {_some(missing)}; unexpected {_some(unknown)}; {'; '.join(wrong[:3])}"
+            f"{weights.width} with patches of {weights.patch_size} at {weights.image_size} px: "
+            f"missing {_some(missing)}; unexpected {_some(unknown)}; {'; '.join(wrong[:3])}"
         )
     encoder.load_state_dict(weights.state)
     return Subject(encoder.eval().requires_grad_(False), weights, _digest(encoder, weights))

@@ -13,8 +13,12 @@ from subjects import make_run, make_stripes
 from njepa import cli
 from njepa.data.eval_views import eval_images
 from njepa.data.sources import open_source
+from njepa.evaluation import finetune as finetune_module
 from njepa.evaluation import images as images_module
+from njepa.evaluation import probe as probe_module
+from njepa.evaluation import tokens as tokens_module
 from njepa.evaluation.subject import open_subject
+from njepa.evaluation.task import open_task
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +120,7 @@ def test_fewer_images_than_neighbours(world, capsys):
 def test_options_that_make_no_sense(world, capsys):
     for more, message in (
         (("--kind", "knn,lniear"), "unknown probe 'lniear'; did you mean 'linear'?"),
+        (("--shots", "1,x"), "--shots must be positive integers like 10,20, got '1,x'"),
         (("--k", "0"), "--k must be positive integers like 10,20, got '0'"),
         (("--max-test", "0"), "--max-test must be positive, got 0"),
         (("--seed", "-1"), "--seed must be 0 or more, got -1"),
@@ -159,3 +164,47 @@ def test_a_damaged_image_is_named_and_counts_as_an_error(world, capsys, caplog):
     file.write_bytes(file.read_bytes()[:400])
     assert cli.main(arguments(world, "--kind", "knn", "--no-floors", test="damaged")) == 0
     assert "class0/0000.jpg" in caplog.text
+
+
+def test_every_kind_gives_a_number(world, monkeypatch, capsys):
+    monkeypatch.setattr(probe_module.dense, "TRAIN", 40)
+    monkeypatch.setattr(probe_module.dense, "TEST", 20)
+    monkeypatch.setattr(probe_module.dense, "CLIPS", 4)
+    monkeypatch.setattr(finetune_module.os, "sched_getaffinity", lambda _: {0})
+    out = world / "all.json"
+    more = ["--kind", "lowshot,attentive,finetune,dense", "--shots", "1,3", "--json", str(out)]
+    assert cli.main(arguments(world, *more, "--finetune-epochs", "1", "--batch-size", "30")) == 0
+    result = json.loads(out.read_text())
+    floors = {
+        "lowshot": {"untrained", "pixels"}, "attentive": {"untrained"}, "finetune": {"untrained"},
+        "segmentation": {"untrained", "pixels"}, "propagation": {"untrained", "pixels", "still"},
+    }  # fmt: skip
+    table = capsys.readouterr().out
+    for kind, names in floors.items():
+        assert set(result[kind]["floors"]) == names
+        assert result[kind]["floors"]["untrained"]["top1"] == result[kind]["top1"]
+        assert re.search(rf"^{kind} +{result[kind]['top1']:.2f} \[", table, re.MULTILINE)
+    assert set(result["lowshot"]["shots"]) == {"1", "3"}
+    assert result["lowshot"]["top1"] == result["lowshot"]["shots"]["3"]["top1"]
+
+
+def test_tokens_are_the_same_where_they_are_not_kept(world, monkeypatch):
+    subject = open_subject(str(world / "run"))
+    task = open_task(world / "train", world / "test", world / "cache", (None, None), 0)
+    numbers = torch.tensor([44, 3, 17])
+    kept = tokens_module.TokenStore(subject, task.test, 16, "cpu")(numbers)
+    monkeypatch.setattr(tokens_module, "HELD", 0)
+    again = tokens_module.TokenStore(subject, task.test, 16, "cpu")(numbers)
+    torch.testing.assert_close(kept, again, rtol=1e-3, atol=1e-3)
+    images = eval_images(task.test.index, numbers.numpy(), 32).permute(0, 2, 3, 1)
+    torch.testing.assert_close(again, subject.encoder(images))
+
+
+def test_dense_needs_no_source_and_others_do(world, capsys):
+    argv = ["probe", str(world / "run"), "--kind", "knn,dense"]
+    assert "--kind knn needs --train SOURCE, got none" in refusal(capsys, argv)
+
+
+def test_a_class_with_fewer_images_than_shots(world, capsys):
+    err = refusal(capsys, arguments(world, "--kind", "lowshot", "--shots", "5,40"))
+    assert "class 'class0' has 30; use --shots with at most 30" in err
