@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from bench.measure import peak_bytes
-from njepa.compilation import compile_blocks
 from njepa.config import Config, MaskConfig, parse_config
 from njepa.data.batch import Batch, Masks
 from njepa.draws.masks import MaskSampler
-from njepa.ema import ema_parameters, make_target, update_target
-from njepa.step import TrainModule, param_groups
+from njepa.training.compiling import compile_blocks
+from njepa.training.ema import ema_parameters, make_target, update_target
+from njepa.training.module import TrainModule, param_groups
 
 SIZE = "vits16-224-b8"
 BATCH, SIZES = 8, ((7, 5), (13, 13))  # of targets and context: the most frequent ones

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import torch
-from njepa_kernels._dispatch import IMPLEMENTATIONS, choose
+from njepa_kernels._runtime.dispatch import IMPLEMENTATIONS, choose
 from njepa_kernels.testing import (
     Inputs,
     Mode,

@@ -31,13 +31,13 @@ from bench.step_sizes import (
     step_config,
 )
 from njepa import planning
-from njepa.compilation import choose_compilation, compilations, compile_blocks
 from njepa.config import Config
 from njepa.data.batch import Batch, Masks
 from njepa.draws.masks import MaskSampler
-from njepa.ema import ema_parameters, make_target, update_target
 from njepa.models.attention_kernels import choose_attention
-from njepa.step import TrainModule, param_groups
+from njepa.training.compiling import choose_compilation, compilations, compile_blocks
+from njepa.training.ema import ema_parameters, make_target, update_target
+from njepa.training.module import TrainModule, param_groups
 
 PHASES = ("data", "target", "context", "predictor", "loss", "backward", "optimizer", "EMA")
 _RATES = {"lr": 1e-4, "weight_decay": 0.04}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from bench.published_step import Size
 from njepa import planning
 from njepa.config import Config, load_config
-from njepa.ds_engine import BatchSizes
+from njepa.training.zero import BatchSizes
 
 #: Encoder and depth of the predictor by the letter in a size's name (published depths).
 LETTERS = {

@@ -66,12 +66,12 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     try:
         config = load_config(args.recipe, args.overrides)
         # torch, DeepSpeed and DALI take seconds to import: a typing error should not.
-        from njepa.ds_engine import load_ds_config
+        from njepa.training.zero import load_ds_config
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # the import sets its own level
         ds = load_ds_config(args.ds_config)
-        from njepa.loop import UNREADABLE, NonFiniteLoss, Trainer
-        from njepa.ranks import join_ranks, leave_ranks
+        from njepa.runs.ranks import join_ranks, leave_ranks
+        from njepa.training.loop import UNREADABLE, NonFiniteLoss, Trainer
 
         ranks = join_ranks(config.run.device)
         try:

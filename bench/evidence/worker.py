@@ -19,15 +19,15 @@ import torch
 from bench.evidence.cache import Task, save
 from bench.evidence.tables import RECIPE
 from bench.facts import machine
-from njepa import checkpointing
 from njepa.config import Config, load_config
 from njepa.data.sources import open_source
-from njepa.ds_engine import load_ds_config
 from njepa.evaluation.evaluate import Evaluator, open_test_side
 from njepa.evaluation.images import LabelledImages
-from njepa.loop import Trainer
 from njepa.models.encoder import build_encoder
-from njepa.ranks import Ranks, join_ranks, leave_ranks
+from njepa.runs import checkpoints
+from njepa.runs.ranks import Ranks, join_ranks, leave_ranks
+from njepa.training.loop import Trainer
+from njepa.training.zero import load_ds_config
 
 CURVE_POINTS = 25
 _CURVES = ("loss", "vicreg_", "feature_std", "rankme")
@@ -74,7 +74,7 @@ def run(task: Task, ranks: Ranks, run_dir: Path) -> dict[str, Any]:
         results = _floors(config, ranks) if task.floors else _train(task, config, ranks, run_dir)
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
-    facts = {**machine(ranks.device), **checkpointing.versions()}
+    facts = {**machine(ranks.device), **checkpoints.versions()}
     return {"status": "done", **results, "date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": facts}
 
 

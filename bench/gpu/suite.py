@@ -181,7 +181,14 @@ def run_unit(unit: Unit, state: State, seconds: float, environment: dict[str, st
 
 
 def keep_results(state: State) -> str:
-    """The rows so far as files of results, one for each machine; the goals that they meet."""
+    """The rows so far as files of results, one for each machine; says which goals they meet."""
+    try:
+        return _keep_results(state)
+    except (OSError, ValueError) as fault:
+        return f"not kept: {fault}"
+
+
+def _keep_results(state: State) -> str:
     raws = defaultdict(list)
     for line in read_lines(state.rows):
         for entry in line.get("benchmarks", []):
@@ -265,6 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
         environment["NJEPA_DATA"] = str(given.data.resolve())
     state = _begin(parser, given.out.resolve(), given.resume)
     notes: dict[str, str] = {}
+    results = keep_results(state) if state.rows.exists() else "none yet"
     failed = False
     with tempfile.TemporaryDirectory() as scratch:
         chosen = [
@@ -286,15 +294,12 @@ def main(arguments: list[str] | None = None) -> int:
                 rc = run_unit(unit, state, min(unit.seconds, left), environment)
                 failed |= rc not in (0, CUT)
                 if unit.rows:
-                    try:
-                        notes["results"] = keep_results(state)
-                    except (OSError, ValueError) as fault:
-                        notes["results"] = f"not kept: {fault}"
+                    results = keep_results(state)
             (state.out / "summary.txt").write_text(summary(state, chosen, notes) + "\n")
         unfinished = [u.name for u in chosen if not (state.finished(u) or u.name in notes)]
         unfinished += [name for name, note in notes.items() if note == "no time in this call"]
     sys.stdout.write("\n" + summary(state, chosen, notes) + "\n")
-    sys.stdout.write(f"results: {notes.get('results', 'none yet')}\n")
+    sys.stdout.write(f"results: {results}\n")
     left_over = ", ".join(unfinished) or "nothing"
     sys.stdout.write(f"left for --resume: {left_over}\n")
     return 1 if failed else 0

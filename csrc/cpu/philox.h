@@ -1,4 +1,4 @@
-// The noise stream: Philox4x32-10 and Box-Muller, as kernels/njepa_kernels/_philox.py defines it.
+// The noise stream: Philox4x32-10 and Box-Muller, as njepa_kernels/_runtime/philox.py defines it.
 #pragma once
 
 #include "simd.h"

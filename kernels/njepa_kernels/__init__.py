@@ -4,18 +4,18 @@ Needs torch and nothing else. Every op takes ``impl="auto"``; ``available_impls(
 """
 
 from . import integrations, layers, nn
-from ._checks import debug_checks
-from ._dispatch import Impl, available_impls, choose
-from ._philox import NoiseKey, philox4x32, philox_normal
+from ._runtime.checks import debug_checks
+from ._runtime.dispatch import Impl, available_impls, choose
+from ._runtime.philox import NoiseKey, philox4x32, philox_normal
 from ._version import __version__
-from .ema_update_.op import ema_update_
-from .gather_tokens.op import gather_tokens
-from .jepa_loss.op import jepa_loss
-from .jepa_loss.reference import JepaLoss
-from .patchify.op import patchify
-from .predictor_tokens.op import predictor_tokens
-from .vicreg.op import vicreg
-from .vicreg.reference import VicregTerms
+from .ops.ema_update_.op import ema_update_
+from .ops.gather_tokens.op import gather_tokens
+from .ops.jepa_loss.op import jepa_loss
+from .ops.jepa_loss.reference import JepaLoss
+from .ops.patchify.op import patchify
+from .ops.predictor_tokens.op import predictor_tokens
+from .ops.vicreg.op import vicreg
+from .ops.vicreg.reference import VicregTerms
 
 __all__ = [
     "Impl",

@@ -11,15 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ._dispatch import Impl
-from ._philox import NoiseKey
-from .gather_tokens.op import gather_tokens
+from ._runtime.dispatch import Impl
+from ._runtime.philox import NoiseKey
 from .integrations._forwards import Masks, as_list, encode, predict
-from .jepa_loss.op import jepa_loss
-from .jepa_loss.reference import JepaLoss, Stop
-from .predictor_tokens.op import predictor_tokens
-from .vicreg.op import vicreg
-from .vicreg.reference import VicregTerms
+from .ops.gather_tokens.op import gather_tokens
+from .ops.jepa_loss.op import jepa_loss
+from .ops.jepa_loss.reference import JepaLoss, Stop
+from .ops.predictor_tokens.op import predictor_tokens
+from .ops.vicreg.op import vicreg
+from .ops.vicreg.reference import VicregTerms
 
 
 class GatherTokens(nn.Module):

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import nn
 
 from . import layers
-from ._dispatch import IMPLEMENTATIONS, Impl
-from .ema_update_.op import ema_update_
-from .jepa_loss.reference import Stop
+from ._runtime.dispatch import IMPLEMENTATIONS, Impl
+from .ops.ema_update_.op import ema_update_
+from .ops.jepa_loss.reference import Stop
 
 __all__ = ["Ema", "GatherTokens", "PredictionLoss", "PredictorTokens", "VICReg"]
 

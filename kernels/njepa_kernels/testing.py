@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from ._dispatch import OPS
+from ._runtime.dispatch import OPS
 
 Mode = Literal["fwd", "fwdbwd"]
 Inputs = dict[str, Any]
@@ -101,7 +101,7 @@ def all_cases(op: str | None = None, *, small: bool | None = None) -> list[OpCas
     """The cases of one op or of all, optionally only the small or only the large ones."""
     cases: list[OpCase] = []
     for name in OPS if op is None else (op,):
-        cases += importlib.import_module(f".{name}.cases", __package__).CASES
+        cases += importlib.import_module(f".ops.{name}.cases", __package__).CASES
     return [case for case in cases if small is None or case.small == small]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from njepa import planning as plan
 from njepa.config import Config, ConfigError, load_config
 from njepa.draws.masks import MaskSampler
-from njepa.ds_engine import BatchSizes, load_ds_config, resolve_batch
+from njepa.training.zero import BatchSizes, load_ds_config, resolve_batch
 
 DESCRIPTION = """What a step of a configuration costs, and on how many GPUs it fits:
 computed, not measured. Needs no GPU and no data."""

@@ -10,8 +10,8 @@ import numpy as np
 
 from njepa.config import Config, MaskConfig
 from njepa.draws.masks import MaskSampler
-from njepa.ds_engine import BatchSizes
 from njepa.planning.network import Shape
+from njepa.training.zero import BatchSizes
 
 #: Steps whose masks are drawn, and images at most among which the shortest context is sought. More
 #: images would shorten it, so costs are over- and never under-estimated by the second.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from njepa_kernels.ema_update_.cases import vit_shapes
+from njepa_kernels.ops.ema_update_.cases import vit_shapes
 from njepa_kernels.testing import VITS, all_cases
 from timm.models.vision_transformer import VisionTransformer
 

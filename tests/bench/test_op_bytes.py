@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from njepa_kernels.gather_tokens.cases import _case as gather_case
-from njepa_kernels.jepa_loss.cases import _case as loss_case
-from njepa_kernels.patchify.cases import _case as patchify_case
-from njepa_kernels.predictor_tokens.cases import _case as predictor_case
+from njepa_kernels.ops.gather_tokens.cases import _case as gather_case
+from njepa_kernels.ops.jepa_loss.cases import _case as loss_case
+from njepa_kernels.ops.patchify.cases import _case as patchify_case
+from njepa_kernels.ops.predictor_tokens.cases import _case as predictor_case
 from njepa_kernels.testing import Inputs, OpCase, all_cases, evaluate
 
 VICREG, EMA = (

@@ -26,7 +26,7 @@ from bench.step_sizes import (
 )
 from njepa.config import MaskConfig
 from njepa.data.batch import Batch, Masks
-from njepa.step import TrainModule
+from njepa.training.module import TrainModule
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 from mask_oracle import OracleSampler

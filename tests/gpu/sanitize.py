@@ -16,18 +16,18 @@ from functools import partial
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
-from njepa_kernels import _native
+from njepa_kernels._runtime import native
 from njepa_kernels.testing import all_cases, evaluate
 
 
 def main() -> int:
     """Run all; 1 where there is no GPU or no native library."""
-    status = _native.available(device_type="cuda")
+    status = native.available(device_type="cuda")
     if status != "yes" or not torch.cuda.is_available():
         sys.stderr.write(f"nothing to check: {status}; GPU: {torch.cuda.is_available()}\n")
         return 1
     device = torch.device("cuda")
-    for op in _native.CUDA_OPS:
+    for op in native.CUDA_OPS:
         for case in all_cases(op, small=True):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 inputs = case.make_inputs(device, dtype, 0)

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from njepa_kernels import debug_checks, predictor_tokens
-from njepa_kernels._dispatch import IMPLEMENTATIONS, choose
-from njepa_kernels.ema_update_.cases import _case as ema_case
-from njepa_kernels.gather_tokens.cases import _case as gather_case
-from njepa_kernels.jepa_loss.cases import _case as loss_case
-from njepa_kernels.predictor_tokens.cases import _case as predictor_case
+from njepa_kernels._runtime.dispatch import IMPLEMENTATIONS, choose
+from njepa_kernels.ops.ema_update_.cases import _case as ema_case
+from njepa_kernels.ops.gather_tokens.cases import _case as gather_case
+from njepa_kernels.ops.jepa_loss.cases import _case as loss_case
+from njepa_kernels.ops.predictor_tokens.cases import _case as predictor_case
+from njepa_kernels.ops.vicreg.cases import _case as vicreg_case
 from njepa_kernels.testing import (
     OpCase,
     all_cases,
@@ -23,7 +24,6 @@ from njepa_kernels.testing import (
     copy_inputs,
     evaluate,
 )
-from njepa_kernels.vicreg.cases import _case as vicreg_case
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 from noise_checks import check_draws, noise_of

@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 from jobs import TINY, make_images  # noqa: E402
 from tiny import tiny_config  # noqa: E402
 
-from njepa.compilation import GraphedForward, compile_blocks  # noqa: E402
 from njepa.config import load_config  # noqa: E402
-from njepa.ema import ema_parameters, make_target, update_target  # noqa: E402
-from njepa.loop import Trainer  # noqa: E402
 from njepa.models.encoder import build_encoder  # noqa: E402
-from njepa.ranks import Ranks, join_ranks, leave_ranks  # noqa: E402
+from njepa.runs.ranks import Ranks, join_ranks, leave_ranks  # noqa: E402
+from njepa.training.compiling import GraphedForward, compile_blocks  # noqa: E402
+from njepa.training.ema import ema_parameters, make_target, update_target  # noqa: E402
+from njepa.training.loop import Trainer  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,

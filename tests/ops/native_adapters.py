@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from njepa_kernels import JepaLoss, NoiseKey, VicregTerms
-from njepa_kernels.ema_update_ import native as ema_native
-from njepa_kernels.gather_tokens import native as gather_native
-from njepa_kernels.jepa_loss import native as loss_native
-from njepa_kernels.patchify import native as patchify_native
-from njepa_kernels.predictor_tokens import native as predictor_native
-from njepa_kernels.vicreg import native as vicreg_native
+from njepa_kernels.ops.ema_update_ import native as ema_native
+from njepa_kernels.ops.gather_tokens import native as gather_native
+from njepa_kernels.ops.jepa_loss import native as loss_native
+from njepa_kernels.ops.patchify import native as patchify_native
+from njepa_kernels.ops.predictor_tokens import native as predictor_native
+from njepa_kernels.ops.vicreg import native as vicreg_native
 
 Tensor = torch.Tensor
 

@@ -39,9 +39,9 @@ def test_a_wheel_for_any_python_that_loads_and_needs_only_torch(
         assert (name in content) == wanted, name
     code = """
         import njepa_kernels, torch
-        from njepa_kernels import _native
+        from njepa_kernels._runtime import native
         print(njepa_kernels.__file__)
-        print(_native.available(), torch.ops.njepa_native.version() == njepa_kernels.__version__)
+        print(native.available(), torch.ops.njepa_native.version() == njepa_kernels.__version__)
     """
     out = subprocess.run(
         [sys.executable, "-c", "\n".join(line.strip() for line in code.splitlines())],

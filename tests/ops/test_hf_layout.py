@@ -11,7 +11,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from njepa_kernels import _library, available_impls, export_hf
+from njepa_kernels import available_impls
+from njepa_kernels._runtime import library
+from njepa_kernels.tools import export_hf
 
 TRAINER = ["timm", "deepspeed", "nvidia", "pydantic", "torchvision", "PIL", "safetensors", "njepa"]
 
@@ -50,7 +52,9 @@ def test_metadata(folder: Path) -> None:
             "python-depends": [],
             "backend": {"type": backend},
         }
-        assert f'NAMESPACE = "njepa_kernels_{backend}_' in (build / "_library.py").read_text()
+        assert (
+            f'NAMESPACE = "njepa_kernels_{backend}_' in (build / "_runtime/library.py").read_text()
+        )
     assert len(ids) == 2
     assert all(name.isidentifier() for name in ids)
 
@@ -61,7 +65,7 @@ def test_only_relative_imports_and_one_place_with_the_namespace(folder: Path) ->
     files = sorted(build.rglob("*.py"))
     assert len(files) > 25
     for path in files:
-        assert path.name not in ("native.py", "_native.py", "cases.py", "testing.py")
+        assert path.name not in ("native.py", "cases.py", "testing.py")
         tree = ast.parse(path.read_text())
         docstrings = {
             id(node.body[0].value)
@@ -79,9 +83,9 @@ def test_only_relative_imports_and_one_place_with_the_namespace(folder: Path) ->
             assert {name.partition(".")[0] for name in names} <= allowed, (path, names)
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 text = "" if id(node) in docstrings else node.value
-                assert text != _library.NAMESPACE, path
-                assert f"{_library.NAMESPACE}::" not in text, path
-            if isinstance(node, ast.Attribute) and node.attr.startswith(_library.NAMESPACE):
+                assert text != library.NAMESPACE, path
+                assert f"{library.NAMESPACE}::" not in text, path
+            if isinstance(node, ast.Attribute) and node.attr.startswith(library.NAMESPACE):
                 pytest.fail(f"{path}:{node.lineno} names {node.attr}")
     assert not [p for p in build.rglob("*") if p.suffix in (".so", ".pyc", ".yaml")]
 
@@ -89,7 +93,7 @@ def test_only_relative_imports_and_one_place_with_the_namespace(folder: Path) ->
 def test_the_same_content_gives_the_same_id_and_another_another(tmp_path: Path) -> None:
     files = export_hf.sources()
     assert export_hf.build_id(files, "cuda") == export_hf.build_id(dict(files), "cuda")
-    changed = {**files, "_rows.py": files["_rows.py"] + "\n"}
+    changed = {**files, "nn.py": files["nn.py"] + "\n"}
     assert export_hf.build_id(changed, "cuda") != export_hf.build_id(files, "cuda")
     first, second = (export_hf.export(tmp_path / name)[0] for name in ("a", "b"))
     for path in sorted(first.rglob("*")):
@@ -127,7 +131,8 @@ def test_values_beside_the_installed_package(folder: Path, backend: str) -> None
         backend = {backend!r} if torch.version.cuda else "cpu"
         ops = get_local_kernel(Path(sys.argv[1]), backend=backend)
         assert ops is not njepa_kernels and ops.__name__ in sys.modules
-        assert ops._library.NAMESPACE == ops.__name__ != njepa_kernels._library.NAMESPACE
+        namespaces = [package._runtime.library.NAMESPACE for package in (ops, njepa_kernels)]
+        assert namespaces[0] == ops.__name__ != namespaces[1]
         assert ops.__all__ == njepa_kernels.__all__
         assert set(ops.available_impls()) == set(njepa_kernels.available_impls())
         assert {{row["native"] for row in ops.available_impls().values()}} == {{
@@ -151,7 +156,7 @@ def test_values_beside_the_installed_package(folder: Path, backend: str) -> None
             evaluate(case, case.function, inputs)
             checked.add(case.op)
         for name in checked:
-            operators = [getattr(torch.ops, p._library.NAMESPACE) for p in (ops, njepa_kernels)]
+            operators = [getattr(torch.ops, namespace) for namespace in namespaces]
             first, second = (getattr(operator, name) for operator in operators)
             assert first is not second
         print(sorted(checked))

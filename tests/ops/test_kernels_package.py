@@ -10,8 +10,8 @@ import textwrap
 import njepa_kernels
 import pytest
 import torch
-from njepa_kernels import _dispatch
-from njepa_kernels._dispatch import choose, interpreting
+from njepa_kernels._runtime import dispatch
+from njepa_kernels._runtime.dispatch import choose, interpreting
 from njepa_kernels.testing import assert_within_baseline
 
 BLOCKED = [
@@ -106,7 +106,7 @@ def test_auto_takes_the_first_that_can_run(monkeypatch: pytest.MonkeyPatch) -> N
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     runs = {"native", "triton", "reference"}
     monkeypatch.setattr(
-        _dispatch, "_status", lambda op, impl, device, wide: "yes" if impl in runs else "no"
+        dispatch, "_status", lambda op, impl, device, wide: "yes" if impl in runs else "no"
     )
     assert choose("vicreg", "auto", cpu) == "native"
     assert choose("vicreg", "auto", cuda) == "triton"

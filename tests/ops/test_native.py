@@ -11,12 +11,14 @@ import native_build
 import pytest
 import torch
 from native_adapters import NATIVE
-from njepa_kernels import NoiseKey, _native, philox_normal
-from njepa_kernels.ema_update_.reference import ema_update_reference_
-from njepa_kernels.gather_tokens.cases import _case as gather_case
-from njepa_kernels.jepa_loss.cases import _case as loss_case
-from njepa_kernels.patchify.cases import _case as patchify_case
-from njepa_kernels.predictor_tokens.cases import _case as predictor_case
+from njepa_kernels import NoiseKey, philox_normal
+from njepa_kernels._runtime import native
+from njepa_kernels.ops.ema_update_.reference import ema_update_reference_
+from njepa_kernels.ops.gather_tokens.cases import _case as gather_case
+from njepa_kernels.ops.jepa_loss.cases import _case as loss_case
+from njepa_kernels.ops.patchify.cases import _case as patchify_case
+from njepa_kernels.ops.predictor_tokens.cases import _case as predictor_case
+from njepa_kernels.ops.vicreg.cases import _case as vicreg_case
 from njepa_kernels.testing import (
     OpCase,
     all_cases,
@@ -25,7 +27,6 @@ from njepa_kernels.testing import (
     cast_inputs,
     evaluate,
 )
-from njepa_kernels.vicreg.cases import _case as vicreg_case
 from noise_checks import check_draws, noise_of
 
 CPU = torch.device("cpu")
@@ -66,16 +67,16 @@ each_dtype = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module", autouse=True)
 def _library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    before = _native._status.copy()
-    if _native.available() != "yes":
+    before = native._status.copy()
+    if native.available() != "yes":
         obstacle = native_build.no_compiler()
         if obstacle is not None:
             pytest.skip(obstacle)
         built = native_build.build_library(tmp_path_factory.mktemp("so"))
-        _native._status["cpu"] = _native.load(built)
-    assert _native.available() == "yes"
+        native._status["cpu"] = native.load(built)
+    assert native.available() == "yes"
     yield
-    _native._status = before
+    native._status = before
 
 
 @pytest.fixture(autouse=True)
@@ -89,11 +90,11 @@ def _poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(params=["avx512", "avx2", "baseline"])
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in _native.ops().instruction_sets().split():
+    if request.param not in native.ops().instruction_sets().split():
         pytest.skip(f"this processor has no {request.param}")
-    before = _native.ops().use_instruction_set(request.param)
+    before = native.ops().use_instruction_set(request.param)
     yield request.param
-    _native.ops().use_instruction_set(before)
+    native.ops().use_instruction_set(before)
 
 
 def _agree(case: OpCase, dtype: torch.dtype, seeds: range) -> None:
@@ -153,7 +154,7 @@ def test_noise_equals_the_reference() -> None:
         expected = philox_normal(NoiseKey(seed, step, ids), patches, 18_517)
         for b, m, t in torch.cartesian_prod(torch.arange(3), torch.arange(2), torch.arange(3)):
             counter = torch.stack((ids[b] % 2**32, m, patches[b, m, t]))
-            got = _native.ops().token_normals(counter, seed % 2**32, step % 2**32, 18_517)
+            got = native.ops().token_normals(counter, seed % 2**32, step % 2**32, 18_517)
             worst = max(worst, float((got - expected[b, m, t]).abs().max()))
     assert worst <= 1e-6
 
@@ -219,7 +220,7 @@ def test_shadow_is_the_rounded_target() -> None:
 
 @each_dtype
 def test_ema_has_the_bits_of_the_reference(dtype: torch.dtype) -> None:
-    if _native.ops().instruction_sets() == "baseline" or "AVX" not in (
+    if native.ops().instruction_sets() == "baseline" or "AVX" not in (
         torch.backends.cpu.get_cpu_capability()
     ):
         pytest.skip("torch rounds twice where there is no fused multiply-add")
@@ -290,24 +291,24 @@ def test_bad_arguments_raise_instead_of_reading_foreign_memory(
 def test_reasons_say_what_is_wrong_and_how_to_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    missing = _native.load(tmp_path / "absent.so")
+    missing = native.load(tmp_path / "absent.so")
     assert "is not built" in missing
     assert "pip install --no-build-isolation" in missing
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"no library")
-    assert "does not load" in _native.load(broken)
-    assert "for CUDA has no vicreg, only predictor" in _native.available("vicreg", "cuda")
-    assert _native.available("vicreg", "mps") == "the native library has no kernels for mps"
-    monkeypatch.setitem(_native._status, "cpu", missing)
+    assert "does not load" in native.load(broken)
+    assert "for CUDA has no vicreg, only predictor" in native.available("vicreg", "cuda")
+    assert native.available("vicreg", "mps") == "the native library has no kernels for mps"
+    monkeypatch.setitem(native._status, "cpu", missing)
     with pytest.raises(RuntimeError, match="is not built"):
-        _native.ops()
+        native.ops()
 
 
 def test_a_library_of_another_version_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_native, "__version__", "9.9.9")
+    monkeypatch.setattr(native, "__version__", "9.9.9")
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     present = tmp_path / "present.so"
     present.touch()
-    assert "is of version 0.1.0, not 9.9.9" in _native.load(present)
+    assert "is of version 0.1.0, not 9.9.9" in native.load(present)

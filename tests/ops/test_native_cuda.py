@@ -18,14 +18,15 @@ import native_build
 import pytest
 import torch
 from native_adapters import NATIVE
-from njepa_kernels import NoiseKey, _native, philox_normal
-from njepa_kernels.ema_update_ import native as ema_native
-from njepa_kernels.ema_update_.reference import ema_update_reference_
-from njepa_kernels.jepa_loss import native as loss_native
-from njepa_kernels.jepa_loss.cases import _case as loss_case
-from njepa_kernels.jepa_loss.reference import jepa_loss_reference
-from njepa_kernels.predictor_tokens import native as predictor_native
-from njepa_kernels.predictor_tokens.cases import _case as predictor_case
+from njepa_kernels import NoiseKey, philox_normal
+from njepa_kernels._runtime import native
+from njepa_kernels.ops.ema_update_ import native as ema_native
+from njepa_kernels.ops.ema_update_.reference import ema_update_reference_
+from njepa_kernels.ops.jepa_loss import native as loss_native
+from njepa_kernels.ops.jepa_loss.cases import _case as loss_case
+from njepa_kernels.ops.jepa_loss.reference import jepa_loss_reference
+from njepa_kernels.ops.predictor_tokens import native as predictor_native
+from njepa_kernels.ops.predictor_tokens.cases import _case as predictor_case
 from njepa_kernels.testing import (
     OpCase,
     all_cases,
@@ -45,7 +46,7 @@ CPU = torch.device("cpu")
 SEEDS = range(2)
 
 CASES = [
-    *(case for op in _native.CUDA_OPS for case in all_cases(op, small=True)),
+    *(case for op in native.CUDA_OPS for case in all_cases(op, small=True)),
     # Widths around those of a group, a warp and a tile; tokens and blocks of none and one.
     *(predictor_case(f"b2-m2-kc3-kt2-n9-d{d}", 2, 2, 3, 2, 9, d) for d in (1, 5, 256, 520, 2048)),
     predictor_case("b2-m2-kc3-kt2-n9-d272-shared", 2, 2, 3, 2, 9, 272, noise="shared"),
@@ -157,7 +158,7 @@ def test_the_emulation_sees_missing_and_divergent_barriers(tmp_path: Path) -> No
 
 
 @each_dtype
-@pytest.mark.parametrize("op", _native.CUDA_OPS)
+@pytest.mark.parametrize("op", native.CUDA_OPS)
 def test_values_and_gradients_are_within_the_baseline(op: str, dtype: torch.dtype) -> None:
     for case in CASES:
         if case.op == op:

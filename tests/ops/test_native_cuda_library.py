@@ -13,13 +13,13 @@ from pathlib import Path
 
 import native_build
 import pytest
-from njepa_kernels import _native
-from njepa_kernels.resources import _OP_OF, ARCHITECTURES, main, measure_native, table
+from njepa_kernels._runtime import native
+from njepa_kernels.tools.resources import _OP_OF, ARCHITECTURES, main, measure_native, table
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    built = _native.LIBRARIES["cuda"][0]
+    built = native.LIBRARIES["cuda"][0]
     if built.exists():
         return built
     obstacle = native_build.no_nvcc()
@@ -43,7 +43,7 @@ def test_no_kernel_spills_on_any_architecture(library: Path) -> None:
 def test_the_table_has_the_kernels_of_the_library(
     library: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(_native.LIBRARIES, "cuda", (library, "njepa_native_cuda"))
+    monkeypatch.setitem(native.LIBRARIES, "cuda", (library, "njepa_native_cuda"))
     assert main(["--op", "ema_update_", "--arch", "90", "--size", "vits16"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if " native " in line]
     assert [line.split()[0] for line in lines] == ["ema"] * 3
@@ -62,15 +62,15 @@ def test_the_library_asks_for_torch_but_for_no_cuda_runtime(library: Path) -> No
 
 def test_the_library_loads_without_a_gpu(library: Path) -> None:
     code = (
-        "from pathlib import Path; from njepa_kernels import _native; import torch; "
-        f"print(_native.load(Path({str(library)!r}), 'cuda')); "
+        "from pathlib import Path; from njepa_kernels._runtime import native; import torch; "
+        f"print(native.load(Path({str(library)!r}), 'cuda')); "
         "ops = torch.ops.njepa_native_cuda; t = torch.zeros(3)\n"
         "try: ops.ema_update_([t], [t], 0.5, 0.5, None, [])\n"
         "except NotImplementedError: print('only for CUDA')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(_native.__file__).parents[1])},
+        env={"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(native.__file__).parents[1])},
         capture_output=True,
         text=True,
         timeout=120,
@@ -81,4 +81,4 @@ def test_the_library_loads_without_a_gpu(library: Path) -> None:
 
 @pytest.mark.parametrize("op", ["gather_tokens", "vicreg"])
 def test_ops_without_a_cuda_kernel_say_so(op: str) -> None:
-    assert f"for CUDA has no {op}, only predictor_tokens" in _native.available(op, "cuda")
+    assert f"for CUDA has no {op}, only predictor_tokens" in native.available(op, "cuda")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from njepa_kernels import available_impls
-from njepa_kernels._dispatch import IMPLEMENTATIONS, choose
+from njepa_kernels._runtime.dispatch import IMPLEMENTATIONS, choose
 from njepa_kernels.testing import (
     OpCase,
     all_cases,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from njepa_kernels import ema_update_
-from njepa_kernels.ema_update_ import op as ema_op
+from njepa_kernels.ops.ema_update_ import op as ema_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SHAPES = [(4,), (3, 5), (), (0,), (2, 2, 2)]
@@ -156,8 +156,8 @@ class _Operators(TorchDispatchMode):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_addresses_reach_the_device_as_arguments_of_kernels() -> None:
     """So nothing is copied from the host, only what moved is written, and a graph has its own."""
-    from njepa_kernels._triton import record_launches
-    from njepa_kernels.ema_update_ import triton_kernel
+    from njepa_kernels._runtime.launch import record_launches
+    from njepa_kernels.ops.ema_update_ import triton_kernel
 
     sizes = [5000, 1, *[3] * 290]
     targets, sources, moved = ([torch.zeros(n) for n in sizes] for _ in range(3))

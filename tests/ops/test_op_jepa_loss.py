@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from njepa_kernels import JepaLoss, jepa_loss
-from njepa_kernels._dispatch import IMPLEMENTATIONS, choose
-from njepa_kernels.jepa_loss import op as loss_op
+from njepa_kernels._runtime.dispatch import IMPLEMENTATIONS, choose
+from njepa_kernels.ops.jepa_loss import op as loss_op
 from torch.nn import functional as F
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from njepa_kernels import available_impls, patchify
-from njepa_kernels._dispatch import choose
-from njepa_kernels.patchify.cases import MEAN, STD
+from njepa_kernels._runtime.dispatch import choose
+from njepa_kernels.ops.patchify.cases import MEAN, STD
 from torch.nn import functional as F
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from njepa_kernels import NoiseKey, philox_normal, predictor_tokens
-from njepa_kernels._dispatch import IMPLEMENTATIONS, choose
+from njepa_kernels._runtime.dispatch import IMPLEMENTATIONS, choose
 from noise_checks import check_draws, noise_of
 
 B, M, KC, KT, N, WIDTH = 3, 2, 5, 4, 16, 10

@@ -212,7 +212,7 @@ def test_tf32_products_where_the_user_allows_them() -> None:
     pytest.importorskip("triton")
     code = (
         "import os, sys, torch\n"
-        "from njepa_kernels.vicreg.triton_kernel import _precision\n"
+        "from njepa_kernels.ops.vicreg.triton_kernel import _precision\n"
         "for setting in sys.argv[1:]:\n"
         "    if os.fork() == 0:\n"
         "        exec(setting)\n"

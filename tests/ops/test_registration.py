@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from njepa_kernels import _library, available_impls, gather_tokens
-from njepa_kernels._dispatch import choose
+from njepa_kernels import available_impls, gather_tokens
+from njepa_kernels._runtime import library
+from njepa_kernels._runtime.dispatch import choose
 from njepa_kernels.testing import all_cases, evaluate
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,7 +45,7 @@ def _calls(
     op: str, impl: str, monkeypatch: pytest.MonkeyPatch
 ) -> list[tuple[Any, tuple[Any, ...]]]:
     """(operator, arguments) of every registered op that forward and backward of ``op`` call."""
-    module = __import__(f"njepa_kernels.{op}.op", fromlist=["op"])
+    module = __import__(f"njepa_kernels.ops.{op}.op", fromlist=["op"])
     calls = []
     for attribute in ("_forward_op", "_backward_op", "_update_op"):
         if not hasattr(module, attribute):
@@ -73,7 +74,7 @@ def _calls(
 
 def test_namespace_is_one_constant() -> None:
     for op in OPS:
-        assert hasattr(getattr(torch.ops, _library.NAMESPACE), op)
+        assert hasattr(getattr(torch.ops, library.NAMESPACE), op)
 
 
 @each_fused
@@ -98,7 +99,7 @@ class _Seen(TorchDispatchMode):
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == _library.NAMESPACE:
+        if func.namespace == library.NAMESPACE:
             self.names.append(func.name().partition("::")[2])
         return func(*args, **(kwargs or {}))
 
@@ -192,14 +193,14 @@ def test_vmap_is_refused(op: str) -> None:
 
 
 def test_the_dispatcher_refuses_vmap_too() -> None:
-    op = getattr(torch.ops, _library.NAMESPACE).gather_tokens
+    op = getattr(torch.ops, library.NAMESPACE).gather_tokens
     idx = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(RuntimeError, match=r"gather_tokens: torch\.vmap is not supported"):
         torch.vmap(lambda x: op(x, idx, None, "auto"))(torch.zeros(4, 2, 5, 6))
 
 
 def test_an_op_without_fused_implementation_says_what_to_call() -> None:
-    op = getattr(torch.ops, _library.NAMESPACE).gather_tokens
+    op = getattr(torch.ops, library.NAMESPACE).gather_tokens
     x, idx = torch.zeros(2, 5, 6, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(RuntimeError, match=r"Call njepa_kernels\.gather_tokens"):
         op(x, idx, None, "auto")

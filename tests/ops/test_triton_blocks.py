@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from njepa_kernels._blocks import (
+from njepa_kernels._runtime.blocks import (
     MAX_WIDTH,
     copy_tile,
     index_block,

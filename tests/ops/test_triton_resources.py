@@ -10,8 +10,8 @@ import re
 import pytest
 import torch
 from njepa_kernels import available_impls
-from njepa_kernels._triton import record_launches
-from njepa_kernels.resources import (
+from njepa_kernels._runtime.launch import record_launches
+from njepa_kernels.tools.resources import (
     ARCHITECTURES,
     SHARED_LIMIT,
     SIZES,
@@ -75,8 +75,8 @@ def test_every_kernel_of_every_op_is_launched() -> None:
         for launch in launches(op, "vits16", torch.bfloat16, 90)
     }
     for op in available_impls():
-        assert _kernels(f"{op}.triton_kernel") <= found
-    assert _kernels("_by_index") <= found
+        assert _kernels(f"ops.{op}.triton_kernel") <= found
+    assert _kernels("_runtime.by_index") <= found
 
 
 def _kernels(module: str) -> set[str]:
@@ -88,8 +88,8 @@ def _kernels(module: str) -> set[str]:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_rows_wider_than_the_registers_compile_without_spills(arch: int) -> None:
-    from njepa_kernels.jepa_loss import triton_kernel as loss
-    from njepa_kernels.predictor_tokens import triton_kernel as predictor
+    from njepa_kernels.ops.jepa_loss import triton_kernel as loss
+    from njepa_kernels.ops.predictor_tokens import triton_kernel as predictor
 
     width = 4096
     grad = torch.empty(8, 50, width, dtype=torch.bfloat16, device="meta")

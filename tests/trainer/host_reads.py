@@ -89,7 +89,7 @@ def watch(trainer: Any, steps: int) -> dict[str, Any]:
     from deepspeed.accelerator import get_accelerator
 
     # As on a GPU: the ops look at values on a CPU only, where that costs nothing.
-    for module in ("_checks", "ema_update_.op", "vicreg.op"):
+    for module in ("_runtime.checks", "ops.ema_update_.op", "ops.vicreg.op"):
         importlib.import_module(f"njepa_kernels.{module}").can_read_values = lambda _: False
     trainer.attention = replace(trainer.attention, order=FLASH_FIRST)
     batches = iter(trainer.loader)

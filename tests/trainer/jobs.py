@@ -76,7 +76,7 @@ def run_jobs(jobs: list[dict[str, Any]], world: int, folder: Path) -> dict[str, 
 
 def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
     from njepa.config import load_config
-    from njepa.loop import Trainer
+    from njepa.training.loop import Trainer
 
     config = load_config("shapes-tiny", TINY + job["overrides"])
     trainer = Trainer(config, job["ds"], ranks)
@@ -173,7 +173,7 @@ def _state_bytes(trainer: Any) -> dict[str, int]:
 
 
 def main() -> None:
-    from njepa.ranks import join_ranks, leave_ranks
+    from njepa.runs.ranks import join_ranks, leave_ranks
 
     ranks = join_ranks("cpu")
     records = {job["name"]: _run(job, ranks) for job in json.loads(Path(sys.argv[1]).read_text())}

@@ -16,11 +16,11 @@ from torch import nn
 from njepa import train
 from njepa.config import ConfigError, MaskConfig, ModelConfig
 from njepa.data.batch import Lengths
-from njepa.ds_engine import compute_dtype
 from njepa.models import attention_kernels
 from njepa.models.attention import Attention, Sdpa, Sequences
 from njepa.models.attention_kernels import FLASH_FIRST, choose_attention, load_kernel, probe
 from njepa.models.block import Block
+from njepa.training.zero import compute_dtype
 
 CPU = torch.device("cpu")
 COUNTS = (3, 7, 1, 4)

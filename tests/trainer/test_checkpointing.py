@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from njepa import checkpointing
 from njepa.config import ConfigError
-from njepa.ranks import Ranks
+from njepa.runs import checkpoints
+from njepa.runs.ranks import Ranks
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"), None)
 
@@ -36,7 +36,7 @@ class Engine:
 def save(run, step, engine=None, keep=2, target=None):
     state = {"data_digest": "d" * 64, "global_batch": 8}
     target = target or nn.Linear(2, 2)
-    return checkpointing.save_checkpoint(run, step, engine or Engine(), target, state, ALONE, keep)
+    return checkpoints.save_checkpoint(run, step, engine or Engine(), target, state, ALONE, keep)
 
 
 def names(run):
@@ -47,7 +47,7 @@ def test_old_checkpoints_go_when_newer_ones_are_complete(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
-    assert checkpointing.latest_checkpoint(tmp_path).name == "step-00000003"
+    assert checkpoints.latest_checkpoint(tmp_path).name == "step-00000003"
 
 
 def test_a_broken_write_leaves_the_last_good_one(tmp_path):
@@ -56,21 +56,21 @@ def test_a_broken_write_leaves_the_last_good_one(tmp_path):
     broken.fail = True
     with pytest.raises(OSError, match="not a complete torch file"):
         save(tmp_path, 2, broken, keep=1)
-    assert checkpointing.latest_checkpoint(tmp_path).name == "step-00000001"
+    assert checkpoints.latest_checkpoint(tmp_path).name == "step-00000001"
     save(tmp_path, 2, keep=1)  # what the broken one left is no obstacle
     assert names(tmp_path) == ["step-00000002"]
 
 
 def test_an_unfinished_folder_is_not_a_checkpoint(tmp_path):
     (tmp_path / "checkpoints" / "step-00000009").mkdir(parents=True)
-    assert checkpointing.latest_checkpoint(tmp_path) is None
-    assert checkpointing.latest_checkpoint(tmp_path / "nowhere") is None
+    assert checkpoints.latest_checkpoint(tmp_path) is None
+    assert checkpoints.latest_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_target_and_state_come_back(tmp_path):
     written, read, engine = nn.Linear(2, 2), nn.Linear(2, 2), Engine()
     path = save(tmp_path, 7, target=written)
-    state = checkpointing.load_checkpoint(path, engine, read, ALONE, "d" * 64, 8)
+    state = checkpoints.load_checkpoint(path, engine, read, ALONE, "d" * 64, 8)
     assert state["step"] == 7
     assert torch.equal(read.weight, written.weight)
     assert engine.loaded[1] == "step-00000007"
@@ -79,12 +79,12 @@ def test_target_and_state_come_back(tmp_path):
 def test_other_data_or_ranks_are_refused(tmp_path):
     path, engine = save(tmp_path, 1), Engine()
     with pytest.raises(ConfigError, match="written on other data"):
-        checkpointing.load_checkpoint(path, engine, nn.Linear(2, 2), ALONE, "e" * 64, 8)
+        checkpoints.load_checkpoint(path, engine, nn.Linear(2, 2), ALONE, "e" * 64, 8)
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(state | {"world": 4}))
     engine.stage = 1
     with pytest.raises(ConfigError, match=r"written by 4 ranks with ZeRO stage 0, now there are 1"):
-        checkpointing.load_checkpoint(path, engine, nn.Linear(2, 2), ALONE, "d" * 64, 8)
+        checkpoints.load_checkpoint(path, engine, nn.Linear(2, 2), ALONE, "d" * 64, 8)
     (path / "state.json").write_text(json.dumps(state))
     with pytest.raises(ConfigError, match="effective batch of 8, now it is 16"):
-        checkpointing.load_checkpoint(path, Engine(), nn.Linear(2, 2), ALONE, "d" * 64, 16)
+        checkpoints.load_checkpoint(path, Engine(), nn.Linear(2, 2), ALONE, "d" * 64, 16)

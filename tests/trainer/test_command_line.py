@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from jobs import TINY, make_images
 
-from njepa import cli, tracking
-from njepa.tracking import Tracker
+from njepa import cli
+from njepa.runs import tracking
+from njepa.runs.tracking import Tracker
 
 ROOT = Path(__file__).parents[2]
 

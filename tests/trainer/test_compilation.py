@@ -13,12 +13,18 @@ from tiny import make_batch, tiny_config
 from torch import nn
 
 from bench.measure import peak_bytes
-from njepa.compilation import Compilation, choose_compilation, compilations, compile_blocks, eagerly
 from njepa.config import ConfigError
-from njepa.ema import make_target
 from njepa.models.attention import SDPA
 from njepa.models.block import Block, run_blocks
-from njepa.step import TrainModule
+from njepa.training.compiling import (
+    Compilation,
+    choose_compilation,
+    compilations,
+    compile_blocks,
+    eagerly,
+)
+from njepa.training.ema import make_target
+from njepa.training.module import TrainModule
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 METHODS = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from njepa.config import ConfigError
-from njepa.ds_engine import BatchSizes, engine_config, load_ds_config, resolve_batch
+from njepa.training.zero import BatchSizes, engine_config, load_ds_config, resolve_batch
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import make_batch, tiny_config
 
-from njepa.ema import ema_parameters, make_target, update_target
 from njepa.models.encoder import build_encoder
-from njepa.schedules import Schedules
-from njepa.step import TrainModule
+from njepa.training.ema import ema_parameters, make_target, update_target
+from njepa.training.module import TrainModule
+from njepa.training.schedules import Schedules
 
 
 def test_target_is_an_fp32_copy_without_gradient():

@@ -12,8 +12,8 @@ from tiny import make_batch, tiny_config
 from torch import nn
 
 from njepa.config import Config
-from njepa.ema import ema_parameters, make_target, update_target
-from njepa.step import TrainModule, param_groups
+from njepa.training.ema import ema_parameters, make_target, update_target
+from njepa.training.module import TrainModule, param_groups
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from njepa.monitors import FeatureMonitor, MetricMeans, rankme
+from njepa.runs.monitors import FeatureMonitor, MetricMeans, rankme
 
 
 def test_rankme_of_known_spectra():

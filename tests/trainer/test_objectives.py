@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from njepa.config import Config
 from njepa.data.batch import Batch, Lengths
-from njepa.ema import make_target
 from njepa.models.jepa import Jepa, JepaOutput, build_jepa
 from njepa.objectives import objective, prediction_loss, vicreg_loss
+from njepa.training.ema import make_target
 
 
 def forward(config: Config, batch: Batch) -> tuple[Jepa, JepaOutput, torch.Tensor]:

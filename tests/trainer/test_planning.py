@@ -20,11 +20,11 @@ from njepa.cli import main
 from njepa.config import load_config
 from njepa.data.batch import Masks
 from njepa.draws.masks import MaskSampler
-from njepa.ds_engine import BatchSizes
-from njepa.ema import make_target
 from njepa.models.architecture import encoder_stack
 from njepa.models.encoder import Encoder
-from njepa.step import TrainModule
+from njepa.training.ema import make_target
+from njepa.training.module import TrainModule
+from njepa.training.zero import BatchSizes
 
 SHAPE, BATCH = plan.Shape(N_CONTEXT, N_TARGETS), 4
 REFERENCE = {"default": "reference"}  # the native ops' products are not visible to the counter

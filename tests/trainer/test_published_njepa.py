@@ -40,7 +40,7 @@ from torch.func import functional_call
 from njepa.config import Config
 from njepa.data.batch import Batch
 from njepa.draws.sigmas import block_sigmas
-from njepa.step import TrainModule, param_groups
+from njepa.training.module import TrainModule, param_groups
 
 # --- the oracle itself ---------------------------------------------------------------------------
 

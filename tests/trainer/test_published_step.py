@@ -9,8 +9,8 @@ import torch
 from published_ijepa import PublishedEncoder, PublishedPredictor, published_loss
 from tiny import SIDE, make_batch, normalised, tiny_config
 
-from njepa.ema import ema_parameters, make_target, update_target
-from njepa.step import TrainModule, param_groups
+from njepa.training.ema import ema_parameters, make_target, update_target
+from njepa.training.module import TrainModule, param_groups
 
 CONFIG = tiny_config("ijepa")
 

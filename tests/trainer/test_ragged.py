@@ -23,11 +23,11 @@ from njepa.data.loader import build_loader
 from njepa.data.sources import open_source
 from njepa.draws.masks import MaskSampler
 from njepa.draws.order import SampleOrder
-from njepa.ema import make_target
 from njepa.models.attention import Attention, Sequences
 from njepa.models.jepa import JepaOutput
 from njepa.objectives import objective
-from njepa.step import TrainModule
+from njepa.training.ema import make_target
+from njepa.training.module import TrainModule
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]

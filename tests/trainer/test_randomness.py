@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from njepa_kernels._philox import philox4x32
+from njepa_kernels._runtime.philox import philox4x32
 from scipy import stats
 
 from njepa.draws.streams import STREAMS, permutation, stream_seed, uniform, uniform_of_step, words

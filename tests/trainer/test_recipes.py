@@ -11,10 +11,10 @@ from njepa.cli import main
 from njepa.config import load_config, recipe_names
 from njepa.data.batch import Batch, Masks
 from njepa.draws.masks import MaskSampler
-from njepa.ds_engine import load_ds_config, resolve_batch
-from njepa.ema import make_target
 from njepa.models.architecture import architecture
-from njepa.step import TrainModule
+from njepa.training.ema import make_target
+from njepa.training.module import TrainModule
+from njepa.training.zero import load_ds_config, resolve_batch
 
 FOLDER = Path(__file__).parents[2] / "njepa/recipes"
 

@@ -6,8 +6,8 @@ import re
 import pytest
 
 from njepa.config import ConfigError, parse_config
-from njepa.run_folder import RunFolder, run_dir
-from njepa.tracking import Tracker
+from njepa.runs.folder import RunFolder, run_dir
+from njepa.runs.tracking import Tracker
 
 
 def config(folder, **sections):

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from njepa.config import ConfigError, OptimConfig
-from njepa.schedules import Schedules
+from njepa.training.schedules import Schedules
 
 
 class Oracle:

@@ -14,9 +14,9 @@ from torch import multiprocessing
 
 from njepa.config import Config
 from njepa.data.batch import Batch
-from njepa.ema import ema_parameters, make_target, update_target
 from njepa.models.projector import DistributedBatchNorm
-from njepa.step import TrainModule, param_groups
+from njepa.training.ema import ema_parameters, make_target, update_target
+from njepa.training.module import TrainModule, param_groups
 
 OFF = {"weight": 0.0, "consistency": 0.0}
 SINGLE = {"predictors": "single", "sigma": 0.0}

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._dispatch import IMPLEMENTATIONS, Impl
-from ..jepa_loss.op import jepa_loss
+from .._runtime.dispatch import IMPLEMENTATIONS, Impl
+from ..ops.jepa_loss.op import jepa_loss
 from ._forwards import block_index, usable
 from ._modules import accelerate_modules, restore_module
 from ._report import Report

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from .._dispatch import Impl
-from ..jepa_loss.op import jepa_loss
+from .._runtime.dispatch import Impl
+from ..ops.jepa_loss.op import jepa_loss
 from ._forwards import block_index, layer_norm_dtype, published_dtype, usable
 
 Compute = Callable[[], torch.Tensor]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .._dispatch import Impl
-from ..gather_tokens.op import gather_tokens
-from ..predictor_tokens.op import predictor_tokens
+from .._runtime.dispatch import Impl
+from ..ops.gather_tokens.op import gather_tokens
+from ..ops.predictor_tokens.op import predictor_tokens
 
 Masks = torch.Tensor | list[torch.Tensor]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._dispatch import Impl
+from .._runtime.dispatch import Impl
 from ._forwards import Masks, as_list, encode, predict, usable
 from ._report import Report
 

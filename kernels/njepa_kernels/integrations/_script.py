@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .._dispatch import Impl
+from .._runtime.dispatch import Impl
 from ._deferred import DeferredTargets, layer_norm_later
 from ._report import Report
 

@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 import torch
 from njepa_kernels import (
-    _by_index,
     ema_update_,
     gather_tokens,
     jepa_loss,
     predictor_tokens,
     vicreg,
 )
-from njepa_kernels._triton import launch
-from njepa_kernels.gather_tokens.cases import _case as gather_case
-from njepa_kernels.jepa_loss.cases import _case as loss_case
-from njepa_kernels.predictor_tokens import triton_kernel as predictor_kernels
-from njepa_kernels.predictor_tokens.cases import _case as predictor_case
+from njepa_kernels._runtime import by_index
+from njepa_kernels._runtime.launch import launch
+from njepa_kernels.ops.gather_tokens.cases import _case as gather_case
+from njepa_kernels.ops.jepa_loss.cases import _case as loss_case
+from njepa_kernels.ops.predictor_tokens import triton_kernel as predictor_kernels
+from njepa_kernels.ops.predictor_tokens.cases import _case as predictor_case
+from njepa_kernels.ops.vicreg.cases import _case as vicreg_case
 from njepa_kernels.testing import OpCase, assert_case_within_baseline
-from njepa_kernels.vicreg.cases import _case as vicreg_case
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def test_frozen_positions_launch_no_kernel(learnt: bool, monkeypatch: pytest.Mon
         launch(kernel, grid, *args, **meta)
 
     monkeypatch.setattr(predictor_kernels, "launch", spy)
-    monkeypatch.setattr(_by_index, "launch", spy)
+    monkeypatch.setattr(by_index, "launch", spy)
     leaves = [torch.randn(2, 3, 12, requires_grad=True), torch.randn(6, 12), torch.zeros(12)]
     leaves[1].requires_grad_(learnt)
     idx = torch.randint(0, 6, (2, 2, 3))

@@ -7,8 +7,9 @@ from functools import partial
 import pytest
 import torch
 from memory import watched
-from njepa_kernels import _checks, gather_tokens, predictor_tokens
-from njepa_kernels._by_index import sum_by_index
+from njepa_kernels import gather_tokens, predictor_tokens
+from njepa_kernels._runtime import checks
+from njepa_kernels._runtime.by_index import sum_by_index
 from njepa_kernels.testing import OpCase, all_cases, evaluate
 from special_checks import INDEXED, check_nan, check_stray_index
 
@@ -35,7 +36,7 @@ def test_an_index_out_of_range_reads_nothing_and_gives_nan(
     case: OpCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As on a device, where nobody looks at the values of an index.
-    monkeypatch.setattr(_checks, "can_read_values", lambda tensor: False)
+    monkeypatch.setattr(checks, "can_read_values", lambda tensor: False)
     inputs = case.make_inputs(CPU, torch.float32, 0)
     with watched() as launches:
         check_stray_index(case, partial(case.function, impl="triton"), inputs)

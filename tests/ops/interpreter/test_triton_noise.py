@@ -1,4 +1,4 @@
-"""The noise that the Triton kernels draw in registers against _philox.py."""
+"""The noise that the Triton kernels draw in registers against philox.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from njepa_kernels import NoiseKey, philox_normal, predictor_tokens
-from njepa_kernels._triton import _box_muller, _cos_sin, _log
+from njepa_kernels._runtime.triton_noise import _box_muller, _cos_sin, _log
 from noise_checks import check_draws, noise_of
 
 

@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 import torch
-from njepa_kernels import _blocks, tune
-from njepa_kernels._blocks import ProductTile, Tile
+from njepa_kernels._runtime import blocks
+from njepa_kernels._runtime.blocks import ProductTile, Tile
 from njepa_kernels.testing import (
     OpCase,
     all_cases,
@@ -18,6 +18,7 @@ from njepa_kernels.testing import (
     cast_inputs,
     evaluate,
 )
+from njepa_kernels.tools import tune
 
 CPU = torch.device("cpu")
 OPS = ["patchify", "gather_tokens", "predictor_tokens", "jepa_loss", "vicreg"]
@@ -46,7 +47,7 @@ def _seconds(costs: Callable[[str, Tile | ProductTile], float]) -> tune.Timer:
 
     def timer(run: Callable[[], object]) -> float:
         run()
-        return 1.0 + sum(costs(place, tile) for place, tile in _blocks.tuned_tiles.items())
+        return 1.0 + sum(costs(place, tile) for place, tile in blocks.tuned_tiles.items())
 
     return timer
 
@@ -63,12 +64,12 @@ def test_every_neighbour_gives_right_values(op: str) -> None:
     tried = 0
     for place, default in asked.items():
         for tile in tune.neighbours(default, int(place.split()[1])):
-            _blocks.tuned_tiles[place] = tile
+            blocks.tuned_tiles[place] = tile
             for name, value in _evaluate(case).items():
                 what = f"{place} {tile} {name}"
                 assert_within_baseline(value, eager[name], exact[name], torch.float32, what)
             tried += 1
-        del _blocks.tuned_tiles[place]
+        del blocks.tuned_tiles[place]
     assert tried >= 3 * len(asked)
 
 
@@ -85,14 +86,14 @@ def test_search_takes_steps_that_pay_and_keeps_the_rest() -> None:
     assert place.startswith("gather_tokens_fwd")
     tile = found[place]
     assert tile.num_warps == 8
-    assert _blocks.tuned_tiles == found
+    assert blocks.tuned_tiles == found
 
 
 def test_a_tile_that_does_not_compile_is_passed_over() -> None:
     from triton.runtime.errors import OutOfResources
 
     def timer(run: Callable[[], object]) -> float:
-        if any(tile.num_warps != 4 for tile in _blocks.tuned_tiles.values()):
+        if any(tile.num_warps != 4 for tile in blocks.tuned_tiles.values()):
             raise OutOfResources(1, 0, "registers")
         return 1.0
 
@@ -108,19 +109,19 @@ def test_file_round_trip_and_use(tmp_path) -> None:
     other = dataclasses.replace(default, rows=2 * default.rows)
     tune.save_tiles(file, {place: other}, "test device")
     tune.load_tiles(file)
-    assert _blocks.tuned_tiles == {place: other}
+    assert blocks.tuned_tiles == {place: other}
     with tune._asked() as again:
         _evaluate(case)
     assert again == {place: default}
     tune.load_tiles(None)
-    assert _blocks.tuned_tiles == {}
+    assert blocks.tuned_tiles == {}
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("not json", "expected a file of njepa_kernels.tune"),
-        ("[]", "expected a file of njepa_kernels.tune"),
+        ("not json", "expected a file of njepa_kernels.tools.tune"),
+        ("[]", "expected a file of njepa_kernels.tools.tune"),
         ({"tiles": {"a 8": [1, 2]}}, r"expected the fields of a tile, got \[1, 2\]"),
         ({"tiles": {"a 8": {"rows": 3, "block_d": 64, "num_warps": 4}}}, "rows=3 is no block"),
         ({"tiles": {"a 8": {"rows": 4, "block_d": 64, "num_warps": True}}}, "num_warps=True"),
@@ -132,7 +133,7 @@ def test_bad_files_are_refused_and_change_nothing(tmp_path, content, message) ->
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=message):
         tune.load_tiles(file)
-    assert _blocks.tuned_tiles == {}
+    assert blocks.tuned_tiles == {}
     with pytest.raises(ValueError, match="No such file"):
         tune.load_tiles(tmp_path / "none.json")
 
@@ -142,7 +143,7 @@ def test_a_row_cut_into_column_tiles_gives_the_same() -> None:
     with tune._asked() as asked:
         whole = _evaluate(case)
     ((place, default),) = asked.items()
-    _blocks.tuned_tiles[place] = dataclasses.replace(default, block_d=default.block_d // 2)
+    blocks.tuned_tiles[place] = dataclasses.replace(default, block_d=default.block_d // 2)
     for name, value in _evaluate(case).items():
         torch.testing.assert_close(value, whole[name], rtol=2e-6, atol=1e-7)
 

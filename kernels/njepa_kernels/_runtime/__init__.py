@@ -1,0 +1,1 @@
+"""What the ops share: choice of the implementation, registration, checks, launching, noise."""

@@ -1,0 +1,1 @@
+"""The ops, a package each: op, reference, triton_kernel, native, cases."""

@@ -1,0 +1,1 @@
+"""Programs for development: tune, resources, export_hf."""

@@ -1,0 +1,98 @@
+"""Where numbers go: metrics.jsonl, TensorBoard, the progress shown. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from njepa.runs.folder import write_atomically
+
+
+class Tracker:
+    """Writes one JSON object per logged step.
+
+    Args:
+        run: the run folder.
+        start: first step of this process; later lines of an interrupted run are dropped.
+        total: steps of the whole run.
+        progress: show it: a bar where stderr is a terminal, elsewhere a line per logged step.
+    """
+
+    def __init__(
+        self, run: Path, start: int, total: int, *, tensorboard: bool = True, progress: bool = True
+    ) -> None:
+        path = run / "metrics.jsonl"
+        if path.is_file():
+            lines = [line for line in path.read_text().splitlines() if _step(line) <= start]
+            write_atomically(path, "".join(line + "\n" for line in lines))
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in close)
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
+        quiet = None if progress else True  # tqdm: None is quiet where stderr is no terminal
+        self._bar = tqdm(total=total, initial=start, disable=quiet, unit="step", dynamic_ncols=True)
+        self._lines, self._total = progress and self._bar.disable, total
+        self._first: tuple[int, float] | None = None  # of these lines: step, time
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Write the numbers of ``step`` (optimizer steps done)."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self._board is not None:
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, step)
+        if self._lines and "loss" in metrics:
+            self.say(self._line(step, metrics))
+        shown = {
+            "loss": f"{metrics['loss']:.4f}" if "loss" in metrics else None,
+            "img/s": f"{metrics['images_per_s']:.0f}" if "images_per_s" in metrics else None,
+        }
+        self._bar.set_postfix({k: v for k, v in shown.items() if v is not None}, refresh=False)
+
+    def _line(self, step: int, metrics: dict[str, Any]) -> str:
+        """``step 20 of 1536: loss 0.6846, 178 images/s, 13:25 left``; the time from the second on.
+
+        The first step holds compilation and warm-up, so the pace is that since the first line.
+        """
+        now = time.monotonic()
+        parts = [f"loss {metrics['loss']:.4f}"]
+        if "images_per_s" in metrics:
+            parts.append(f"{metrics['images_per_s']:.0f} images/s")
+        if self._first is None:
+            self._first = step, now
+        elif step < self._total:
+            pace = (now - self._first[1]) / (step - self._first[0])
+            parts.append(f"{tqdm.format_interval(pace * (self._total - step))} left")
+        return f"step {step} of {self._total}: {', '.join(parts)}"
+
+    def say(self, text: str) -> None:
+        """Print a line without tearing the bar, and at once: a file is read while it grows."""
+        tqdm.write(text)
+        sys.stdout.flush()
+
+    def end_bar(self) -> None:
+        """The steps are done; what follows is printed below the bar."""
+        self._bar.close()
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):  # a line cut off by a crash
+        return float("inf")
