@@ -70,26 +70,30 @@ class OnlineProbe:
         self._rows: Tensor | None = None
 
     @torch.no_grad()
-    def add(self, h: Tensor, sample_ids: Tensor) -> None:
-        """Score the images without labels, then learn from the others.
+    def add(self, features: Tensor, sample_ids: Tensor) -> None:
+        """Score the images that are kept aside, then learn from the others.
+
+        A micro-batch with a number that is not finite is neither scored nor learnt.
 
         Args:
-            h: features [B, N, D] of a micro-batch, of any float type.
+            features: [B, D], target features of a micro-batch averaged over patches.
             sample_ids: int64 [B], on any device.
         """
-        with torch.autocast(h.device.type, enabled=False):
-            x = h.detach().float().mean(1)
+        with torch.autocast(features.device.type, enabled=False):
+            x = features.detach().float()
+            good = x.isfinite().all()
+            x = x.where(good, torch.zeros_like(x))
             ids = sample_ids.to(x.device, non_blocking=True)
-            y, scored = self._labels[ids], ids % _SHARE == 0
+            y, scored = self._labels[ids], (ids % _SHARE == 0) & good
+            learnt = ~scored & good
             if self._rows is None:
                 self._start(x)
-            standard = self._standardised(x)
+            standard = self._standardised(x, good)
             logits = standard @ self._weights[:-1] + self._weights[-1]
-            near = self._vote(x)
-            right = torch.stack([logits.argmax(1) == y, near == y]) & scored
+            right = torch.stack([logits.argmax(1) == y, self._vote(x) == y]) & scored
             self._counts += torch.cat([scored.sum()[None], right.sum(1)])
-            self._learn(standard, logits, y, scored)
-            self._remember(x, y, scored)
+            self._learn(standard, logits, y, learnt)
+            self._remember(x, y, learnt)
 
     def read(self) -> dict[str, float]:
         """Percent right since the last reading (a host sync); nothing where none was scored."""
@@ -111,33 +115,34 @@ class OnlineProbe:
         self._weights = x.new_zeros(width + 1, self._classes)
         self._velocity = torch.zeros_like(self._weights)
 
-    def _standardised(self, x: Tensor) -> Tensor:
-        self._mean.lerp_(x.mean(0), 0.05)
-        self._var.lerp_(x.var(0, correction=0), 0.05)
-        return (x - self._mean) / (self._var + 1e-12).sqrt()
+    def _standardised(self, x: Tensor, good: Tensor) -> Tensor:
+        share = 0.05 * good
+        self._mean.lerp_(x.mean(0), share)
+        self._var.lerp_(x.var(0, correction=0), share)
+        return (x - self._mean) / (self._var + 1e-6).sqrt()
 
     def _vote(self, x: Tensor) -> Tensor:
         assert self._rows is not None  # since _start
         cosine = F.normalize(x, dim=1) @ self._rows.T
         cosine = cosine.masked_fill(~self._valid, -torch.inf)
-        cosine, nearest = cosine.topk(min(self._k, self._bank_size), dim=1)
+        cosine, nearest = cosine.topk(min(self._k, len(self._rows)), dim=1)
         votes = x.new_zeros(len(x), self._classes)
         # An empty place votes with exp(-inf) = 0.
         votes.scatter_add_(1, self._row_labels[nearest], (cosine / self._temperature).exp())
         return votes.argmax(1)
 
-    def _learn(self, x: Tensor, logits: Tensor, y: Tensor, scored: Tensor) -> None:
+    def _learn(self, x: Tensor, logits: Tensor, y: Tensor, learnt: Tensor) -> None:
         error = logits.softmax(1)
         error[torch.arange(len(y), device=y.device), y] -= 1
-        error = error * (~scored)[:, None] / (~scored).sum().clamp_min(1)
+        error = error * learnt[:, None] / learnt.sum().clamp_min(1)
         gradient = torch.cat([x.T @ error, error.sum(0)[None]])
         self._velocity.mul_(self._momentum).add_(gradient)
         self._weights.sub_(self._velocity, alpha=self._lr)
 
-    def _remember(self, x: Tensor, y: Tensor, scored: Tensor) -> None:
-        """All rows take a place, so that no shape depends on the data; scored ones stay invalid."""
+    def _remember(self, x: Tensor, y: Tensor, learnt: Tensor) -> None:
+        """All rows take a place, so that no shape depends on the data; others are not valid."""
         assert self._rows is not None
-        where = torch.arange(self._next, self._next + len(x), device=x.device) % self._bank_size
+        where = torch.arange(self._next, self._next + len(x), device=x.device) % len(self._rows)
         self._rows[where], self._row_labels[where] = F.normalize(x, dim=1), y
-        self._valid[where] = ~scored
-        self._next = (self._next + len(x)) % self._bank_size
+        self._valid[where] = learnt
+        self._next = (self._next + len(x)) % len(self._rows)
