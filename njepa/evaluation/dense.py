@@ -153,4 +153,4 @@ def mean_of(values: Tensor) -> dict[str, Any]:
 def clip_tokens(encode: Encode, clips: Scenes, batch_size: int, device: str) -> Tensor:
     """Tokens of all frames, [n, FRAMES, N, F]."""
     tokens = tokens_of(encode, clips.images.flatten(0, 1), batch_size, device)
-    return tokens.unflatten(0, (-1, FRAMES))
+    return tokens.view(-1, FRAMES, *tokens.shape[1:])
