@@ -1,8 +1,8 @@
 """A training step in the published style, before and after ``integrations.accelerate``.
 
-    python bench/accelerate_demo.py [--size vits16-224-b8] [--pairs 15] [--device cpu] [--amp]
+    python -m bench.accelerate_demo [--size vits16-224-b8] [--pairs 15] [--device cpu] [--amp]
 
-The script is ``tests/ops/published_style.py``, loaded twice; one copy is accelerated. Both train
+The script is ``bench/published/script.py``, loaded twice; one copy is accelerated. Both train
 from the same weights on the same images and masks, step by step in turns, on one thread; their
 losses must agree at every step, or no time is printed and the exit status is 1. On a CPU the time
 is that of the process, which other work on the machine disturbs less than the wall clock. "targets
@@ -27,7 +27,7 @@ import njepa_kernels
 import torch
 from njepa_kernels import integrations
 
-SCRIPT = Path(__file__).parents[1] / "tests" / "ops" / "published_style.py"
+SCRIPT = Path(__file__).parent / "published" / "script.py"
 #: patch, image side, width, encoder depth, heads, predictor depth, batch, context tokens, target
 #: tokens. 33 is the published mean at 14 x 14 patches, 64 lies between those of batch 1 and 128.
 SIZES = {

@@ -22,9 +22,9 @@ from torch import Tensor
 from njepa.config import MaskConfig
 from njepa.data.batch import Lengths
 from njepa.draws.masks import MaskSampler
+from njepa.models.architecture import SIZES
 from njepa.models.attention import Attention, Kernel, Sdpa, Sequences
 from njepa.models.attention_kernels import FLASH_FIRST, load_kernel, probe
-from njepa.models.encoder import SIZES
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -2,27 +2,23 @@
 
     python -m pytest bench/bench_masks.py --benchmark-only
 
-The opponent (``impl=eager``) is ``tests/trainer/mask_oracle.py``: torch, one image and block at a
-time, as the published collator works. Its masks and ours are checked before they are timed.
+The opponent (``impl=eager``) is ``bench/published/masks.py``: torch, one image and block at a time,
+as the published collator works. Its masks and ours are checked before they are timed.
 """
 
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from bench.published.masks import PublishedCollator
 from njepa.config import MaskConfig
 from njepa.draws.masks import MaskSampler
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "trainer"))
-from mask_oracle import OracleSampler
 
 SIZES = [(14, 128), (14, 2048), (16, 128), (28, 128)]
 
@@ -60,11 +56,11 @@ def test_masks(benchmark: Any, side: int, batch: int, impl: str) -> None:
     draw: Callable[[], tuple[np.ndarray, np.ndarray]]
     if impl == "eager":
         torch.manual_seed(0)
-        oracle = OracleSampler(config, (side, side))
+        collate = PublishedCollator((side, side), min_keep=config.min_keep)
 
         def draw() -> tuple[np.ndarray, np.ndarray]:
-            context, targets, _ = oracle(batch)
-            return context.numpy(), targets.numpy()
+            (context,), targets = collate(batch)
+            return context.numpy(), torch.stack(targets, dim=1).numpy()
     else:
         sampler = MaskSampler(config, (side, side), seed=0, batch=batch)
         ids = np.arange(batch, dtype=np.int64)

@@ -11,10 +11,8 @@ lower bound: inputs and weights read twice, their gradients written, the output 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,15 +21,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from bench.published.networks import PublishedPredictor
+from bench.published.shared_context import dense_prediction, may_attend
 from njepa.data.batch import Masks
 from njepa.models.architecture import Stack
 from njepa.models.attention import SDPA
 from njepa.models.predictor import Predictor
 from njepa.models.shared_context import Segments, shared_context_attention
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "trainer"))
-from masked_predictor import dense_prediction, may_attend
-from published_ijepa import PublishedPredictor
 
 pytestmark = pytest.mark.slow_on_cpu
 CUDA = torch.cuda.is_available()
@@ -152,7 +148,7 @@ def test_predictor(benchmark: Any, name: str, n_blocks: int, impl: str) -> None:
     )  # fmt: skip
 
 
-# --- the attention of a shared context -----------------------------------------------------------
+# The attention of a shared context
 
 
 def all_tokens(context: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:

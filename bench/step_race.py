@@ -20,7 +20,8 @@ from torch import Tensor
 
 from bench.facts import machine
 from bench.measure import ceilings, synchronise
-from bench.published_step import Phase, PublishedCollator, PublishedStep, no_phase
+from bench.published.masks import PublishedCollator
+from bench.published.step import Phase, PublishedStep, no_phase
 from bench.step_sizes import (
     STATIC,
     VARIANTS,
@@ -156,7 +157,7 @@ class Runner:
         if variant.overrides is None:
             mask = self.config.mask
             self.collate = PublishedCollator(
-                self.config.grid[0], mask.n_targets, mask.target_scale, mask.context_scale,
+                self.config.grid, mask.n_targets, mask.target_scale, mask.context_scale,
                 mask.aspect_ratio, mask.min_keep,
             )  # fmt: skip
             self._published = PublishedStep(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from bench.published_step import Size
+from bench.published.step import Size
 from njepa import planning
 from njepa.config import Config, load_config
 from njepa.training.zero import BatchSizes

@@ -21,13 +21,13 @@ COMMANDS = {
 USAGE = """usage: njepa <command> [options]
 
 commands:
-  train   pre-train an encoder (the same as `deepspeed njepa/train.py` with one process)
-  probe   what a frozen encoder is worth on labelled images, beside its floors
-  scan    decode every image of a source, write a list of the good ones, name the bad ones
-  plan    FLOPs, memory, traffic and predicted speed of a configuration on some GPUs
-  info    versions, recipes, configuration keys, what runs on this machine
+  train   pre-train an encoder in one process (like `python njepa/train.py`)
+  probe   measure a frozen encoder on labelled images, beside its floors
+  scan    decode every image once, list the good ones, name the bad ones
+  plan    predict FLOPs, memory, traffic and speed on given GPUs, without one
+  info    print versions, recipes, configuration keys and what runs on this machine
 
-`njepa <command> --help` tells more.
+`njepa <command> --help` gives the options.
 """
 
 

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from njepa_kernels import jepa_loss, vicreg
+from njepa_kernels import Impl, jepa_loss, vicreg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from njepa.config import Config
+from njepa.config import Config, NoiseConfig, VicregConfig
 from njepa.data.batch import Masks
 from njepa.models.jepa import JepaOutput
 
@@ -43,16 +43,19 @@ def objective(
         projector: of VICReg; None where ``vicreg.weight`` is 0.
         group: ranks whose batches VICReg's statistics cover, None for a single process.
     """
-    total, metrics = prediction_loss(config, output, h, masks)
+    impl = config.impl.default
+    total, metrics = prediction_loss(config.noise, output, h, masks, impl)
     if config.vicreg.weight > 0:
         assert projector is not None
-        regulariser = vicreg_loss(config, output, h, masks, projector, group)
+        regulariser = vicreg_loss(config.vicreg, output, h, masks, projector, group, impl)
         total = total + config.vicreg.weight * regulariser.total
         metrics = metrics | regulariser.metrics
     return Losses(total, {"loss": total.detach()} | metrics)
 
 
-def prediction_loss(config: Config, output: JepaOutput, h: Tensor, masks: Masks) -> Losses:
+def prediction_loss(
+    noise: NoiseConfig, output: JepaOutput, h: Tensor, masks: Masks, impl: Impl = "auto"
+) -> Losses:
     """N-JEPA's loss (arXiv 2507.15216, eq. 7-10); without noise I-JEPA's, its first term.
 
         L = L_CT + lambda1 L_NT + lambda2 L_CN
@@ -63,7 +66,6 @@ def prediction_loss(config: Config, output: JepaOutput, h: Tensor, masks: Masks)
 
     Metrics: loss_clean, loss_noise, loss_consistency, as far as they exist.
     """
-    noise, impl = config.noise, config.impl.default
     if output.clean is None or output.noised is None:
         pred = output.noised if output.clean is None else output.clean
         assert pred is not None
@@ -93,12 +95,13 @@ def prediction_loss(config: Config, output: JepaOutput, h: Tensor, masks: Masks)
 
 
 def vicreg_loss(
-    config: Config,
+    settings: VicregConfig,
     output: JepaOutput,
     h: Tensor,
     masks: Masks,
     projector: nn.Module,
     group: dist.ProcessGroup | None = None,
+    impl: Impl = "auto",
 ) -> Losses:
     """sim * inv + std * v + cov * c of VICReg (arXiv 2105.04906) on the tensors of ``vicreg.on``.
 
@@ -113,7 +116,6 @@ def vicreg_loss(
     No gradient reaches the target encoder. Statistics cover the batch of all ranks, in fp32.
     Metrics: vicreg_inv, vicreg_std, vicreg_cov.
     """
-    settings, impl = config.vicreg, config.impl.default
     if settings.on == "pred_blocks":
         pred = output.noised if output.clean is None else output.clean
         assert pred is not None

@@ -70,13 +70,14 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # the import sets its own level
         ds = load_ds_config(args.ds_config)
+        from njepa.data.errors import DataError
         from njepa.runs.ranks import join_ranks, leave_ranks
-        from njepa.training.loop import UNREADABLE, NonFiniteLoss, Trainer
+        from njepa.training.loop import NonFiniteLoss, Trainer
 
         ranks = join_ranks(config.run.device)
         try:
             Trainer(config, ds, ranks).run()
-        except (NonFiniteLoss, *UNREADABLE) as error:
+        except (NonFiniteLoss, DataError) as error:
             if main_rank:
                 print(f"njepa: {error}", file=sys.stderr)
             return 1

@@ -196,22 +196,23 @@ def document(tables: Sequence[Table], seeds: Sequence[int], folder: Path = FOLDE
         "# Evidence: the papers' ablations, small",
         _fill(
             "Written by `python -m bench.evidence`; its results are in `bench/results/evidence`, "
-            "one file per run. Change the words in `bench/evidence/tables.py`, not here."
+            "one file per run. Change the text in `bench/evidence/tables.py`, not here."
         ),
         _fill(
             f"**What was run.** Recipe `{RECIPE}` on the embedded images: the last table whole, "
             f"the others its first {BASE['run.max_steps']} steps with batches of "
             f"{BASE['ds.train_micro_batch_size_per_gpu']}. "
-            "The noise is the published one in proportion to positions that the "
-            "recipe halves (sigma .25). One thread a run, fp32 on a CPU, seeds "
+            "Sigma is .25, half of the published value, because the recipe halves the "
+            "positions. One thread a run, fp32 on a CPU, seeds "
             f"{', '.join(map(str, seeds))}. Scores are top-1 in % of the mean-pooled target "
             "encoder on 2,048 test images: kNN (k = 20) and a linear probe. ± is half of the 95 % "
             "interval over seeds by Student's t. Differences are to the table's baseline, paired "
-            "by seed; an arm is *better* or *worse* where the interval of the difference excludes "
-            "0, else *undecided*. The verdicts are not corrected for their number: of twenty true "
-            "ties one is expected to look decided. Feature std and RankMe are those of the last "
-            "512 training images. A tiny network, a few minutes, an easy set: this says what "
-            "happens here, not on ImageNet."
+            "by seed; an arm is *better* or *worse* if the interval of the difference excludes 0, "
+            "else *undecided*. The verdicts are not corrected for multiple comparisons: of twenty "
+            "true ties one is expected to look decided. Feature std and RankMe are those of the "
+            "last 512 training images. The *valley* is the first phase of a run, in which "
+            "the features shrink (docs/small-scale.md). A tiny network, a few minutes, an easy "
+            "set: this says what happens here, not on ImageNet."
         ),
     ]
     for table in tables:

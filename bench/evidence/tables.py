@@ -87,11 +87,11 @@ TABLES: tuple[Table, ...] = (
             _arm("CT + NT + NC", NJEPA, noise_weight=1, noise_consistency=1),
         ),
         baseline="CT (I-JEPA)",
-        verdict="Not supported at this scale: no added term helps. NC at weight 1 is the "
-        "costly one: with it the features stay in the valley of the first phase and the "
-        "scores are no better than the untrained network's. NT alone is undecided: 5 points "
-        "lower on average, higher in one seed. In the paper, too, each term alone is below "
-        "CT; only all three together are above it.",
+        verdict="Not supported at this scale: no added term helps. NC at weight 1 costs most: "
+        "the features stay in the valley of the first steps, and the scores are no better than "
+        "the untrained network's. NT alone is undecided: 5 points lower on average, higher in "
+        "one seed. In the paper, too, each term alone is below CT; only all three together are "
+        "above it.",
     ),
     Table(
         name="weights",
@@ -107,16 +107,15 @@ TABLES: tuple[Table, ...] = (
         ),
         baseline="(.1, .1), published",
         verdict="Not supported at this scale: lambda2, the weight of NC, decides. At 1 the "
-        "runs end in the valley; at .1 they have begun to leave it, and lambda1 = 1, the last "
-        "in the paper, is ahead of the published .1 in all three seeds, by 3 to 6 points. All "
-        "four are below I-JEPA. Over the whole length (last table) the published weights do "
-        "leave the valley, some 300 steps after I-JEPA.",
+        "runs end in the valley; at .1 they have begun to leave it. There (1, .1), the worst pair "
+        "in the paper, is ahead of the published (.1, .1) in all three seeds, by 3 to 6 points. "
+        "All four are below I-JEPA. Over the whole length (last table) the published weights do "
+        "leave the valley, about 300 steps after I-JEPA.",
     ),
     Table(
         name="levels",
         title="N-JEPA table 3: single-level or multi-level noise",
-        paper="100 / 600 epochs: single-level 67.9 / 73.4; multi-level 68.3 / 73.6. The rows with "
-        "another sigma are ours.",
+        paper="100 / 600 epochs: single-level 67.9 / 73.4; multi-level 68.3 / 73.6.",
         arms=(
             _arm("multi-level (a draw per block), published", NJEPA),
             _arm("single-level (one draw for all blocks)", NJEPA, noise_draw="shared"),
@@ -138,7 +137,7 @@ TABLES: tuple[Table, ...] = (
         ),
         baseline="both unshared, published",
         verdict="Mask token: not supported, no difference; shared is ahead by .2 to .8 "
-        "points, far within the intervals. Predictors: not supported; one predictor for both "
+        "points, well within the intervals. Predictors: not supported; one predictor for both "
         "predictions is better by 16 to 27 points in all three seeds, and as good as I-JEPA.",
     ),
     Table(
@@ -160,13 +159,12 @@ TABLES: tuple[Table, ...] = (
             _arm("I-JEPA", IJEPA),
         ),
         baseline="published N-JEPA",
-        verdict="The cost is not the noise: at sigma 0 two predictors that must agree stay "
-        "in the valley as long, while one predictor whose queries are all noised is as good "
-        "as I-JEPA, in all three seeds. Nor is it the gradient into the clean predictor "
-        "alone: a stop-gradient on either side gains 4 to 7 points on average and leaves them "
-        "8 to 29 points below I-JEPA. What costs is the agreement of two networks with "
-        "weights of their own, which the encoder reaches most easily by features that hardly "
-        "vary.",
+        verdict="The noise is not what costs: at sigma 0 two predictors that must agree stay "
+        "in the valley just as long, while one predictor whose queries are all noised is as good "
+        "as I-JEPA, in all three seeds. Nor is it only the gradient into the clean predictor: a "
+        "stop-gradient on either side gains 4 to 7 points on average and stays 8 to 29 points "
+        "below I-JEPA. What costs is that two networks with separate weights must agree, which "
+        "the encoder reaches most easily by features that hardly vary.",
     ),
     Table(
         name="cjepa",
@@ -185,9 +183,8 @@ TABLES: tuple[Table, ...] = (
         verdict="Supported in direction: variance and covariance, and both terms, are above "
         "I-JEPA in all three seeds, by 2 to 17 points; invariance alone in two of three, by 5 "
         "and 3. Seeds differ so much that three of them decide this at 95 % only for the "
-        "linear probe of both terms, in either specification. Of the paper's two "
-        "specifications, which it does not compare, pseudo-code C.2 is ahead of Algorithm 1 "
-        "in all three, by 6 to 15 points.",
+        "linear probe of both terms, in either specification. Pseudo-code C.2 is ahead of "
+        "Algorithm 1 in all three seeds, by 6 to 15 points.",
     ),
     Table(
         name="combined",
@@ -203,9 +200,9 @@ TABLES: tuple[Table, ...] = (
         ),
         baseline="I-JEPA",
         verdict="With two predictors N + C is below I-JEPA, and 12 to 22 points below "
-        "C-JEPA: NC again, for without it they are equal. With one predictor it equals "
-        "C-JEPA, here (+5, -1 and 0 points) as over the whole length (last table). "
-        "`method=ncjepa` therefore shares the predictor unless told otherwise.",
+        "C-JEPA. The cause is NC again: without it they are equal. With one predictor it equals "
+        "C-JEPA, both here (+5, -1 and 0 points) and over the whole length (last table). So "
+        "`method=ncjepa` shares the predictor by default.",
     ),
     Table(
         name="methods",
@@ -225,10 +222,10 @@ TABLES: tuple[Table, ...] = (
         ),
         baseline="I-JEPA",
         verdict="C-JEPA above I-JEPA: supported, by 4 to 6 points of kNN in all three seeds. "
-        "N-JEPA above I-JEPA: not supported; with the published two predictors it is below "
-        "I-JEPA in all three, by 3 to 19 points, as its valley is longer, how much depends on "
-        "the seed; with one predictor it equals I-JEPA. N + C with two predictors is 0 to 5 "
-        "points below I-JEPA; with one it equals C-JEPA and is above I-JEPA in all three.",
+        "N-JEPA above I-JEPA: not supported. With the published two predictors it is below "
+        "I-JEPA in all three, by 3 to 19 points, because its valley is longer; how much longer "
+        "depends on the seed. With one predictor it equals I-JEPA. N + C with two predictors is 0 "
+        "to 5 points below I-JEPA; with one it equals C-JEPA and is above I-JEPA in all three.",
         base=WHOLE,
     ),
 )

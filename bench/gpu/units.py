@@ -136,5 +136,5 @@ def units(scratch: Path, cpu: bool) -> list[Unit]:
         *races,
         *(_op("more-ops", op, ("vith14", "vits16", "vitb16"), cpu) for op in OPS),
         *(_part(name) for name in ("attention", "predictor")),
-        Unit("accelerate", 120, _python("bench/accelerate_demo.py", *demo)),
+        Unit("accelerate", 120, _python("-m", "bench.accelerate_demo", *demo)),
     ]

@@ -11,10 +11,12 @@ from njepa.config import Config, Section, free_on_resume, load_config, recipe_na
 def main(argv: list[str], prog: str) -> int:
     """Print it; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog=prog, description="What there is to configure, and what runs here."
+        prog=prog, description="Print versions, recipes and what runs on this machine."
     )
     parser.add_argument(
-        "--keys", action="store_true", help="every configuration key with its default"
+        "--keys",
+        action="store_true",
+        help="print every configuration key instead: default and meaning",
     )
     args = parser.parse_args(argv)
     if args.keys:
@@ -28,14 +30,18 @@ def main(argv: list[str], prog: str) -> int:
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}"
     )
     print("\nfused ops:")
+    alike: dict[tuple[tuple[str, str], ...], list[str]] = {}  # ops that the same things run
     for op, impls in njepa_kernels.available_impls().items():
-        print(f"  {op}: " + "; ".join(f"{impl}: {why}" for impl, why in impls.items()))
+        alike.setdefault(tuple(impls.items()), []).append(op)
+    for rows, ops in alike.items():
+        print(f"  {', '.join(ops)}")
+        print("".join(f"    {impl}: {why}\n" for impl, why in rows), end="")
     print("\nrecipes:")
     for name in recipe_names():
         c = load_config(name, ["data.path=."])
         patches = f"{c.model.encoder}/{c.model.patch_size} at {c.data.image_size} px"
         print(f"  {name}: {c.method}, {patches}, {c.optim.epochs} epochs")
-    print("\n`njepa info --keys` lists the configuration.")
+    print("\n`njepa info --keys` lists every configuration key.")
     return 0
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from njepa import planning as plan
 from njepa.config import Config, ConfigError, load_config
-from njepa.draws.masks import MaskSampler
 from njepa.training.zero import BatchSizes, load_ds_config, resolve_batch
 
 DESCRIPTION = """What a step of a configuration costs, and on how many GPUs it fits:
@@ -71,11 +70,6 @@ def _plan(args: argparse.Namespace) -> str:
         raise ConfigError(f"--efficiency must be in (0, 1], got {args.efficiency:g}")
     config = load_config(args.recipe, ["data.path=.", *args.overrides])
     ds = load_ds_config(args.ds_config)
-    try:
-        plan.network(config)
-        MaskSampler(config.mask, config.grid, config.run.seed)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     gpu = plan.with_ceilings(
         plan.GPUS[args.gpu],
         memory=_times(args.memory, 1e9),

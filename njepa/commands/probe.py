@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from njepa.config import ConfigError, did_you_mean
-from njepa.data.listing import SourceError
 
 DESCRIPTION = """Probe a frozen encoder on labelled images, beside raw pixels and the same network
 before training. Every setting is chosen on a split of --train; --test is used once."""
@@ -33,7 +32,7 @@ def main(argv: list[str], prog: str) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         _run(args)
-    except (ConfigError, SourceError) as error:
+    except ConfigError as error:
         print(f"njepa: {error}", file=sys.stderr)
         return 2
     return 0

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from njepa.config import ConfigError
 from njepa.data.scan import scan
 
 
@@ -26,8 +27,10 @@ def main(argv: list[str], prog: str) -> int:
     parser.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
     args = parser.parse_args(argv)
     try:
+        if args.workers is not None and args.workers < 1:
+            raise ConfigError(f"--workers must be at least 1, got {args.workers}")
         report = scan(args.path, args.out, args.workers)
-    except ValueError as error:
+    except ConfigError as error:
         print(f"njepa: {error}", file=sys.stderr)
         return 2
     print(report)

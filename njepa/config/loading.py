@@ -73,7 +73,10 @@ def _read_recipe(name: str) -> dict[str, Any]:
         path = Path(name)
         if not path.is_file():
             raise ConfigError(f"--recipe {name}: no such file")
-        text = path.read_text()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--recipe {name} cannot be read: {error}") from None
     else:
         known = recipe_names()
         if name not in known:

@@ -14,7 +14,8 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from njepa.config import DataConfig
-from njepa.data.decode import DecodeError, UnreadableImage, decode
+from njepa.data.decode import decode
+from njepa.data.errors import DecodeError, UnreadableImage
 from njepa.data.index import ImageIndex
 from njepa.data.pixels import Pixels, planned_views
 from njepa.data.region_probe import region_fault, versions

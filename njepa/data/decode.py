@@ -11,13 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-
-class UnreadableImage(RuntimeError):
-    """DALI met an image that it cannot decode, and has no way to go on without it."""
-
-
-class DecodeError(ValueError):
-    """These bytes are not a complete image."""
+from njepa.data.errors import DecodeError
 
 
 def decode(data: bytes) -> Tensor:

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from njepa.data.decode import DecodeError, decode, resize
+from njepa.data.decode import decode, resize
+from njepa.data.errors import DecodeError
 from njepa.data.index import ImageIndex
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from njepa.data.decode import fault
-from njepa.data.listing import EXPECTED, Entries, Source, SourceError, list_entries
+from njepa.data.errors import SourceError
+from njepa.data.listing import EXPECTED, Entries, Source, list_entries
 
 Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]

@@ -21,6 +21,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from njepa.data.errors import SourceError
+
 Int64Array = npt.NDArray[np.int64]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
@@ -30,10 +32,6 @@ EXPECTED = (
     "train-{0000..0099}.tar); image names end in " + " ".join(EXTENSIONS)
 )
 _THREADS = 16  # they wait for the disk or the network, not for a core
-
-
-class SourceError(ValueError):
-    """A source that holds nothing to train on; the message says what was found and expected."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +234,7 @@ def _stat(paths: list[str]) -> tuple[Int64Array, Int64Array]:
     def one(path: str) -> tuple[int, int]:
         try:
             stat = os.stat(path)
-        except OSError:
+        except (OSError, ValueError):  # no such file, or a NUL in its name
             return -1, -1
         return stat.st_size, stat.st_mtime_ns
 

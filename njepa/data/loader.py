@@ -17,8 +17,10 @@ import torch
 from njepa_kernels import NoiseKey
 from torch import Tensor
 
-from njepa.config import Config
+from njepa.config import Config, ConfigError
 from njepa.data.batch import Batch, Lengths, Masks, Noise
+from njepa.data.errors import LoaderStalled
+from njepa.data.fork_guard import at_work
 from njepa.data.index import ImageIndex
 from njepa.data.pixels import Pixels, PixelSource
 from njepa.data.torch_loader import TorchPixels
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _POLL = 0.1  # seconds between two looks at whether the loader was closed
 _PATIENCE = 10.0  # seconds for the batch in work before its workers are ended
+_STALLED = 900.0  # seconds without a batch: no disk is that slow, and a hung worker says nothing
 
 
 class Loader:
@@ -67,11 +70,21 @@ class Loader:
         Raises:
             DecodeError: the torch backend found no readable image for a place in the batch.
             UnreadableImage: the DALI backend met an unreadable image.
+            LoaderStalled: no batch came for 15 minutes.
         """
         if self._closed.is_set():
             raise StopIteration
         began = time.perf_counter()
-        item = self._ready.get()
+        try:
+            item = self._ready.get(timeout=_STALLED)
+        except queue.Empty:
+            self.close()
+            raise LoaderStalled(
+                f"no batch came from the {self.backend} loader within {_STALLED:g} s; look whether "
+                f"the storage of data.path answers (njepa scan PATH) and whether its processes or "
+                f"threads hang (py-spy dump --pid PID); other values of data.workers or "
+                f"data.backend avoid them"
+            ) from None
         self.wait_s += time.perf_counter() - began
         if item is None or isinstance(item, Exception):
             self.close()
@@ -95,9 +108,11 @@ class Loader:
             for micro_step in self._steps:
                 if self._closed.is_set():
                     return
-                pixels = next(self._pixels)
-                self._report(pixels.unreadable)
-                if not self._put(self._assemble(micro_step, pixels)):
+                with at_work():
+                    pixels = next(self._pixels)
+                    self._report(pixels.unreadable)
+                    batch = self._assemble(micro_step, pixels)
+                if not self._put(batch):
                     return
         except Exception as error:  # handed to the consumer, who raises it
             last = error
@@ -180,7 +195,7 @@ def build_loader(
     needed to continue with the same samples, crops, masks and sigmas.
 
     Raises:
-        ValueError: ``data.backend=dali`` where DALI is not installed.
+        ConfigError: ``data.backend=dali`` where DALI is not installed.
     """
     backend, reason = choose_backend(config.data.backend, device)
     start, stop = start_step * order.accumulation, total_steps * order.accumulation
@@ -205,13 +220,13 @@ def choose_backend(wanted: str, device: torch.device) -> tuple[str, str]:
     """Backend and reason.
 
     Raises:
-        ValueError: DALI is asked for and not installed.
+        ConfigError: DALI is asked for and not installed.
     """
     installed = importlib.util.find_spec("nvidia") is not None and (
         importlib.util.find_spec("nvidia.dali") is not None
     )
     if wanted == "dali" and not installed:
-        raise ValueError(
+        raise ConfigError(
             "data.backend=dali, but DALI is not installed; run: pip install nvidia-dali-cuda130 "
             "(Linux on x86-64), or set data.backend=torch"
         )

@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from njepa.data.decode import DecodeError, decode
+from njepa.data.decode import decode
+from njepa.data.errors import DecodeError, SourceError
+from njepa.data.fork_guard import forking
 from njepa.data.index import ImageIndex, build_index
-from njepa.data.listing import SourceError, find_source
+from njepa.data.listing import find_source
 
 _SHOWN = 20
 _CHUNK = 64
@@ -65,7 +67,9 @@ def scan(
     pool = ProcessPoolExecutor(workers, get_context("fork"), _init_worker, (index,))
     quiet = None if progress else True  # tqdm: None is quiet where stderr is no terminal
     with pool, tqdm(total=index.n, desc="decoding", unit="img", disable=quiet) as bar:
-        for chunk, found in zip(chunks, pool.map(_faults, chunks), strict=True):
+        with forking():  # ``map`` starts the processes
+            results = pool.map(_faults, chunks)
+        for chunk, found in zip(chunks, results, strict=True):
             faults |= found
             bar.update(len(chunk))
     if out is not None:

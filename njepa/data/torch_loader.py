@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from njepa.config import DataConfig
-from njepa.data.decode import DecodeError, decode, resize
+from njepa.data.decode import decode, resize
+from njepa.data.errors import DecodeError
+from njepa.data.fork_guard import forking
 from njepa.data.index import ImageIndex
 from njepa.data.pixels import Pixels, planned_views
 from njepa.draws.crops import crop_windows
@@ -109,11 +111,13 @@ class TorchPixels:
             collate_fn=_as_it_is,
             generator=torch.Generator(),  # leaves torch's own alone
             worker_init_fn=_init_worker,
-            # Fork: starts at once, shares the index, and workers touch neither CUDA nor the
-            # threads of the parent; forkserver and spawn would import torch once per worker.
+            # Fork: starts at once and shares the index, which spawn and forkserver would copy to
+            # every worker (spawn imports torch in each, too). Workers touch neither CUDA nor the
+            # threads of the parent; what threads of loaders hold is free: ``forking``.
             multiprocessing_context="fork" if workers else None,
         )
-        self._batches: Iterator[Pixels | DecodeError] = iter(loader)
+        with forking():
+            self._batches: Iterator[Pixels | DecodeError] = iter(loader)
 
     def __next__(self) -> Pixels:
         pixels = next(self._batches)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from njepa.config import MaskConfig
+from njepa.config import ConfigError, MaskConfig
 from njepa.draws.block_sizes import Size, block_size, possible_sizes
 from njepa.draws.streams import Float64Array, Int64Array, stream_seed, uniform_of_step, words
 
@@ -62,7 +62,7 @@ class MaskSampler:
         counts: Kc of each pair of sizes (target, context); empty without ``static_shapes``.
 
     Raises:
-        ValueError: when built, if a block that these settings can draw has no more than
+        ConfigError: when built, if a block that these settings can draw has no more than
             ``min_keep`` patches, or (fixed) if two sizes leave no such context however they lie.
     """
 
@@ -202,7 +202,7 @@ class MaskSampler:
             if h * w <= c.min_keep:
                 aspect = f" and mask.aspect_ratio={list(c.aspect_ratio)}" * (key == "target_scale")
                 lower = f"set mask.min_keep to at most {h * w - 1}, " if h * w else ""
-                raise ValueError(
+                raise ConfigError(
                     f"mask.{key}={list(getattr(c, key))}{aspect} on a grid of {rows}x{columns} "
                     f"patches draws blocks as small as {h}x{w} = {h * w} patches, expected more "
                     f"than mask.min_keep={c.min_keep}; {lower}raise mask.{key}, or use more "
@@ -216,7 +216,7 @@ class MaskSampler:
             for k in contexts
         )
         if left <= c.min_keep:
-            raise ValueError(
+            raise ConfigError(
                 f"a target block of {target[0]}x{target[1]} patches leaves at most {left} of a "
                 f"{context[0]}x{context[1]} context block on a grid of {rows}x{columns}, expected "
                 f"more than mask.min_keep={c.min_keep}; lower mask.min_keep or "

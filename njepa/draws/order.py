@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from njepa.config import ConfigError
 from njepa.draws.streams import permutation
 
 Int64Array = npt.NDArray[np.int64]
@@ -41,7 +42,7 @@ class SampleOrder:
         seed: ``run.seed``.
 
     Raises:
-        ValueError: fewer samples than one step needs, or a number out of range.
+        ConfigError: fewer samples than one step needs. ValueError: a number out of range.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class SampleOrder:
         self.global_batch = micro_batch * accumulation * world
         self.steps_per_epoch = n // self.global_batch
         if self.steps_per_epoch == 0:
-            raise ValueError(
+            raise ConfigError(
                 f"the source has {n} images, but one step needs {self.global_batch} "
                 f"(micro-batch {micro_batch} x accumulation {accumulation} x {world} ranks); "
                 f"lower train_micro_batch_size_per_gpu or gradient_accumulation_steps in the "

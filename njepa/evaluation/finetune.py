@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from njepa.config import ConfigError
-from njepa.data.decode import DecodeError, decode
+from njepa.data.decode import decode
+from njepa.data.errors import DecodeError
 from njepa.evaluation.accuracy import Accuracy, wilson
 from njepa.evaluation.images import stream
 from njepa.evaluation.subject import Subject

@@ -45,7 +45,7 @@ def open_task(
     """Open both sources.
 
     Raises:
-        SourceError, ConfigError: no images, no labels, one class only, or classes on the test side
+        ConfigError: no images, no labels, one class only, or classes on the test side
             that the training side does not have.
     """
     sides, classes = [], None

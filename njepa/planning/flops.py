@@ -37,7 +37,7 @@ def step_flops(config: Config, shape: Shape, batch: int, world: int = 1) -> dict
     predictor = Flops(0.0, 0.0)
     for number, blocks in enumerate(net.passes):
         noised = len(net.passes) - 1 == number
-        rows = kc + (config.mask.n_targets * kt + 1 if noised and net.tied_noise else 0)
+        rows = kc + (config.mask.n_targets * kt + 1 if noised and net.parts.tied_noise else 0)
         products = 2.0 * rows * e.width * p.width
         products += net.predictor_flops(shape, blocks) + blocks * 2 * kt * p.width * e.width
         predictor = Flops(predictor.forward + products, predictor.backward + 2 * products)

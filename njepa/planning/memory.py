@@ -24,13 +24,13 @@ def activation_bytes(
     casts = net.matrix_parameters - net.matrix_biases - net.patch_values * e.width
     predictor, loss = 0, config.mask.n_targets * kt * 4 * e.width  # the target, of both predictions
     for number, blocks in enumerate(net.passes):
-        tied = net.tied_noise and number == len(net.passes) - 1
+        tied = net.parts.tied_noise and number == len(net.passes) - 1
         if number == 0 or tied or c < r:  # a tensor of its own; autocast casts for each predictor
             entering = kc + (config.mask.n_targets * kt + 1 if tied else 0)
             predictor += entering * c * e.width  # input of predictor_embed
         rows = net.predictor_rows(shape, blocks)
         predictor += p.saved_bytes(rows, precision, checkpointed, blocks * kt)
-        if net.shared_context:
+        if net.parts.shared_context:
             # The context's keys and values, copied beside each block's, and, but for the last
             # layer, the joined results.
             layers = min(p.depth, 2) if checkpointed else p.depth

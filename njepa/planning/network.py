@@ -12,7 +12,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from njepa.config import Config, ConfigError
-from njepa.models import architecture
+from njepa.models.architecture import Architecture, architecture
+from njepa.models.architecture import Stack as BlockStack
 
 
 class Precision(NamedTuple):
@@ -29,7 +30,7 @@ class Shape(NamedTuple):
     target: int
 
 
-class Stack(architecture.Stack):
+class Stack(BlockStack):
     """What a stack of pre-norm transformer blocks costs."""
 
     @property
@@ -101,35 +102,49 @@ class Stack(architecture.Stack):
 
 @dataclass(frozen=True)
 class Network:
-    """The shapes of a configuration."""
+    """What a configuration builds, and how often its predictors are called."""
 
-    patches: int
-    patch_values: int
-    """Numbers in a patch: 3 P^2."""
-    encoder: Stack
-    predictor: Stack
+    parts: Architecture
     passes: tuple[int, ...]
-    """Blocks per image in each call of a predictor (one call each)."""
-    predictors: int
-    mask_tokens: int
-    projector: tuple[int, ...]
-    """Widths from input to output; empty: none, or the identity."""
-    shared_context: bool
-    """The predictor computes the context once for all blocks."""
-    tied_noise: bool
-    """Noise of the encoder's width goes through the embedding of the last pass."""
+    """Blocks per image in each call of a predictor; the last call is the noised one."""
+
+    @property
+    def patches(self) -> int:
+        return math.prod(self.parts.grid)
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in a patch: 3 P^2."""
+        return 3 * self.parts.patch_size**2
+
+    @property
+    def encoder(self) -> Stack:
+        return Stack(*self.parts.encoder)
+
+    @property
+    def predictor(self) -> Stack:
+        return Stack(*self.parts.predictor)
+
+    @property
+    def predictors(self) -> int:
+        return 1 + self.parts.two_predictors
+
+    @property
+    def projector(self) -> tuple[int, ...]:
+        """Widths from input to output; empty: none, or the identity."""
+        return self.parts.projector or ()
 
     def predictor_rows(self, shape: Shape, blocks: int) -> int:
         """Tokens in the predictor for one image."""
         kc, kt = shape
-        return kc + blocks * kt if self.shared_context else blocks * (kc + kt)
+        return kc + blocks * kt if self.parts.shared_context else blocks * (kc + kt)
 
     def predictor_flops(self, shape: Shape, blocks: int) -> float:
         """Forward of the predictor's blocks for one image; the queries alone leave the last."""
         (kc, kt), p = shape, self.predictor
         rows, queries = self.predictor_rows(shape, blocks), blocks * kt
         asked = queries * (kc + kt)
-        pairs = asked + (kc * kc if self.shared_context else blocks * kc * (kc + kt))
+        pairs = asked + (kc * kc if self.parts.shared_context else blocks * kc * (kc + kt))
         return (p.depth - 1) * p.block_flops(rows, pairs) + p.block_flops(rows, asked, queries)
 
     @property
@@ -162,7 +177,8 @@ class Network:
     @property
     def trained_parameters(self) -> int:
         d = self.predictor.width
-        rest = self.predictors * self.predictor.norm_parameters + self.mask_tokens * d
+        mask_tokens = 1 + self.parts.two_mask_tokens
+        rest = self.predictors * self.predictor.norm_parameters + mask_tokens * d
         batch_norms = 2 * sum(self.projector[1:-1])
         return self.matrix_parameters + self.encoder.norm_parameters + rest + batch_norms
 
@@ -188,22 +204,11 @@ def network(config: Config) -> Network:
             "mask.ragged=true is not covered by `njepa plan`: every image has its own number of "
             "context tokens; plan with mask.ragged=false, where contexts are shorter"
         )
-    parts, blocks = architecture.architecture(config), config.mask.n_targets
+    parts, blocks = architecture(config), config.mask.n_targets
     passes: tuple[int, ...] = (blocks,)
     if parts.clean and parts.noised:
         passes = (blocks, blocks) if parts.two_predictors else (2 * blocks,)
-    return Network(
-        patches=math.prod(parts.grid),
-        patch_values=3 * parts.patch_size**2,
-        encoder=Stack(*parts.encoder),
-        predictor=Stack(*parts.predictor),
-        passes=passes,
-        predictors=len(passes),
-        mask_tokens=1 + parts.two_mask_tokens,
-        projector=parts.projector or (),
-        shared_context=parts.shared_context,
-        tied_noise=parts.tied_noise,
-    )
+    return Network(parts, passes)
 
 
 def vicreg_rows(config: Config, batch: int) -> int:

@@ -7,7 +7,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from njepa.config import Config, ConfigError, dump_config
 from njepa.data.batch import Batch
-from njepa.data.decode import DecodeError, UnreadableImage
+from njepa.data.errors import DataError
 from njepa.data.loader import build_loader, choose_backend
 from njepa.data.sources import open_source
 from njepa.draws.masks import MaskSampler
@@ -48,11 +47,6 @@ from njepa.training.zero import BatchSizes
 
 log = logging.getLogger(__name__)
 
-
-#: The loader met an image that nothing can replace.
-UNREADABLE = (UnreadableImage, DecodeError)
-
-
 #: The fused ops of every step; VICReg's is the fifth.
 OPS = ("patchify", "predictor_tokens", "jepa_loss", "ema_update_")
 
@@ -70,31 +64,31 @@ class Trainer:
         ranks: this process among the others.
 
     Raises:
-        ConfigError, ValueError: inputs that cannot work; nothing was trained or written over.
+        ConfigError: inputs that cannot work; nothing was trained or written over.
     """
 
     def __init__(self, config: Config, ds: dict[str, Any], ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.sizes = zero.resolve_batch(ds, ranks.world)
         check_vicreg_batch(config, self.sizes)
-        with _as_config_error():  # a pure check, before anything is read or written
-            self.parts = parts = architecture(config)
-            choose_backend(config.data.backend, ranks.device)
-            self.impl = choose_impls(config, ranks.device)
-            stacks = parts.encoder, parts.predictor
-            self.attention = choose_attention(
-                config.model,
-                config.mask,
-                {stack.width // stack.heads for stack in stacks},
-                ranks.device,
-                zero.compute_dtype(ds, ranks.device),
-            )
-            self.compilation = choose_compilation(config, zero.zero_stage(ds), ranks.device)
-            # Kc is the minimum over all ranks, or, as published, over each on its own.
-            ranks_together = ranks.world if config.mask.compat == "fixed" else 1
-            self.masks = MaskSampler(
-                config.mask, config.grid, config.run.seed, self.sizes.micro * ranks_together
-            )
+        # Pure checks, before anything is read or written.
+        self.parts = parts = architecture(config)
+        choose_backend(config.data.backend, ranks.device)
+        self.impl = choose_impls(config, ranks.device)
+        stacks = parts.encoder, parts.predictor
+        self.attention = choose_attention(
+            config.model,
+            config.mask,
+            {stack.width // stack.heads for stack in stacks},
+            ranks.device,
+            zero.compute_dtype(ds, ranks.device),
+        )
+        self.compilation = choose_compilation(config, zero.zero_stage(ds), ranks.device)
+        # Kc is the minimum over all ranks, or, as published, over each on its own.
+        ranks_together = ranks.world if config.mask.compat == "fixed" else 1
+        self.masks = MaskSampler(
+            config.mask, config.grid, config.run.seed, self.sizes.micro * ranks_together
+        )
         self.evaluator: Evaluator | None = None  # rank 0, where there are labelled test images
         self.folder: RunFolder | None = None  # rank 0 only
         ranks.on_main(lambda: self._claim(ds))
@@ -106,26 +100,24 @@ class Trainer:
 
     def _build(self, ds: dict[str, Any]) -> None:
         config, ranks = self.config, self.ranks
-        with _as_config_error():
-            self.index = open_source(
-                config.data.path,
-                config.data.cache_dir,
-                progress=config.run.progress and ranks.main,
-            )
-            ranks.on_main(self._open_test_side)
-            order = SampleOrder(
-                self.index.n,
-                self.sizes.micro,
-                self.sizes.accumulation,
-                ranks.world,
-                ranks.rank,
-                config.run.seed,
-            )
+        self.index = open_source(
+            config.data.path,
+            config.data.cache_dir,
+            progress=config.run.progress and ranks.main,
+        )
+        ranks.on_main(self._open_test_side)
+        order = SampleOrder(
+            self.index.n,
+            self.sizes.micro,
+            self.sizes.accumulation,
+            ranks.world,
+            ranks.rank,
+            config.run.seed,
+        )
         self.steps_per_epoch = order.steps_per_epoch
         self.total_steps = config.run.max_steps or config.optim.epochs * self.steps_per_epoch
         warmup = round(self.total_steps * config.optim.warmup_epochs / config.optim.epochs)
-        with _as_config_error():
-            self.schedules = Schedules(config.optim, self.total_steps, warmup)
+        self.schedules = Schedules(config.optim, self.total_steps, warmup)
 
         module = TrainModule(config, ranks.group, self.attention)
         encoder = module.jepa.encoder
@@ -167,7 +159,7 @@ class Trainer:
 
         Raises:
             NonFiniteLoss: the loss is no longer a number.
-            UnreadableImage, DecodeError: the loader cannot go on; the steps done are saved.
+            DataError: the loader cannot go on; the steps done are saved.
         """
         run = self.config.run
         if self.folder is not None:
@@ -192,7 +184,7 @@ class Trainer:
                 return None
             images = (self.step - first_step) * self.sizes.total
             return self._summarise(images, time.perf_counter() - began)
-        except UNREADABLE:
+        except DataError:
             # Of several ranks one alone meets the image, and a checkpoint needs all of them.
             if self.ranks.world == 1 and self.engine.micro_steps % self.sizes.accumulation == 0:
                 self._save()
@@ -463,15 +455,6 @@ def choose_impls(config: Config, device: torch.device) -> dict[str, str]:
         return {op: choose(op, config.impl.default, device) for op in ops}
     except RuntimeError as error:
         raise ConfigError(f"impl.default={config.impl.default}: {error}") from None
-
-
-@contextmanager
-def _as_config_error() -> Iterator[None]:
-    """A ValueError from parts that check the user's input is the user's to mend."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def check_vicreg_batch(config: Config, sizes: BatchSizes) -> None:

@@ -21,7 +21,7 @@ from njepa.config import dump_config, load_config
 TASK = Task("a", {**BASE, **NJEPA}, 0)
 
 
-# ---- keys ----------------------------------------------------------------------------------------
+# Keys
 
 
 def test_the_key_is_the_same_in_another_process_and_for_another_order_of_the_overrides() -> None:
@@ -72,7 +72,7 @@ def test_what_an_arm_overrides_and_what_decides_nothing_is_not_in_the_key(
     assert TASK.key == before
 
 
-# ---- tables --------------------------------------------------------------------------------------
+# Tables
 
 
 def test_every_arm_is_a_valid_configuration_with_the_values_it_asks_for(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_table_needs_its_baseline_and_names_of_its_own() -> None:
         Table("t", "T", "", (Arm("a", IJEPA), Arm("a", NJEPA)), baseline="a")
 
 
-# ---- report --------------------------------------------------------------------------------------
+# Report
 
 
 def test_intervals_are_those_of_student() -> None:
@@ -193,7 +193,7 @@ def test_curves_are_thinned_with_both_ends() -> None:
     assert thin(lines[:1]) == {"step": [1], "loss": [0.25]}
 
 
-# ---- runs ----------------------------------------------------------------------------------------
+# Runs
 
 
 def test_a_failure_replaces_no_result_and_a_damaged_file_is_named(tmp_path: Path) -> None:

@@ -118,8 +118,7 @@ def test_kill_9_loses_the_test_in_work_alone(
     driver = tmp_path / "driver.py"
     driver.write_text(
         "import sys; from pathlib import Path\n"
-        f"sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]\n"
-        "import test_gpu_suite as t; from bench.gpu import suite, units\n"
+        "import tests.bench.test_gpu_suite as t; from bench.gpu import suite, units\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "found = [t.python('env', 'print(1)', every_call=True)]\n"
         "found += [t.small_tests(f'rows/{n}', folder / f'test_{n}.py', 6,\n"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,9 +23,8 @@ from njepa_kernels.testing import (
     evaluate,
 )
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
-from noise_checks import check_draws, noise_of
-from special_checks import INDEXED, check_nan, check_stray_index
+from tests.support.noise_checks import check_draws, noise_of
+from tests.support.special_checks import INDEXED, check_nan, check_stray_index
 
 pytestmark = [
     pytest.mark.gpu,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,16 +16,14 @@ MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 if MISSING:  # an import that fails would end the whole run
     pytest.skip(f"the trainer needs {', '.join(MISSING)}", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
-from jobs import TINY, make_images  # noqa: E402
-from tiny import tiny_config  # noqa: E402
-
 from njepa.config import load_config  # noqa: E402
 from njepa.models.encoder import build_encoder  # noqa: E402
 from njepa.runs.ranks import Ranks, join_ranks, leave_ranks  # noqa: E402
 from njepa.training.compiling import GraphedForward, compile_blocks  # noqa: E402
 from njepa.training.ema import ema_parameters, make_target, update_target  # noqa: E402
 from njepa.training.loop import Trainer  # noqa: E402
+from tests.support.jobs import TINY, make_images  # noqa: E402
+from tests.support.tiny import tiny_config  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,9 +7,10 @@ import sys
 import zipfile
 from pathlib import Path
 
-import native_build
 import pytest
-from native_build import LIBRARY, run_setup
+
+from tests.support import native_build
+from tests.support.native_build import LIBRARY, run_setup
 
 pytestmark = pytest.mark.slow
 
@@ -125,7 +126,7 @@ def test_another_value_is_refused(project: Path, tmp_path: Path) -> None:
     assert "NJEPA_BUILD_NATIVE must be auto, 0 or 1, got 'yes'" in output
 
 
-# The library for CUDA; that it builds where nvcc is: test_native_cuda_library.py -----------------
+# The library for CUDA; that it builds where nvcc is: test_native_cuda_library.py
 
 NVCC = """#!/bin/sh
 case "$1" in

@@ -15,6 +15,8 @@ from njepa_kernels import available_impls
 from njepa_kernels._runtime import library
 from njepa_kernels.tools import export_hf
 
+from tests.support import program_env
+
 TRAINER = ["timm", "deepspeed", "nvidia", "pydantic", "torchvision", "PIL", "safetensors", "njepa"]
 
 
@@ -198,11 +200,10 @@ def test_triton_kernels_of_the_folder_run(folder: Path) -> None:
 def test_layers_replace_forwards(folder: Path) -> None:
     """kernelize puts the folder's forwards into classes of others; values stay."""
     out = _run(
-        f"""
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        """
         from pathlib import Path
         import torch
-        import published_style as style
+        from bench.published import script as style
         from kernels import (
             LocalLayerRepository, Mode, kernelize, register_kernel_mapping,
             replace_kernel_forward_from_hub,
@@ -232,7 +233,7 @@ def test_layers_replace_forwards(folder: Path) -> None:
             replace_kernel_forward_from_hub(cls, name)
             layer = LocalLayerRepository(Path(sys.argv[1]), layer_name=name)
             register_kernel_mapping(
-                {{name: {{"cuda": layer, "cpu": layer}}}}, inherit_mapping=False
+                {name: {"cuda": layer, "cpu": layer}}, inherit_mapping=False
             )
             before = host.forward.__func__
             mode = Mode.TRAINING | Mode.TORCH_COMPILE
@@ -244,6 +245,7 @@ def test_layers_replace_forwards(folder: Path) -> None:
             print(name)
         """,
         folder,
+        PYTHONPATH=program_env()["PYTHONPATH"],
     )
     assert out.split() == [
         "GatherTokens",

@@ -131,7 +131,7 @@ def test_public_names() -> None:
         assert hasattr(njepa_kernels, name)
 
 
-# The tolerance helper must fail when it should ---------------------------------------------------
+# The tolerance helper must fail when it should
 
 EXACT = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
 

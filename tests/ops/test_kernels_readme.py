@@ -12,8 +12,7 @@ import njepa_kernels
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import published_style as style
+from bench.published import script as style
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "kernels" / "README.md"
@@ -58,7 +57,7 @@ def test_python_blocks_run_in_order() -> None:
 
 @pytest.mark.slow
 def test_the_comparison_runs_and_checks_its_losses() -> None:
-    demo = [sys.executable, str(ROOT / "bench" / "accelerate_demo.py"), "--size", "tiny"]
+    demo = [sys.executable, "-m", "bench.accelerate_demo", "--size", "tiny"]
     done = subprocess.run(
         [*demo, "--pairs", "2"], capture_output=True, text=True, timeout=120, cwd=ROOT
     )
@@ -71,15 +70,15 @@ def test_the_comparison_runs_and_checks_its_losses() -> None:
     assert re.search(r"losses of 3 steps agree to \d\.\de-\d\d", done.stdout)
     # The same with a loss that is not the published one: no table.
     spoilt = (
-        "import runpy, sys\n"
+        "import sys\n"
+        "from bench.accelerate_demo import main\n"
         "from njepa_kernels.integrations import _deferred\n"
         "op = _deferred.jepa_loss\n"
         "_deferred.jepa_loss = lambda *a, **k: op(*a, **{**k, 'beta': 0.1})\n"
-        "sys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "raise SystemExit(main())\n"
     )
     done = subprocess.run(
-        [demo[0], "-c", spoilt, *demo[1:], "--pairs", "2"],
+        [demo[0], "-c", spoilt, *demo[3:], "--pairs", "2"],
         capture_output=True,
         text=True,
         timeout=120,

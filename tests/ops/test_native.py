@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import native_build
 import pytest
 import torch
-from native_adapters import NATIVE
 from njepa_kernels import NoiseKey, philox_normal
 from njepa_kernels._runtime import native
 from njepa_kernels.ops.ema_update_.reference import ema_update_reference_
@@ -27,7 +25,10 @@ from njepa_kernels.testing import (
     cast_inputs,
     evaluate,
 )
-from noise_checks import check_draws, noise_of
+
+from tests.support import native_build
+from tests.support.native_adapters import NATIVE
+from tests.support.noise_checks import check_draws, noise_of
 
 CPU = torch.device("cpu")
 LOW = (torch.bfloat16, torch.float16)
@@ -141,7 +142,7 @@ def test_every_number_of_threads_gives_the_same_bits(case: OpCase) -> None:
             assert torch.equal(value, other[name]), name
 
 
-# Noise -------------------------------------------------------------------------------------------
+# Noise
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -191,7 +192,7 @@ def test_sigma_zero_is_no_noise_bit_for_bit(dtype: torch.dtype) -> None:
     assert torch.equal(zero, run(**(inputs | {"sigma": None})))
 
 
-# Rounding and duplicates -------------------------------------------------------------------------
+# Rounding and duplicates
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -251,7 +252,7 @@ def test_all_tokens_from_one_patch(dtype: torch.dtype) -> None:
             assert_within_baseline(value, eager[name], exact[name], value.dtype, f"{op} {name}")
 
 
-# Refusals ----------------------------------------------------------------------------------------
+# Refusals
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import native_build
 import pytest
 from njepa_kernels._runtime import native
 from njepa_kernels.tools.resources import _OP_OF, ARCHITECTURES, main, measure_native, table
+
+from tests.support import native_build
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_the_library_loads_without_a_gpu(library: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(native.__file__).parents[1])},
+        env={"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(native.__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=120,

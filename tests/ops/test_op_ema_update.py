@@ -79,9 +79,12 @@ def test_parameters_are_updated_outside_autograd() -> None:
     assert parameter.grad_fn is None
 
 
-def test_nothing_to_do() -> None:
-    ema_update_([], [], 0.9)
-    ema_update_([], [], 0.9, [])
+@pytest.mark.parametrize("shadow", [None, []])
+def test_empty_lists_are_no_error(shadow: list[torch.Tensor] | None) -> None:
+    """As of a module without parameters; the lists stay empty."""
+    targets: list[torch.Tensor] = []
+    ema_update_(targets, [], 0.9, shadow)
+    assert targets == []
 
 
 @pytest.mark.parametrize(

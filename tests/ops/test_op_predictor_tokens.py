@@ -11,7 +11,8 @@ import pytest
 import torch
 from njepa_kernels import NoiseKey, philox_normal, predictor_tokens
 from njepa_kernels._runtime.dispatch import IMPLEMENTATIONS, choose
-from noise_checks import check_draws, noise_of
+
+from tests.support.noise_checks import check_draws, noise_of
 
 B, M, KC, KT, N, WIDTH = 3, 2, 5, 4, 16, 10
 IDS = torch.tensor([40, 2, 7])

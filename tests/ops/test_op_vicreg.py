@@ -123,7 +123,7 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
         vicreg(**({"u": torch.zeros(4, 4)} | change))
 
 
-# Two ranks ------------------------------------------------------------------------------------
+# Two ranks
 
 WEIGHTS = (25.0, 25.0, 1.0)
 SIZES = [(3, 4, 5), (2, 3, 9), (None, 6, 4), (None, 4, 10), (2, 1, 4)]  # M, n per rank, width

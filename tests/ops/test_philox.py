@@ -11,7 +11,8 @@ import pytest
 import torch
 from njepa_kernels import NoiseKey, philox_normal
 from njepa_kernels._runtime.philox import philox4x32
-from noise_checks import check_draws
+
+from tests.support.noise_checks import check_draws
 
 # Known-answer vectors of Random123 (kat_vectors, philox4x32 10): counter, key, result.
 KNOWN = [

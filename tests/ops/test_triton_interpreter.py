@@ -17,7 +17,13 @@ import pytest
 
 HERE = Path(__file__).parent
 OWN = sorted(path.name for path in (HERE / "interpreter").glob("test_*.py"))
-SHARED = ("test_op_cases.py", "test_registration.py", "test_op_patchify.py", "test_op_jepa_loss.py")
+SHARED = (
+    "test_op_cases.py",
+    "test_registration.py",
+    "test_op_patchify.py",
+    "test_op_jepa_loss.py",
+    "test_jepa_loss_backward.py",
+)
 SUITES = {
     **{name: [name, "-k", "triton and not bad_arguments"] for name in SHARED},
     **{name: [f"interpreter/{name}"] for name in OWN},

@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-from packed_attention import ATTENTION, VARLEN, XFORMERS, fake_fmha
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import nn
 
@@ -21,6 +20,7 @@ from njepa.models.attention import Attention, Sdpa, Sequences
 from njepa.models.attention_kernels import FLASH_FIRST, choose_attention, load_kernel, probe
 from njepa.models.block import Block
 from njepa.training.zero import compute_dtype
+from tests.support.packed_attention import ATTENTION, VARLEN, XFORMERS, fake_fmha
 
 CPU = torch.device("cpu")
 COUNTS = (3, 7, 1, 4)
@@ -153,7 +153,7 @@ class Trivial:
         return v
 
 
-# ------------------------------------------------------------------------------------- the probe
+# The probe
 
 
 @dataclass(frozen=True)

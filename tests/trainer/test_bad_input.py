@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from jobs import TINY, make_images
 from PIL import Image
 
 from njepa import train
+from tests.support.jobs import TINY, make_images
 
 
 @pytest.fixture
@@ -83,6 +83,13 @@ def test_messages_about_the_batch(attempt, ds, overrides, message):
     status, stderr = attempt(*overrides, ds=ds)
     assert status == 2
     assert message in stderr
+
+
+def test_a_fault_of_ours_is_a_traceback(attempt, monkeypatch):
+    """Only what names the user's input is a message; any other ValueError keeps its place."""
+    monkeypatch.setattr("njepa.data.sources.find_source", lambda *_: int("a"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        attempt("run.max_steps=1")
 
 
 def test_no_cuda(attempt):

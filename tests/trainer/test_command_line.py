@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs import TINY, make_images
 
 from njepa import cli
 from njepa.runs import tracking
 from njepa.runs.tracking import Tracker
+from tests.support.jobs import TINY, make_images
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +53,7 @@ def test_another_broken_pipe_is_a_fault(monkeypatch: pytest.MonkeyPatch):
         cli.main(["train"])
 
 
-# ------------------------------------------------------------------------------------ progress
+# Progress
 
 
 class Terminal(io.StringIO):

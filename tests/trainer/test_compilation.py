@@ -8,8 +8,6 @@ import json
 import pytest
 import torch
 import torch._dynamo
-from jobs import make_images, run_jobs
-from tiny import make_batch, tiny_config
 from torch import nn
 
 from bench.measure import peak_bytes
@@ -25,6 +23,8 @@ from njepa.training.compiling import (
 )
 from njepa.training.ema import make_target
 from njepa.training.module import TrainModule
+from tests.support.jobs import make_images, run_jobs
+from tests.support.tiny import make_batch, tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 METHODS = {
@@ -50,7 +50,7 @@ def parts(name, impl="auto", **sections):
     return module, make_target(module.jepa.encoder), make_batch(config)
 
 
-# --- one graph -----------------------------------------------------------------------------------
+# One graph
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_no_graph_breaks_in_the_step(name, impl):
     torch._dynamo.reset()
 
 
-# --- what is chosen ------------------------------------------------------------------------------
+# What is chosen
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_what_cannot_run_is_refused():
         choose_compilation(tiny_config(run={"compile": "blocks"}), 0, CPU)
 
 
-# --- how often -----------------------------------------------------------------------------------
+# How often
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def with_backend(backend):
     return lambda self, **options: original(self, backend=backend, **options)
 
 
-# --- training ------------------------------------------------------------------------------------
+# training
 
 STEPS = 12
 # On 8x8 patches targets are 3x3, and context blocks 7x7 or 8x8: two shapes.
@@ -318,7 +318,7 @@ def test_a_resumed_compiled_run_is_the_run_that_was_not_stopped(compiled):
         assert torch.equal(compiled["resumed"]["target"][name], tensor), name
 
 
-# --- activation checkpointing --------------------------------------------------------------------
+# Activation checkpointing
 
 
 @pytest.mark.slow

@@ -209,6 +209,12 @@ def test_recipe_and_override_errors(recipe, override, message):
         load_config(recipe, [override] if override else [])
 
 
+def test_a_recipe_that_is_not_text(tmp_path):
+    (tmp_path / "photo.yaml").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(ConfigError, match=r"photo\.yaml cannot be read: .* can't decode"):
+        load_config(str(tmp_path / "photo.yaml"))
+
+
 def test_every_field_is_documented():
     def walk(model: type[Section], prefix: str) -> list[str]:
         missing = []

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import make_batch, tiny_config
 
 from njepa.models.encoder import build_encoder
 from njepa.training.ema import ema_parameters, make_target, update_target
 from njepa.training.module import TrainModule
 from njepa.training.schedules import Schedules
+from tests.support.tiny import make_batch, tiny_config
 
 
 def test_target_is_an_fp32_copy_without_gradient():

@@ -7,14 +7,14 @@ import math
 import pytest
 import timm
 import torch
-from published_ijepa import sincos_table
 from timm.models.vision_transformer import VisionTransformer
-from tiny import make_batch, normalised, tiny_config
 
+from bench.published import networks
 from njepa.config import ConfigError, ModelConfig
 from njepa.models.architecture import Stack, encoder_stack
 from njepa.models.encoder import Encoder, build_encoder
 from njepa.models.positions import position_table, sincos
+from tests.support.tiny import make_batch, normalised, tiny_config
 
 
 def timm_twin() -> VisionTransformer:
@@ -132,7 +132,7 @@ def test_patches_outside_the_subset_have_no_influence():
 
 def test_position_table():
     table = position_table(32, (6, 6))
-    torch.testing.assert_close(table, sincos_table(32, 6), rtol=0, atol=1e-7)
+    torch.testing.assert_close(table, networks.sincos(6, 32)[0], rtol=0, atol=1e-7)
     torch.testing.assert_close(table.square().mean(1).sqrt(), torch.full((36,), math.sqrt(0.5)))
     wide = position_table(16, (2, 3), scale=0.5)  # 2 rows, 3 columns
     assert torch.equal(wide[0, :8], wide[3, :8])  # same column, next row
@@ -147,7 +147,7 @@ def test_position_table():
 def test_positions_are_frozen_and_scaled():
     encoder = build_encoder(tiny_config(model={"pos_scale": 0.5}))
     assert not encoder.pos_embed.requires_grad
-    torch.testing.assert_close(encoder.pos_embed[0], 0.5 * sincos_table(32, 6))
+    torch.testing.assert_close(encoder.pos_embed[0], 0.5 * networks.sincos(6, 32)[0])
 
 
 def test_published_init():

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from jobs import TINY, make_images, run_jobs
 
 from njepa.config import load_config
 from njepa.data.sources import open_source
 from njepa.evaluation.features import pooled_features
 from njepa.evaluation.images import load_split
 from njepa.models.encoder import build_encoder
+from tests.support.jobs import TINY, make_images, run_jobs
 
 pytestmark = pytest.mark.slow
 

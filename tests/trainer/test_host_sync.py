@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from host_reads import HostReads
-from jobs import make_images, run_jobs
+
+from tests.support.host_reads import HostReads
+from tests.support.jobs import make_images, run_jobs
 
 JOBS = {
     "plain": (0, [], {}),

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from njepa_kernels import available_impls
-from tiny import make_batch, tiny_config
 from torch import nn
 
 from njepa.config import Config
 from njepa.training.ema import ema_parameters, make_target, update_target
 from njepa.training.module import TrainModule, param_groups
+from tests.support.tiny import make_batch, tiny_config
 
 pytestmark = pytest.mark.slow
 

@@ -6,11 +6,11 @@ from itertools import product
 
 import pytest
 import torch
-from tiny import N_BLOCKS, N_TARGETS, make_batch, tiny_config
 
 from njepa.config import Config
 from njepa.models.jepa import Jepa, JepaOutput, build_jepa
 from njepa.models.predictor import build_predictor
+from tests.support.tiny import N_BLOCKS, N_TARGETS, make_batch, tiny_config
 
 PREDICTORS, TOKENS = ("unshared", "shared", "single"), ("unshared", "shared")
 NOISED = {
@@ -39,7 +39,7 @@ def run(config: Config, jepa: Jepa | None = None, sigmas: tuple[float, ...] = (0
     return jepa(batch.images, batch.masks, batch.noise)
 
 
-# --- what is built -------------------------------------------------------------------------------
+# What is built
 
 
 def trained(config: Config) -> set[str]:
@@ -79,7 +79,7 @@ def test_the_projector_belongs_to_vicreg(name: str, projector: bool):
     assert (build_jepa(VARIANTS[name]).projector is not None) == projector
 
 
-# --- weights at the start ------------------------------------------------------------------------
+# Weights at the start
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -109,7 +109,7 @@ def test_both_ways_to_two_mask_tokens_start_from_the_same_two():
     assert torch.equal(two.predictor.mask_token, one.predictor.mask_token)
 
 
-# --- what comes out ------------------------------------------------------------------------------
+# What comes out
 
 
 def test_without_noise():

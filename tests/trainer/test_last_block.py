@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from packed_attention import ATTENTION
 from torch import Tensor
 
 from njepa.data.batch import Lengths, Masks
@@ -15,6 +14,7 @@ from njepa.models.attention import Attention
 from njepa.models.block import Block
 from njepa.models.predictor import Predictor
 from njepa.models.shared_context import Segments
+from tests.support.packed_attention import ATTENTION
 
 B, M, KC, KT, D, HEADS = 3, 2, 7, 4, 24, 2
 Run = Callable[[Tensor, Tensor], Tensor]

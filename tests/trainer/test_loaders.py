@@ -1,90 +1,34 @@
-"""Both loaders: the planned samples and crops, the same pixels, and what happens to bad files."""
+"""Both loaders: the planned samples and crops, the same pixels, for every number of ranks."""
 
 import io
-import logging
 import os
-import shutil
-import subprocess
-import sys
-import threading
-import time
 import zipfile
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from pictures import class_folders, data_folder, encoded, picture, shard, special_images, write
 from PIL import Image, ImageOps
 
-from njepa.config import parse_config
-from njepa.data.decode import DecodeError, decode
-from njepa.data.eval_views import eval_images
-from njepa.data.loader import Loader, build_loader, choose_backend, default_workers
+from njepa.data.loader import Loader
 from njepa.data.pixels import Pixels
-from njepa.data.sources import open_source
 from njepa.draws.crops import crop_windows, flips
-from njepa.draws.masks import MaskSampler
-from njepa.draws.order import SampleOrder
 from njepa.draws.sigmas import block_sigmas
 from njepa.draws.streams import stream_seed
+from tests.support.loader_case import CPU, SIZE, TOLERANCE, Case
+from tests.support.pictures import (
+    class_folders,
+    data_folder,
+    encoded,
+    picture,
+    shard,
+    special_images,
+    write,
+)
 
-CPU = torch.device("cpu")
-SIZE = 48
-#: Mean absolute difference of an image between the backends, in grey levels of 255, without the
-#: outermost ring of pixels. Measured on 10 crops of each of 60 photographs at 24, 48, 64 and
-#: 224 px: 0.07 to 0.15 on average, 0.47 at most (a CMYK photograph; 0.21 without CMYK).
-TOLERANCE = 0.6
 #: With that ring, by size: DALI repeats the last pixel at the border where Pillow and torchvision
 #: weigh only what is there, which shows when an image shrinks a lot. Measured: 0.15 (224 px) to
 #: 0.33 (24 px) on average, at most 0.47 (224), 0.68 (48), 2.17 (24).
 WHOLE_TOLERANCE = {224: 0.6, 48: 1.0, 24: 3.0}
-
-
-@pytest.fixture(params=["torch", "dali"])
-def backend(request):
-    if request.param == "dali":
-        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    return request.param
-
-
-@pytest.fixture
-def dali():
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-
-
-class Case:
-    """A source, and loaders over it."""
-
-    def __init__(self, path, tmp_path, **sections):
-        sections["data"] = {
-            "path": str(path), "image_size": SIZE, "hflip": 0.5, "workers": 1,
-            "cache_dir": str(tmp_path / "cache"), **sections.get("data", {}),
-        }  # fmt: skip
-        self.sections = {
-            "method": "njepa", "mask": {"min_keep": 2}, "model": {"patch_size": 8}, **sections,
-        }  # fmt: skip
-        self.index = open_source(path, tmp_path / "cache", progress=False)
-
-    def loader(self, backend, micro=4, accumulation=1, world=1, rank=0, start=0, stop=4, **data):
-        section = {**self.sections["data"], "backend": backend, **data}
-        config = parse_config({**self.sections, "data": section})
-        self.config = config
-        self.order = SampleOrder(self.index.n, micro, accumulation, world, rank, config.run.seed)
-        self.masks = MaskSampler(config.mask, config.grid, config.run.seed)
-        return build_loader(config, self.index, self.order, self.masks, CPU, start, stop)
-
-    def batches(self, *args, **kwargs):
-        loader = self.loader(*args, **kwargs)
-        try:
-            return list(loader)
-        finally:
-            loader.close()
-
-    def pixels(self, batch):
-        """[B, 3, S, S] in grey levels."""
-        return batch.images.permute(0, 3, 1, 2).float()
 
 
 def leaves(value):
@@ -105,9 +49,6 @@ def same(a, b):
 
 def without_pixels(batch):
     return [batch._replace(images=None)]
-
-
-# ---- content ---------------------------------------------------------------------------------
 
 
 def test_pixels_are_the_planned_crops(tmp_path, backend):
@@ -250,9 +191,6 @@ def test_pixels_of_other_samples_are_an_error(tmp_path):
     loader.close()
 
 
-# ---- order, ranks, restarts ------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_change_nothing(tmp_path, workers):
     case = Case(class_folders(tmp_path / "in", 14), tmp_path)
@@ -287,325 +225,3 @@ def test_two_ranks_see_what_one_sees(tmp_path, backend, compat):
             for name in ("context_idx", "target_idx"):
                 joined = torch.cat([getattr(part.masks, name) for part in parts])
                 assert torch.equal(joined, getattr(whole.masks, name))
-
-
-# ---- unreadable images -----------------------------------------------------------------------
-
-
-def spoil(case, sample, data):
-    case.index.path(sample).write_bytes(data)
-
-
-GOOD = encoded(picture(5, 80, 60), quality=90)
-DAMAGE = {
-    "empty": (b"", "empty file"),
-    "text": (b"not an image at all", "not an image"),
-    "cut": (GOOD[: len(GOOD) // 2], "truncated"),
-    "cut_by_two_bytes": (GOOD[:-2], "truncated"),
-    "other_size": (GOOD, "has 80 x 60 pixels, "),
-    "missing": (None, "No such file"),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_torch_replaces_what_it_cannot_read(tmp_path, caplog, kind):
-    case = Case(class_folders(tmp_path / "in", 12), tmp_path, data={"hflip": 0.0})
-    good = case.batches("torch", stop=6)
-    plan = case.order.at(1)
-    bad, following = int(plan.ids[2]), int(plan.ids[3])
-    data, reason = DAMAGE[kind]
-    if data is None:
-        case.index.path(bad).unlink()
-    else:
-        spoil(case, bad, data)
-    loader = case.loader("torch", stop=6)
-    with caplog.at_level(logging.WARNING):
-        seen = list(loader)
-    assert loader.skipped == 2  # once in each of the two epochs
-    (record,) = caplog.records  # named once
-    assert case.index.name(bad) in record.getMessage()
-    assert reason in record.getMessage()
-    for before, after in zip(good, seen, strict=True):
-        assert torch.equal(before.sample_ids, after.sample_ids)  # the planned ids stay
-        assert torch.equal(before.masks.context_idx, after.masks.context_idx)
-        same_pixels = (before.images == after.images).flatten(1).all(1)
-        assert torch.equal(same_pixels, before.sample_ids != bad)
-    window = crop_windows(
-        0, 0, plan.ids[2:3], case.index.widths[[following]], case.index.heights[[following]],
-        case.config.data.crop_scale, case.config.data.crop_ratio,
-    )[0]  # fmt: skip
-    left, top, w, h = window.tolist()
-    image = Image.open(case.index.path(following)).crop((left, top, left + w, top + h))
-    expected = torch.from_numpy(np.array(image.resize((SIZE, SIZE), 2))).permute(2, 0, 1)
-    assert (case.pixels(seen[1])[2] - expected).abs().mean() < TOLERANCE
-
-
-def test_the_replacement_is_the_same_for_every_number_of_ranks(tmp_path):
-    case = Case(class_folders(tmp_path / "in", 16), tmp_path)
-    case.loader("torch", micro=8, stop=1).close()
-    last_of_rank_0, next_two = case.order.at(0).ids[3], case.order.at(0).ids[4:6]
-    for i in (last_of_rank_0, next_two[0]):
-        spoil(case, int(i), b"")
-    one = case.batches("torch", micro=8, stop=1)[0]
-    two = [case.batches("torch", micro=4, world=2, rank=r, stop=1)[0] for r in range(2)]
-    assert torch.equal(torch.cat([b.images for b in two]), one.images)
-
-
-def test_torch_gives_up_where_nothing_is_readable(tmp_path):
-    case = Case(class_folders(tmp_path / "in", 8), tmp_path)
-    for i in range(8):
-        spoil(case, i, b"")
-    loader = case.loader("torch")
-    with pytest.raises(DecodeError, match=r"c\d/\d+\.jpg \(empty file\) is unreadable, and so is"):
-        next(loader)
-    with pytest.raises(StopIteration):
-        next(loader)
-    loader.close()
-
-
-# DALI decodes no further than the window reaches: two bytes missing at the end may escape it.
-@pytest.mark.parametrize("kind", [kind for kind in DAMAGE if kind != "cut_by_two_bytes"])
-def test_dali_ends_and_names_the_file(tmp_path, dali, kind):
-    from njepa.data.dali_pipeline import UnreadableImage
-
-    case = Case(class_folders(tmp_path / "in", 32), tmp_path, data={"crop_scale": [0.8, 1.0]})
-    case.loader("dali", stop=8).close()
-    bad = int(case.order.at(5).ids[1])
-    data, reason = DAMAGE[kind]
-    if data is None:
-        case.index.path(bad).unlink()
-    elif kind == "other_size":  # smaller than its window
-        spoil(case, bad, encoded(picture(0, 10, 10)))
-        reason = "has 10 x 10 pixels"
-    else:
-        spoil(case, bad, data)
-    loader = case.loader("dali", stop=8)
-    for _ in range(5):  # what comes before is delivered
-        next(loader)
-    with pytest.raises(UnreadableImage) as caught:
-        list(loader)
-    message = str(caught.value)
-    assert str(case.index.path(bad)) in message
-    assert reason in message
-    assert message.count(".jpg (") == 1
-    assert "njepa scan" in message
-    assert "data.backend=torch" in message
-
-
-def test_dali_cuts_whole_images_where_windows_crash(tmp_path, dali, monkeypatch):
-    """The same pixels as from the decoder of windows, and the reason beside the backend's."""
-    from njepa.data import dali_pipeline
-
-    case = Case(write(tmp_path / "in", special_images()), tmp_path)
-    windows = case.batches("dali", micro=case.index.n // 2, stop=4)
-    gpu = SimpleNamespace(type="cuda", index=0)
-    note = "decoding windows of JPEGs crashed (SIGSEGV)"
-    asked, built, build = [], [], dali_pipeline.DaliPixels._build
-
-    def on_the_cpu(self, threads, device_id, *, whole):
-        built.append((device_id, whole))
-        return build(self, threads, None, whole=whole)
-
-    monkeypatch.setattr(dali_pipeline, "decoder_note", lambda device: asked.append(device) or note)
-    monkeypatch.setattr(dali_pipeline.DaliPixels, "_build", on_the_cpu)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
-    arguments = case.config.data, 0, case.index, case.order, 0, 4, 1
-    pixels = dali_pipeline.DaliPixels(*arguments, gpu)
-    assert (asked, built) == ([0], [(0, True)])
-    for batch in windows:
-        assert torch.equal(next(pixels).images, batch.images)
-    pixels.close()
-    monkeypatch.setattr(dali_pipeline, "DaliPixels", lambda *_: pixels)
-    loader = case.loader("dali")
-    loader.close()
-    assert loader.backend_reason == f"as configured; {note}"
-
-
-def test_dali_names_a_member_of_a_shard(tmp_path, dali):
-    from njepa.data.dali_pipeline import UnreadableImage
-
-    members = {f"{i}.jpg": encoded(picture(i)) for i in range(8)}
-    members["3.jpg"] = members["3.jpg"][:-20]
-    case = Case(shard(tmp_path / "a.tar", members), tmp_path)
-    with pytest.raises(UnreadableImage, match=r"a\.tar/3\.jpg \(.*truncated"):
-        case.batches("dali", micro=8)
-
-
-def test_a_format_that_dali_cannot_decode(tmp_path, dali):
-    gif = encoded(picture(0).quantize(64), "GIF")
-    case = Case(write(tmp_path / "in", {f"{i}.jpg": gif for i in range(4)}), tmp_path)
-    with pytest.raises(RuntimeError, match=r"readable by Pillow; data\.backend=torch"):
-        case.batches("dali")
-    assert len(case.batches("torch")) == 4
-
-
-# ---- decoding --------------------------------------------------------------------------------
-
-
-def test_sixteen_bits_become_eight():
-    levels = np.arange(0, 65536, 17, dtype=np.uint16)[: 60 * 40].reshape(40, 60)
-    image = decode(encoded(Image.fromarray(levels), "PNG"))
-    assert torch.equal(image[0], torch.from_numpy(np.uint8(np.rint(levels / 257))))
-
-
-def test_damaged_files_raise_decode_error_only():
-    """Random damage in every format: an image or a DecodeError, never a crash."""
-    rng = np.random.default_rng(0)
-    broken = 0
-    for data in special_images().values():
-        for _ in range(12):
-            spoilt = bytearray(data)
-            for place in rng.integers(2, len(data), rng.integers(1, 6)):
-                spoilt[place] = rng.integers(256)
-            if rng.random() < 0.3:
-                spoilt = spoilt[: rng.integers(0, len(data))]
-            try:
-                image = decode(bytes(spoilt))
-            except DecodeError:
-                broken += 1
-            else:
-                assert image.dtype == torch.uint8
-                assert image.shape[0] == 3
-    assert broken > 30
-
-
-def test_eval_views(tmp_path, caplog):
-    files = {"a.jpg": encoded(picture(0, 300, 200)), "b.png": encoded(picture(1, 20, 30), "PNG"),
-             "c.jpg": encoded(picture(2, 64, 64), orientation=6), "d.jpg": GOOD}  # fmt: skip
-    index = open_source(write(tmp_path / "in", files), tmp_path / "cache", progress=False)
-    index.path(3).write_bytes(GOOD[:-100])
-    with caplog.at_level(logging.WARNING):
-        views = eval_images(index, np.array([2, 0, 3, 1]), SIZE)
-    assert views.shape == (4, 3, SIZE, SIZE)
-    assert views.dtype == torch.uint8
-    for slot, name in ((1, "a.jpg"), (3, "b.png"), (0, "c.jpg")):
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(files[name])))
-        scale = round(SIZE * 256 / 224) / min(image.size)
-        w, h = (round(side * scale) for side in image.size)
-        left, top = (w - SIZE) // 2, (h - SIZE) // 2
-        view = image.resize((w, h), 2).crop((left, top, left + SIZE, top + SIZE))
-        expected = torch.from_numpy(np.array(view)).permute(2, 0, 1).float()
-        assert (views[slot].float() - expected).abs().mean() < 0.5
-    assert (views[2] == 128).all()
-    assert "1 of 4 evaluation images are unreadable" in caplog.text
-    assert "d.jpg" in caplog.text
-
-
-# ---- behaviour -------------------------------------------------------------------------------
-
-
-def test_waiting_is_counted_and_reading_ahead_hides_it(tmp_path):
-    case = Case(class_folders(tmp_path / "in", 12), tmp_path)
-    loader = case.loader("torch", stop=30)
-    next(loader)
-    assert loader.wait_s > 0
-    time.sleep(0.5)  # the loader fills its queue meanwhile
-    loader.wait_s = 0.0
-    next(loader)
-    assert loader.wait_s < 0.1
-    loader.close()
-
-
-def test_close_ends_threads_and_workers_at_any_time(tmp_path, backend):
-    case = Case(class_folders(tmp_path / "in", 12), tmp_path)
-    before = set(_children())
-    for consumed in (0, 3):
-        loader = case.loader(backend, stop=1000)
-        for _ in range(consumed):
-            next(loader)
-        began = time.perf_counter()
-        loader.close()
-        loader.close()
-        assert time.perf_counter() - began < 5
-        with pytest.raises(StopIteration):
-            next(loader)
-    assert not [t for t in threading.enumerate() if t.name == "njepa-loader"]
-    assert set(_children()) <= before
-
-
-def test_workers_outlive_the_signals_that_stop_a_run(tmp_path):
-    """Launchers signal the whole process group; the trainer still finishes its step."""
-    case = Case(class_folders(tmp_path / "in", 12), tmp_path)
-    before = set(_children())  # of other tests: torch's compile workers, for example
-    loader = case.loader("torch", stop=40)
-    next(loader)
-    workers = set(_children()) - before
-    assert workers
-    for number in ("-INT", "-TERM"):
-        subprocess.run(["kill", number, *workers], check=True)
-    assert len(list(loader)) == 39
-    loader.close()
-    assert not workers & set(_children())
-
-
-def _children():
-    with open(f"/proc/self/task/{threading.get_native_id()}/children") as file:
-        return file.read().split()
-
-
-def test_a_program_that_forgets_to_close_ends_all_the_same(tmp_path):
-    class_folders(tmp_path / "in", 12)
-    program = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from pathlib import Path
-from types import SimpleNamespace
-from test_loaders import Case
-case = Case(Path({str(tmp_path / "in")!r}), Path({str(tmp_path)!r}))
-loaders = [case.loader("torch", stop=1000, workers=workers) for workers in (0, 2)]
-for loader in loaders:
-    next(loader)
-print("one batch each", flush=True)
-raise SystemExit(7)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert (done.returncode, done.stdout) == (7, "one batch each\n"), done.stderr
-
-
-def test_errors_of_the_loader_thread_reach_the_consumer(tmp_path, monkeypatch):
-    case = Case(class_folders(tmp_path / "in", 12), tmp_path)
-    loader = case.loader("torch", stop=50)
-    monkeypatch.setattr(loader, "_masks", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        list(loader)
-
-
-def test_choice_of_the_backend(monkeypatch):
-    cuda = torch.device("cuda")
-    assert choose_backend("torch", cuda) == ("torch", "as configured")
-    assert choose_backend("auto", CPU)[0] == "torch"
-    found = {"nvidia": object(), "nvidia.dali": object()}
-    monkeypatch.setattr("importlib.util.find_spec", found.get)
-    assert choose_backend("auto", cuda)[0] == "dali"
-    assert choose_backend("dali", CPU) == ("dali", "as configured")
-    del found["nvidia.dali"]
-    assert choose_backend("auto", cuda) == (
-        "torch", "DALI is not installed (pip install nvidia-dali-cuda130)",
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="pip install nvidia-dali-cuda130"):
-        choose_backend("dali", cuda)
-
-
-def test_default_workers(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    cuda = torch.device("cuda")
-    assert default_workers(CPU) == 1
-    assert default_workers(cuda) == 12
-    monkeypatch.setenv("LOCAL_SIZE", "4")  # DeepSpeed's launcher
-    assert default_workers(cuda) == 3
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "32")  # torchrun
-    assert default_workers(cuda) == 1
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(200)))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    assert default_workers(cuda) == 16
-
-
-def test_a_cache_in_use_survives_the_removal_of_the_source(tmp_path):
-    case = Case(class_folders(tmp_path / "in", 8), tmp_path)
-    shutil.rmtree(tmp_path / "in")
-    with pytest.raises(DecodeError, match="No such file"):
-        case.batches("torch")

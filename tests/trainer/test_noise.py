@@ -21,7 +21,7 @@ def draw(sigma: Any, n_targets: int = 4, seed: int = 0, step: int = 3, ids: Any 
     return block_sigmas(NoiseConfig(weight=1, sigma=sigma, **kw), n_targets, seed, step, ids)
 
 
-# --- a number ------------------------------------------------------------------------------------
+# A number
 
 
 def test_the_default_is_sigma_data_for_all() -> None:
@@ -38,7 +38,7 @@ def test_a_number_is_the_same_everywhere_and_always(value: float, shared: Any) -
         np.testing.assert_array_equal(drawn, np.full((7, 3), value, dtype=np.float32))
 
 
-# --- edm -----------------------------------------------------------------------------------------
+# Edm
 
 
 def test_edm_is_log_normal_with_one_draw_for_each_block() -> None:
@@ -67,7 +67,7 @@ def test_edm_is_finite_at_the_ends_of_the_uniform_numbers(monkeypatch: pytest.Mo
     assert np.log(high) == pytest.approx(-1.2 + 1.2 * stats.norm.isf(2.0**-33), rel=1e-6)
 
 
-# --- a list --------------------------------------------------------------------------------------
+# A list
 
 
 def test_as_many_values_as_blocks_come_once_each_in_every_order() -> None:
@@ -100,7 +100,7 @@ def test_a_list_of_one_is_a_number() -> None:
     np.testing.assert_array_equal(draw((0.3,)), draw(0.3))
 
 
-# --- what it depends on --------------------------------------------------------------------------
+# what it depends on
 
 FORMS = {
     "number": {"sigma": 0.5},

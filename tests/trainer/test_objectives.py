@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import N_BLOCKS, make_batch, tiny_config
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,6 +15,7 @@ from njepa.data.batch import Batch, Lengths
 from njepa.models.jepa import Jepa, JepaOutput, build_jepa
 from njepa.objectives import objective, prediction_loss, vicreg_loss
 from njepa.training.ema import make_target
+from tests.support.tiny import N_BLOCKS, make_batch, tiny_config
 
 
 def forward(config: Config, batch: Batch) -> tuple[Jepa, JepaOutput, torch.Tensor]:
@@ -45,7 +45,7 @@ def smooth_l1(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.where(gap < 1, 0.5 * gap**2, gap - 0.5).mean()
 
 
-# ------------------------------------------------------------------------------- prediction terms
+# Prediction terms
 
 
 def test_ijepa_loss():
@@ -74,7 +74,7 @@ def test_njepa_loss(predictors: str, stop: str, weight: float, consistency: floa
     batch = make_batch(config)
     _, output, h = forward(config, batch)
     h.requires_grad_()
-    losses = prediction_loss(config, output, h, batch.masks)
+    losses = prediction_loss(config.noise, output, h, batch.masks)
     y = targets(h.detach(), batch.masks.target_idx)
     clean, noised = (by_image(x, batch.masks.target_idx) for x in (output.clean, output.noised))
     pair = {
@@ -110,7 +110,7 @@ def test_the_stop_decides_who_is_moved_by_the_difference():
         config = tiny_config("njepa", noise={"consistency": 5.0, "consistency_stop": stop})
         batch = make_batch(config)
         _, output, h = forward(config, batch)
-        total = prediction_loss(config, output, h, batch.masks).total
+        total = prediction_loss(config.noise, output, h, batch.masks).total
         grads[stop] = torch.autograd.grad(total, [output.clean, output.noised])
     for stop, stopped in (("clean", 0), ("noised", 1)):
         moved = 1 - stopped
@@ -124,7 +124,7 @@ def test_a_single_predictor_has_no_clean_loss_and_no_lambda(weight: float):
     config = tiny_config("njepa", noise={"predictors": "single", "weight": weight})
     batch = make_batch(config)
     _, output, h = forward(config, batch)
-    losses = prediction_loss(config, output, h, batch.masks)
+    losses = prediction_loss(config.noise, output, h, batch.masks)
     assert losses.metrics.keys() == {"loss_noise"}
     assert torch.equal(losses.total.detach(), losses.metrics["loss_noise"])
     expected = smooth_l1(
@@ -133,7 +133,7 @@ def test_a_single_predictor_has_no_clean_loss_and_no_lambda(weight: float):
     torch.testing.assert_close(losses.total, expected)
 
 
-# ---------------------------------------------------------------------------------------- VICReg
+# VICReg
 
 
 def variance(u: torch.Tensor, gamma: float = 1.0, eps: float = 1e-4) -> torch.Tensor:
@@ -171,7 +171,7 @@ def test_pred_blocks_is_the_loop_over_ordered_pairs(projector: object):
     config = tiny_config("cjepa", vicreg={"projector": projector})
     batch = make_batch(config, batch=6)
     jepa, output, h = forward(config, batch)
-    losses = vicreg_loss(config, output, h, batch.masks, jepa.projector)
+    losses = vicreg_loss(config.vicreg, output, h, batch.masks, jepa.projector)
     u = jepa.projector(output.clean.mean(dim=1))
     views = [u[m * 6 : (m + 1) * 6] for m in range(N_BLOCKS)]
     pairs = [pair(views[i], views[j]) for i, j in itertools.permutations(range(N_BLOCKS), 2)]
@@ -193,10 +193,10 @@ def test_pred_blocks_takes_the_clean_predictions_where_there_are_any():
     batch = make_batch(both)
     jepa, output, h = forward(both, batch)
     plain_jepa, plain, _ = forward(alone, batch._replace(noise=None))
-    terms = terms_of(vicreg_loss(both, output, h, batch.masks, jepa.projector))
-    assert terms == terms_of(vicreg_loss(alone, plain, h, batch.masks, plain_jepa.projector))
+    terms = terms_of(vicreg_loss(both.vicreg, output, h, batch.masks, jepa.projector))
+    assert terms == terms_of(vicreg_loss(alone.vicreg, plain, h, batch.masks, plain_jepa.projector))
     swapped = output._replace(clean=output.noised, noised=output.clean)
-    assert terms != terms_of(vicreg_loss(both, swapped, h, batch.masks, jepa.projector))
+    assert terms != terms_of(vicreg_loss(both.vicreg, swapped, h, batch.masks, jepa.projector))
 
 
 def test_pred_blocks_of_a_single_predictor_takes_the_noised_predictions():
@@ -207,12 +207,12 @@ def test_pred_blocks_of_a_single_predictor_takes_the_noised_predictions():
     views = [u[m * 6 : (m + 1) * 6] for m in range(N_BLOCKS)]
     pairs = [pair(x, y) for x, y in itertools.permutations(views, 2)]
     check(
-        vicreg_loss(config, output, h, batch.masks, jepa.projector),
+        vicreg_loss(config.vicreg, output, h, batch.masks, jepa.projector),
         tuple(sum(terms) / len(pairs) for terms in zip(*pairs, strict=True)),
     )
 
 
-# --- context against target ----------------------------------------------------------------------
+# Context against target
 
 
 class Scaled(nn.Module):
@@ -247,7 +247,7 @@ def test_context_vs_target_is_the_loop(counts: tuple[int, ...] | None):
     _, output, h = forward(config, batch)
     projector = Scaled()
     h.requires_grad_()
-    losses = vicreg_loss(config, output, h, batch.masks, projector)
+    losses = vicreg_loss(config.vicreg, output, h, batch.masks, projector)
 
     kept = counts or (output.context.shape[1],) * 6
     means = [sum(output.context[b, t] for t in range(n)) / n for b, n in enumerate(kept)]
@@ -272,13 +272,13 @@ def test_context_vs_target_is_the_loop(counts: tuple[int, ...] | None):
 def test_context_vs_target_reaches_no_predictor():
     config, batch = context_case(None)
     jepa, output, h = forward(config, batch)
-    vicreg_loss(config, output, h, batch.masks, jepa.projector).total.backward()
+    vicreg_loss(config.vicreg, output, h, batch.masks, jepa.projector).total.backward()
     assert all(p.grad is None for p in jepa.predictor.parameters())
     assert all(p.grad is not None for p in jepa.encoder.parameters() if p.requires_grad)
     assert jepa.projector[0].weight.grad.norm() > 0
 
 
-# --- the sum -------------------------------------------------------------------------------------
+# The sum
 
 
 @pytest.mark.parametrize("on", ["pred_blocks", "context_vs_target"])
@@ -300,8 +300,8 @@ def test_statistics_are_fp32_under_autocast(on: str):
     config = tiny_config("cjepa", vicreg={"on": on, "projector": "identity"})
     batch = make_batch(config, batch=6)
     jepa, output, h = forward(config, batch)
-    exact = vicreg_loss(config, output, h, batch.masks, jepa.projector)
+    exact = vicreg_loss(config.vicreg, output, h, batch.masks, jepa.projector)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = vicreg_loss(config, output, h, batch.masks, jepa.projector)
+        cast = vicreg_loss(config.vicreg, output, h, batch.masks, jepa.projector)
     assert cast.total.dtype == torch.float32
     torch.testing.assert_close(cast.total, exact.total, rtol=1e-6, atol=0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from jobs import make_images, run_jobs
+
+from tests.support.jobs import make_images, run_jobs
 
 pytestmark = pytest.mark.slow
 

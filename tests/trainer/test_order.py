@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from njepa.config import ConfigError
 from njepa.draws.order import SampleOrder
 
 
@@ -60,7 +61,7 @@ def test_replacements_do_not_depend_on_the_ranks():
 
 
 def test_numbers_that_cannot_work():
-    with pytest.raises(ValueError, match=r"31 images, but one step needs 32 .*8 x .*2 x 2 ranks"):
+    with pytest.raises(ConfigError, match=r"31 images, but one step needs 32 .*8 x .*2 x 2 ranks"):
         SampleOrder(n=31, micro_batch=8, accumulation=2, world=2, rank=0, seed=0)
     with pytest.raises(ValueError, match=r"rank must be in \[0, 2\), got 2"):
         SampleOrder(n=31, micro_batch=8, accumulation=1, world=2, rank=2, seed=0)

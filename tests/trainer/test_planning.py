@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from itertools import product
 
 import pytest
 import torch
-from jobs import TINY, make_images, run_jobs
-from tiny import N_CONTEXT, N_TARGETS, make_batch, tiny_config
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from njepa import planning as plan
-from njepa.cli import main
 from njepa.config import load_config
 from njepa.data.batch import Masks
 from njepa.draws.masks import MaskSampler
@@ -25,6 +20,8 @@ from njepa.models.encoder import Encoder
 from njepa.training.ema import make_target
 from njepa.training.module import TrainModule
 from njepa.training.zero import BatchSizes
+from tests.support.jobs import TINY, make_images, run_jobs
+from tests.support.tiny import N_CONTEXT, N_TARGETS, make_batch, tiny_config
 
 SHAPE, BATCH = plan.Shape(N_CONTEXT, N_TARGETS), 4
 REFERENCE = {"default": "reference"}  # the native ops' products are not visible to the counter
@@ -311,41 +308,3 @@ def test_time_is_the_sum_of_its_ceilings():
     assert time.serial == 28 * net.trained_parameters + 12 * net.encoder_parameters
     time = plan.step_time(config, sizes, zero, plan.Gpu(1, inf, inf, 1.0, 1.0), 0.5)
     assert time.serial == time.overlapped == 4 * net.trained_parameters
-
-
-def test_command(capsys: pytest.CaptureFixture[str]):
-    base = ["plan", "--recipe", "shapes-tiny", "--ds_config", "ds.json"]
-    assert main([*base, "--gpus", "1,8", "--tflops", "100", "method=ijepa"]) == 0
-    out = capsys.readouterr().out
-    config = load_config("shapes-tiny", ["method=ijepa"])
-    assert f"trained in all {plan.network(config).trained_parameters / 1e6:.2f} M" in out
-    assert "100 TFLOP/s" in out
-    assert "(nominal, not measured: memory, gbps, nvlink, internode)" in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--gpus", "8,none"], "--gpus must be positive integers like 8,16,64, got '8,none'"),
-        (["--gpus", "0"], "--gpus must be positive integers"),
-        (["--gpu", "h300"], "--gpu h300 is unknown; known: a100, h100, h200, b200"),
-        (["--tflops", "-1"], "--tflops must be positive, got -1"),
-        (["--reserve", "1"], "--reserve must be in [0, 1), got 1"),
-        (["--efficiency", "0"], "--efficiency must be in (0, 1], got 0"),
-        (["--ds_config", "none.json"], "none.json: no such file"),
-        (["mask.ragged=true"], "mask.ragged=true is not covered"),
-        (["mask.min_keep=30"], "mask.min_keep=30"),
-        (["model.encoder=vit_larg"], "did you mean 'vit_large'"),
-    ],
-)
-def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
-    assert main(["plan", "--ds_config", "ds.json", *arguments]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_needs_no_gpu_and_no_deepspeed():
-    code = (
-        "import sys; sys.modules['deepspeed'] = None; from njepa.cli import main; "
-        "sys.exit(main(['plan', '--ds_config', 'ds.json', '--gpus', '2']))"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from njepa_kernels import NoiseKey, philox_normal
-from tiny import N_BLOCKS, N_CONTEXT, N_TARGETS, make_batch, rows_of, tiny_config
 from torch import Tensor
 
 from njepa.config import Config, ConfigError
 from njepa.data.batch import Batch, Masks, Noise
 from njepa.draws.streams import stream_seed
 from njepa.models.predictor import Predictor, build_predictor
+from tests.support.tiny import N_BLOCKS, N_CONTEXT, N_TARGETS, make_batch, rows_of, tiny_config
 
 BATCH, STEP = 4, 3
 
@@ -79,7 +79,7 @@ def test_clean_tokens():
             torch.testing.assert_close(tokens[m * BATCH + b], torch.cat((kept, queries)))
 
 
-# --- noise ---------------------------------------------------------------------------------------
+# noise
 
 SPACES = ["predictor", "encoder_tied"]
 
@@ -184,7 +184,7 @@ def test_position_table_is_not_written_to():
     assert not predictor.predictor_pos_embed.requires_grad
 
 
-# --- both predictions in one pass ----------------------------------------------------------------
+# Both predictions in one pass
 
 
 def with_own_token(config: Config) -> Predictor:
@@ -241,7 +241,7 @@ def test_the_token_of_noised_queries_reaches_them_alone():
         assert (predictor.mask_token.grad is not None) != own
 
 
-# --- weights and sizes ---------------------------------------------------------------------------
+# Weights and sizes
 
 
 def test_initial_weights():

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from published_ijepa import PublishedEncoder, PublishedPredictor, published_loss
-from tiny import SIDE, make_batch, normalised, tiny_config
 
+from bench.published.networks import PublishedEncoder, PublishedPredictor, published_loss
 from njepa.training.ema import ema_parameters, make_target, update_target
 from njepa.training.module import TrainModule, param_groups
+from tests.support.tiny import SIDE, make_batch, normalised, tiny_config
 
 CONFIG = tiny_config("ijepa")
 

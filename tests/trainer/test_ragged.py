@@ -13,9 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jobs import TINY, make_images
-from packed_attention import ATTENTION
-from tiny import make_batch, rows_of, tiny_config
 
 from njepa.config import Config, MaskConfig, load_config
 from njepa.data.batch import Batch, Lengths, Masks
@@ -28,12 +25,15 @@ from njepa.models.jepa import JepaOutput
 from njepa.objectives import objective
 from njepa.training.ema import make_target
 from njepa.training.module import TrainModule
+from tests.support.jobs import TINY, make_images
+from tests.support.packed_attention import ATTENTION
+from tests.support.tiny import make_batch, rows_of, tiny_config
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 COUNTS = (10, 3, 7, 10, 1)
 
-# --------------------------------------------------------------------------------- the network
+# The network
 
 
 def ragged_batch(config: Config, counts: tuple[int, ...] = COUNTS, padding: int = 0) -> Batch:
@@ -226,7 +226,7 @@ def test_bf16_autocast(kind: str):
     assert all(p.grad.isfinite().all() for p in module.parameters() if p.requires_grad)
 
 
-# ----------------------------------------------------------------------------------- the masks
+# The masks
 
 
 def sampler(compat: str, ragged: bool) -> MaskSampler:
@@ -265,7 +265,7 @@ def test_what_the_cut_drops():
     assert lengths.mean() == pytest.approx(91, abs=1)
     cut = 1 - lengths.min(axis=1) / lengths.mean(axis=1)
     assert cut.mean() == pytest.approx(0.345, abs=0.01)
-    padding = 1 - lengths.mean(axis=1) / lengths.max(axis=1)  # docs/running.md, section 3
+    padding = 1 - lengths.mean(axis=1) / lengths.max(axis=1)  # docs/configuration.md, ragged masks
     assert padding.mean() == pytest.approx(0.28, abs=0.01)
 
 
@@ -278,7 +278,7 @@ def test_no_other_image_decides_anything():
     assert (whole.context_idx[11:17, width:] == 0).all()
 
 
-# ---------------------------------------------------------------------------------- the loader
+# The loader
 
 
 def batches(tmp_path, world: int, rank: int, **mask: object) -> list[Batch]:
@@ -341,7 +341,7 @@ def test_a_loader_batch_of_equal_contexts_is_dense(tmp_path):
         assert 0 < batch.cut_frac < 1
 
 
-# ------------------------------------------------------------------------------------- the run
+# The run
 
 
 @pytest.mark.multirank

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from jobs import make_images, run_jobs
+
+from tests.support.jobs import make_images, run_jobs
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import noise_of
 
 from njepa.cli import main
 from njepa.config import load_config, recipe_names
@@ -15,6 +14,7 @@ from njepa.models.architecture import architecture
 from njepa.training.ema import make_target
 from njepa.training.module import TrainModule
 from njepa.training.zero import load_ds_config, resolve_batch
+from tests.support.tiny import noise_of
 
 FOLDER = Path(__file__).parents[2] / "njepa/recipes"
 

@@ -1,11 +1,12 @@
 """``scan``: every image decoded, bad ones named, good ones in a list to train on."""
 
 import pytest
-from pictures import class_folders, encoded, picture, shard, write
 
-from njepa.data.listing import SourceError
+from njepa import cli
+from njepa.data.errors import SourceError
 from njepa.data.scan import scan
 from njepa.data.sources import open_source
+from tests.support.pictures import class_folders, encoded, picture, shard, write
 
 GOOD = encoded(picture(9, 80, 60))
 
@@ -75,3 +76,21 @@ def test_nothing_good(tmp_path):
         scan(root, tmp_path / "good.txt", progress=False)
     with pytest.raises(SourceError, match="does not exist"):
         scan(tmp_path / "nowhere", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "njepa: data: nowhere does not exist"),
+        ([".", "--workers", "0"], "njepa: --workers must be at least 1, got 0"),
+    ],
+)
+def test_bad_input(arguments, message, capsys):
+    assert cli.main(["scan", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_fault_of_ours_is_a_traceback(monkeypatch):
+    monkeypatch.setattr("njepa.commands.scan.scan", lambda *_: int("a"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main(["scan", "."])

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import make_images, run_jobs
-from masked_predictor import dense_prediction
 from njepa_kernels import philox_normal
-from tiny import N_BLOCKS, N_CONTEXT, N_TARGETS, make_batch, tiny_config
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.published.shared_context import dense_prediction
 from njepa.config import Config
 from njepa.data.batch import Batch, Masks
 from njepa.models.predictor import Predictor, build_predictor
+from tests.support.jobs import make_images, run_jobs
+from tests.support.tiny import N_BLOCKS, N_CONTEXT, N_TARGETS, make_batch, tiny_config
 
 BATCH, WIDTH, HEADS = 4, 24, 2
 
@@ -62,7 +62,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
     return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-# --- values --------------------------------------------------------------------------------------
+# Values
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_values_and_gradients_are_those_of_masked_attention(
             assert relative(parameter.grad, exact[name].grad) < 4 * tolerance, name
 
 
-# --- what is the same as with a context for each block -------------------------------------------
+# What is the same as with a context for each block
 
 
 def test_the_same_parameters_under_the_same_names():
@@ -148,7 +148,7 @@ def test_one_layer_predicts_what_per_block_predicts(method: str):
     assert relative(got[2][1][0], got[2][0][0]) > 1e-3
 
 
-# --- what follows from the mask ------------------------------------------------------------------
+# What follows from the mask
 
 
 def test_a_block_knows_nothing_of_the_others():
@@ -187,7 +187,7 @@ def test_both_predictions_without_noise_are_the_clean_one():
     torch.testing.assert_close(clean, expected, rtol=1e-5, atol=1e-5)
 
 
-# --- cost, compilation, precision ----------------------------------------------------------------
+# Cost, compilation, precision
 
 
 def forward_flops(config: Config, n_blocks: int) -> int:
@@ -248,7 +248,7 @@ def test_under_autocast_the_residual_stream_stays_fp32():
     assert 1e-4 < relative(prediction, exact) < 3e-2
 
 
-# --- training ------------------------------------------------------------------------------------
+# training
 
 STEPS = 24
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import class_folders, encoded, picture, shard, special_images, write
 from PIL import Image, ImageOps
 
 from njepa.data import sources
-from njepa.data.listing import SourceError
+from njepa.data.errors import SourceError
 from njepa.data.sources import open_source
+from tests.support.pictures import class_folders, encoded, picture, shard, special_images, write
 
 JPEG = encoded(picture(0))
 
@@ -24,7 +24,7 @@ def opened(path, tmp_path):
     return open_source(path, tmp_path / "cache", progress=False)
 
 
-# ---- folders ---------------------------------------------------------------------------------
+# Folders
 
 
 def test_nested_folder_without_classes(tmp_path):
@@ -87,7 +87,7 @@ def test_names_that_are_not_unicode(tmp_path):
         assert all(index.read(i) == JPEG for i in range(3))
 
 
-# ---- what cannot be read ---------------------------------------------------------------------
+# What cannot be read
 
 
 def test_unreadable_headers_are_left_out_and_named(tmp_path, caplog):
@@ -125,11 +125,14 @@ def test_nothing_to_train_on(tmp_path):
     bad = write(tmp_path / "bad", {"a.jpg": b"", "b.jpg": b"text"})
     with pytest.raises(SourceError, match=r"none of the 2 images .*a\.jpg \(empty file\); b\.jpg"):
         opened(bad, tmp_path)
+    (tmp_path / "list.txt").write_bytes(b"no\0name.jpg\n")
+    with pytest.raises(SourceError, match=r"none of the 1 images"):
+        opened(tmp_path / "list.txt", tmp_path)
     with pytest.raises(SourceError, match=r"ends in '\.zip'"):
         opened(write(tmp_path, {"x.zip": b""}) / "x.zip", tmp_path)
 
 
-# ---- list files ------------------------------------------------------------------------------
+# List files
 
 
 def test_list_file(tmp_path):
@@ -161,7 +164,7 @@ def test_list_file_with_labels(tmp_path):
         opened(listed, tmp_path)
 
 
-# ---- tar shards ------------------------------------------------------------------------------
+# Tar shards
 
 
 def samples(n, start=0):
@@ -253,7 +256,7 @@ def test_large_header_in_a_shard(tmp_path):
     assert (index.widths[0], index.heights[0]) == (50, 30)
 
 
-# ---- the cache -------------------------------------------------------------------------------
+# The cache
 
 
 @pytest.fixture

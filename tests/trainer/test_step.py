@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import make_batch, rows_of, tiny_config
 from torch import multiprocessing
 
 from njepa.config import Config
@@ -17,6 +16,7 @@ from njepa.data.batch import Batch
 from njepa.models.projector import DistributedBatchNorm
 from njepa.training.ema import ema_parameters, make_target, update_target
 from njepa.training.module import TrainModule, param_groups
+from tests.support.tiny import make_batch, rows_of, tiny_config
 
 OFF = {"weight": 0.0, "consistency": 0.0}
 SINGLE = {"predictors": "single", "sigma": 0.0}
@@ -258,7 +258,7 @@ def test_parameter_groups(name: str):
     assert {n.removeprefix("jepa.") for n in group if "mask_token" in n} == mask_tokens
 
 
-# ----------------------------------------------------------------------------------- several ranks
+# several ranks
 
 RANK_CASES = {
     "ijepa": {"method": "ijepa"},

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import TINY, make_images, run_jobs
 from safetensors.torch import load_file
+
+from tests.support.jobs import TINY, make_images, run_jobs
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6

@@ -6,12 +6,13 @@ from functools import partial
 
 import pytest
 import torch
-from memory import watched
 from njepa_kernels import gather_tokens, predictor_tokens
 from njepa_kernels._runtime import checks
 from njepa_kernels._runtime.by_index import sum_by_index
 from njepa_kernels.testing import OpCase, all_cases, evaluate
-from special_checks import INDEXED, check_nan, check_stray_index
+
+from tests.support.special_checks import INDEXED, check_nan, check_stray_index
+from tests.support.triton_memory import watched
 
 CPU = torch.device("cpu")
 #: ema_update_ follows addresses in a table.

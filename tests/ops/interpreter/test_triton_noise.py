@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from njepa_kernels import NoiseKey, philox_normal, predictor_tokens
 from njepa_kernels._runtime.triton_noise import _box_muller, _cos_sin, _log
-from noise_checks import check_draws, noise_of
+
+from tests.support.noise_checks import check_draws, noise_of
 
 
 @triton.jit

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from subjects import make_run, make_stripes
 
 from njepa.data.sources import open_source
 from njepa.evaluation import images as images_module
@@ -10,6 +9,7 @@ from njepa.evaluation.features import cached, extract, pooled_views
 from njepa.evaluation.images import load_split, stream, subset
 from njepa.evaluation.subject import open_subject
 from njepa.models.attention import SDPA
+from tests.support.subjects import make_run, make_stripes
 
 
 @pytest.mark.parametrize("depth", [2, 5])

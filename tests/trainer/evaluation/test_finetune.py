@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from subjects import make_run, make_stripes
 
 from njepa.config import ConfigError
 from njepa.evaluation import finetune as module
 from njepa.evaluation.finetune import finetune, require_timm
 from njepa.evaluation.subject import open_subject
 from njepa.evaluation.task import open_task
+from tests.support.subjects import make_run, make_stripes
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,7 @@ from sklearn.preprocessing import StandardScaler
 from njepa.evaluation.accuracy import wilson
 from njepa.evaluation.knn import knn_accuracies, knn_accuracy
 from njepa.evaluation.logistic import logistic_accuracy
-
-
-def blobs(n, seed, classes=5, width=16, spread=1.0):
-    rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(classes, width))
-    y = rng.integers(classes, size=n)
-    x = centres[y] + spread * rng.normal(size=(n, width))
-    return torch.tensor(x, dtype=torch.float32), torch.tensor(y)
+from tests.support.blobs import blobs
 
 
 @pytest.mark.parametrize("k", [1, 7, 20])

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from test_knn import blobs
 
 from njepa.config import ConfigError
 from njepa.draws.streams import permutation
 from njepa.evaluation import linear
 from njepa.evaluation.linear import Head, linear_probe
 from njepa.evaluation.splits import few_labels, held_out
+from tests.support.blobs import blobs
 
 NAMES = ["a", "b", "c", "d", "e"]
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from test_knn import blobs
 
 from njepa.evaluation.lowshot import LISTS, lowshot_probe
 from njepa.evaluation.splits import few_labels
+from tests.support.blobs import blobs
 
 NAMES = ["a", "b", "c", "d", "e"]
 

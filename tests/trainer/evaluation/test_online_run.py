@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from jobs import make_images, run_jobs
 
 from njepa.config import ConfigError, load_config
 from njepa.data.sources import open_source
 from njepa.evaluation.online import follow_run
+from tests.support.jobs import make_images, run_jobs
 
 STEPS = 6
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
-from subjects import make_run, make_stripes
 
 from njepa import cli
 from njepa.data.eval_views import eval_images
@@ -19,6 +18,7 @@ from njepa.evaluation import probe as probe_module
 from njepa.evaluation import tokens as tokens_module
 from njepa.evaluation.subject import open_subject
 from njepa.evaluation.task import open_task
+from tests.support.subjects import make_run, make_stripes
 
 
 @pytest.fixture(scope="module")

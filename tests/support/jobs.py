@@ -1,6 +1,6 @@
 """Run short trainings in processes of their own and hand back what they did.
 
-    python jobs.py JOBS.json OUT.pt        with RANK, WORLD_SIZE, ... in the environment
+    python -m tests.support.jobs JOBS.json OUT.pt     with RANK, WORLD_SIZE, ... in the environment
 
 Every job is {name, overrides, ds, grads, watch, features, moved, reduce}; all jobs of a call share
 the processes, because starting them costs more than training does. OUT.pt (rank 0) maps the name to
@@ -10,7 +10,6 @@ what was recorded.
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -19,9 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine_bytes import EngineBytes
-from host_reads import watch
 from PIL import Image
+
+from tests.support import program_env
+from tests.support.engine_bytes import EngineBytes
+from tests.support.host_reads import watch
 
 TINY = [
     "data.image_size=32", "data.backend=torch", "data.workers=0", "model.encoder=vit_tiny",
@@ -58,13 +59,14 @@ def run_jobs(jobs: list[dict[str, Any]], world: int, folder: Path) -> dict[str, 
         port = str(probe.getsockname()[1])
     processes = []
     for rank in range(world):
-        env = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-        }  # fmt: skip
+        env = program_env(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+            LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+            OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
+        )  # fmt: skip
         with open(folder / f"rank{rank}.log", "w") as log:
-            command = [sys.executable, __file__, str(folder / "jobs.json"), str(folder / "out.pt")]
+            command = [sys.executable, "-m", "tests.support.jobs"]
+            command += [str(folder / "jobs.json"), str(folder / "out.pt")]
             processes.append(
                 subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
             )

@@ -1,7 +1,6 @@
-"""The predictor with a shared context, the long way: the oracle of test_shared_context.py.
+"""The published predictor with one context for all blocks (our variant), the long way.
 
-Plain attention over all tokens of an image under a boolean mask. It shares no code with njepa, only
-the published parameter names.
+Plain attention over all tokens of an image under a boolean mask.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The long way: one image and one target block at a time, Philox on Python integers, LayerNorm and
 smooth-L1 spelled out. It shares no code with njepa or njepa_kernels. The transformers are those of
-``published_ijepa.py``, and weights are plain dicts of tensors under the published names.
+``bench.published``, and weights are plain dicts of tensors under the published names.
 
 The logarithm, cosine and sine of the noise are torch's in fp32, because the noise is specified in
 fp32 and other libraries differ from torch in the last bit. All else here is either exact or runs
@@ -16,10 +16,9 @@ import math
 from typing import NamedTuple
 
 import torch
-from published_ijepa import PublishedEncoder, PublishedPredictor
 from torch.func import functional_call
 
-# --- noise ---------------------------------------------------------------------------------------
+from bench.published.networks import PublishedEncoder, PublishedPredictor
 
 
 def philox4x32_10(counter, key):
@@ -65,9 +64,6 @@ def standard_normals(stream, image, block, patches, dim):
     angle = u2 * (2 * math.pi)
     pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=1)
     return pairs.reshape(len(patches), dim)
-
-
-# --- networks ------------------------------------------------------------------------------------
 
 
 def depth_of(weights, blocks):
@@ -118,9 +114,6 @@ def predict(weights, heads, z, context, targets, noise=None):
     psi = weights["predictor_pos_embed"][0]
     positions = psi[targets] if noise is None else psi[targets] + noise
     return functional_call(predictor, weights, (z, psi[context], positions), strict=True)
-
-
-# --- loss ----------------------------------------------------------------------------------------
 
 
 def layer_norm(x):

@@ -11,11 +11,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import ROOT
+
 LIBRARY = Path("njepa_kernels", "_native_cpu.so")
 CUDA_LIBRARY = LIBRARY.with_name("_native_cuda.so")
 CUDA_UNITS = ("tokens", "loss", "ema")
-EMULATION = Path(__file__).with_name("cuda_emulation")
+EMULATED_LIBRARY = "emulated.so"
+EMULATION = ROOT / "tests" / "ops" / "cuda_emulation"
 
 
 def no_compiler() -> str | None:
@@ -105,7 +107,7 @@ def build_emulated_library(folder: Path) -> Path:
     objects = [str(folder / f"{i}.o") for i in range(len(units))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda u, o: compile_emulated(*u, "-o", o), units, objects))
-    library = folder / "emulated.so"
+    library = folder / EMULATED_LIBRARY
     link = ["-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(library)]
     compile_emulated(*link)
     return library
