@@ -257,7 +257,7 @@ def test_every_image_keeps_its_whole_context(compat: str):
 
 
 def test_what_the_cut_drops():
-    """The first row of the table in docs/method.md, section 2."""
+    """The first row of the table in docs/variants.md, ragged masks."""
     masks = MaskSampler(MaskConfig(ragged=True), (14, 14), seed=0)
     ids = np.arange(128, dtype=np.int64)
     lengths = np.stack([masks(step, ids + 128 * step).lengths for step in range(200)])
