@@ -83,8 +83,12 @@ def finetune(
     batch_size: int,
     device: str,
     seed: int = 0,
+    workers: int | None = None,
 ) -> Accuracy:
     """Top-1 accuracy after ``epochs`` epochs.
+
+    Args:
+        workers: processes that read images; 0: this one. None: as many as cores, at most 16.
 
     Raises:
         ConfigError: timm is missing, fewer images than a batch, or one that cannot be decoded.
@@ -98,7 +102,7 @@ def finetune(
     batch_size -= batch_size % 2  # timm's mixup pairs the images of a batch
     with _seeded(seed):
         model = _network(timm, subject, classes).to(device)
-        loader = _loader(timm, subject, train, batch_size, seed)
+        loader = _loader(timm, subject, train, batch_size, seed, workers)
         mixup = timm.data.Mixup(MIXUP, CUTMIX, label_smoothing=SMOOTHING, num_classes=classes)
         solver = timm.optim.create_optimizer_v2(
             model,
@@ -150,7 +154,7 @@ def _network(timm: Any, subject: Subject, classes: int) -> nn.Module:
 
 
 def _loader(
-    timm: Any, subject: Subject, train: Side, batch_size: int, seed: int
+    timm: Any, subject: Subject, train: Side, batch_size: int, seed: int, workers: int | None
 ) -> DataLoader[tuple[Tensor, int]]:
     transform = timm.data.create_transform(
         subject.image_size,
@@ -170,7 +174,7 @@ def _loader(
         batch_size,
         shuffle=True,
         drop_last=True,
-        num_workers=min(16, len(os.sched_getaffinity(0))),
+        num_workers=min(16, len(os.sched_getaffinity(0))) if workers is None else workers,
         generator=torch.Generator().manual_seed(seed),
     )
 

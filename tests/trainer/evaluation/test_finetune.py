@@ -39,8 +39,7 @@ def test_it_learns_and_touches_neither_subject_nor_generators(world, monkeypatch
     monkeypatch.setattr(module, "BASE_LR", 2e-2)
     before = {name: value.clone() for name, value in subject.encoder.state_dict().items()}
     states = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: ())  # decode in this process
-    result = finetune(subject, task.train, task.test, 3, 12, 32, "cpu")
+    result = finetune(subject, task.train, task.test, 3, 12, 32, "cpu", workers=0)
     assert result.top1 > 60  # of three classes
     assert result.n == 30
     assert all(torch.equal(before[n], v) for n, v in subject.encoder.state_dict().items())
@@ -53,9 +52,8 @@ def test_refusals(world, monkeypatch):
     with pytest.raises(ConfigError, match=r"needs as many training images, got 96; use --batch-"):
         finetune(subject, task.train, task.test, 3, 1, 256, "cpu")
     bad = replace(task.train, index=replace(task.train.index, names=["gone.jpg"] * 96))
-    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: ())
     with pytest.raises(ConfigError, match=r"gone.jpg cannot be decoded .* `njepa scan`"):
-        finetune(subject, bad, task.test, 3, 1, 32, "cpu")
+        finetune(subject, bad, task.test, 3, 1, 32, "cpu", workers=0)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ConfigError, match=r"takes its recipe from timm.*pip install 'timm"):
         require_timm()
