@@ -335,6 +335,9 @@ class RunConfig(Section):
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: PositiveInt | None = None
     """Steps between two checkpoints. None: once an epoch and at the end."""
+    max_bad_steps: PositiveInt = 10
+    """Steps in a row whose loss or gradient is not finite, at which the run ends. Such a step
+    changes nothing; a log line counts them (``bad_steps``)."""
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept; older ones are removed once a newer one is complete."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
