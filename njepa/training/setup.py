@@ -22,6 +22,7 @@ from njepa.data.sources import open_source
 from njepa.draws.masks import MaskSampler
 from njepa.draws.order import SampleOrder
 from njepa.evaluation.evaluate import Evaluator, open_test_side
+from njepa.evaluation.online import OnlineProbe, follow_run
 from njepa.models.architecture import Architecture, architecture
 from njepa.models.attention import Attention
 from njepa.models.attention_kernels import choose_attention
@@ -82,6 +83,8 @@ class Setup:
     recorder: Recorder
     loader: Loader
     first_step: int
+    online_probe: OnlineProbe | None
+    """With ``eval.online``, on every rank; rank 0 logs its own."""
 
     def close(self) -> None:
         """End the loader's workers, release the run folder; may be called twice."""
@@ -109,6 +112,7 @@ def set_up(
     try:
         progress = config.run.progress and ranks.main
         index = open_source(config.data.path, config.data.cache_dir, progress=progress)
+        online_probe = follow_run(config, index, ranks.device)
         scorers: list[Evaluator] = []  # of rank 0
         ranks.on_main(lambda: scorers.extend(_open_evaluator(config, index, ranks, evaluator)))
         order = SampleOrder(
@@ -129,7 +133,7 @@ def set_up(
     except BaseException:
         recorder.close()
         raise
-    return Setup(plan, index, length, engine, state, scoring, recorder, loader, first)
+    return Setup(plan, index, length, engine, state, scoring, recorder, loader, first, online_probe)
 
 
 def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
