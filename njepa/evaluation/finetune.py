@@ -69,7 +69,7 @@ def require_timm() -> Any:
     except ImportError as error:
         raise ConfigError(
             f"--kind finetune takes its recipe from timm, which cannot be imported ({error}); "
-            f"install it with: pip install 'timm>=1.0.20'"
+            f"install it with: pip install 'njepa[finetune]', or 'timm>=1.0.20' alone"
         ) from None
     return timm
 

@@ -55,5 +55,5 @@ def test_refusals(world, monkeypatch):
     with pytest.raises(ConfigError, match=r"gone.jpg cannot be decoded .* `njepa scan`"):
         finetune(subject, bad, task.test, 3, 1, 32, "cpu", workers=0)
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ConfigError, match=r"takes its recipe from timm.*pip install 'timm"):
+    with pytest.raises(ConfigError, match=r"takes its recipe from timm.*pip install 'njepa\[fine"):
         require_timm()
