@@ -1,4 +1,4 @@
-"""``njepa train | export | scan | plan | info``."""
+"""``njepa train | probe | export | scan | plan | info``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from njepa import __version__
 
 COMMANDS = {
     "train": "njepa.train",
+    "probe": "njepa.commands.probe",
     "export": "njepa.commands.export",
     "scan": "njepa.commands.scan",
     "plan": "njepa.commands.plan",
@@ -22,6 +23,7 @@ USAGE = """usage: njepa <command> [options]
 
 commands:
   train   pre-train an encoder in one process (like `python njepa/train.py`)
+  probe   measure a frozen encoder on labelled images, beside its floors
   export  write an encoder for timm, transformers, ONNX or like an official file
   scan    decode every image once, list the good ones, name the bad ones
   plan    predict FLOPs, memory, traffic and speed on given GPUs, without one

@@ -376,6 +376,9 @@ class EvalConfig(Section):
     """At most this many test images; a larger source gives a fixed subset."""
     batch_size: PositiveInt = 256
     """Images per forward pass."""
+    online: bool = False
+    """Follow the training with a linear head and kNN on the target features of its steps
+    (docs/evaluation.md); ``data.path`` then needs labels. Changes nothing of the run."""
 
 
 class ImplConfig(Section):

@@ -32,7 +32,7 @@ def eval_images(index: ImageIndex, ids: npt.NDArray[np.int64], image_size: int) 
 
     def fill(slot: int) -> str:
         try:
-            images[slot] = _central(decode(index.read(int(ids[slot]))), image_size)
+            images[slot] = central_view(decode(index.read(int(ids[slot]))), image_size)
         except (OSError, DecodeError) as error:
             return f"{index.name(int(ids[slot]))} ({error})"
         return ""
@@ -49,7 +49,8 @@ def eval_images(index: ImageIndex, ids: npt.NDArray[np.int64], image_size: int) 
     return images
 
 
-def _central(image: Tensor, side: int) -> Tensor:
+def central_view(image: Tensor, side: int) -> Tensor:
+    """The view of one image, uint8 [3, H, W] to [3, side, side]."""
     height, width = image.shape[1:]
     scale = round(side * _MARGIN) / min(height, width)
     height, width = round(height * scale), round(width * scale)

@@ -7,7 +7,8 @@ import torch
 
 from njepa.config import load_config
 from njepa.data.sources import open_source
-from njepa.evaluation.features import load_split, pooled_features
+from njepa.evaluation.features import pooled_features
+from njepa.evaluation.images import load_split
 from njepa.models.encoder import build_encoder
 from tests.support.jobs import TINY, make_images, run_jobs
 

@@ -6,16 +6,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from njepa.evaluation.knn import knn_accuracy, wilson
-from njepa.evaluation.linear import linear_accuracy
-
-
-def blobs(n, seed, classes=5, width=16, spread=1.0):
-    rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(classes, width))
-    y = rng.integers(classes, size=n)
-    x = centres[y] + spread * rng.normal(size=(n, width))
-    return torch.tensor(x, dtype=torch.float32), torch.tensor(y)
+from njepa.evaluation.accuracy import wilson
+from njepa.evaluation.knn import knn_accuracies, knn_accuracy
+from njepa.evaluation.logistic import logistic_accuracy
+from tests.support.blobs import blobs
 
 
 @pytest.mark.parametrize("k", [1, 7, 20])
@@ -54,6 +48,14 @@ def test_linear_probe_is_as_good_as_a_reference_solver():
     scaler = StandardScaler().fit(x.numpy())
     reference = LogisticRegression(max_iter=1000).fit(scaler.transform(x.numpy()), y.numpy())
     expected = 100 * reference.score(scaler.transform(q.numpy()), labels.numpy())
-    result = linear_accuracy(x, y, q, labels)
+    result = logistic_accuracy(x, y, q, labels)
     assert result.top1 == pytest.approx(expected, abs=2.0)
     assert result.top1 > 60
+
+
+def test_one_search_serves_every_k():
+    x, y = blobs(300, 0, spread=2.0)
+    q, labels = blobs(200, 1, spread=2.0)
+    found = knn_accuracies(x, y, q, labels, (1, 10, 200), 0.07)
+    assert found == {k: knn_accuracy(x, y, q, labels, k, 0.07) for k in (1, 10, 200)}
+    assert len({accuracy.top1 for accuracy in found.values()}) == 3
