@@ -1,4 +1,4 @@
-"""``njepa train | scan | plan | info``."""
+"""``njepa train | scan | convert | plan | info``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from njepa import __version__
 COMMANDS = {
     "train": "njepa.train",
     "scan": "njepa.commands.scan",
+    "convert": "njepa.commands.convert",
     "plan": "njepa.commands.plan",
     "info": "njepa.commands.info",
 }
@@ -22,6 +23,7 @@ USAGE = """usage: njepa <command> [options]
 commands:
   train   pre-train an encoder in one process (like `python njepa/train.py`)
   scan    decode every image once, list the good ones, name the bad ones
+  convert write images of any source as tar shards or class folders
   plan    predict FLOPs, memory, traffic and speed on given GPUs, without one
   info    print versions, recipes, configuration keys and what runs on this machine
 
