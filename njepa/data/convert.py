@@ -87,7 +87,7 @@ def convert(
         quiet = None if progress else True  # tqdm: None is quiet where stderr is no terminal
         with contextlib.closing(writer):
             bar = tqdm(images.items, "converting", images.total, unit="img", disable=quiet)
-            for n, item in enumerate(bar, start=1):  # noqa: B007
+            for n, item in enumerate(bar, start=1):
                 writer.add(n - 1, item)
                 classes.add(item.label)
             writer.finish()
@@ -108,8 +108,9 @@ def convert(
 
 def _unwritable(out: Path, error: OSError, size: int) -> ConfigError:
     needed = f" ({size / 2**20:.0f} MiB are needed)" if error.errno == errno.ENOSPC and size else ""
+    reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     return ConfigError(
-        f"convert: {out} cannot be written: {error.strerror or error}{needed}; nothing is left of "
+        f"convert: {out} cannot be written: {reason}{needed}; nothing is left of "
         f"it: make room or choose another place"
     )
 
@@ -138,7 +139,7 @@ class _Shards:
     def add(self, number: int, item: Item) -> None:
         if self._tar is None or self._bytes + len(item.data) > self._limit:
             self.finish()
-            self._file = open(self._folder / f"shard-{self.files:06d}.tar", "xb")  # noqa: SIM115
+            self._file = (self._folder / f"shard-{self.files:06d}.tar").open("xb")
             self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
             self._bytes = 0
             self.files += 1

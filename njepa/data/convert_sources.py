@@ -1,4 +1,4 @@
-"""What ``njepa convert`` reads: any ``data.path``, a zip, or MNIST's idx files, as encoded images."""
+"""What ``njepa convert`` reads: any ``data.path``, a zip, or MNIST's idx files."""
 
 from __future__ import annotations
 

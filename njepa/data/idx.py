@@ -1,7 +1,7 @@
 """MNIST's and Fashion-MNIST's files: grey images of one size in a row, labels in a second file.
 
-Layout of an idx file (the one on MNIST's page): big-endian uint32 0x00000803, n, rows, columns, then
-n·rows·columns bytes; labels: 0x00000801, n, then n bytes. Either may be compressed with gzip.
+Layout (as on MNIST's page): big-endian uint32 0x00000803, n, rows, columns, then n·rows·columns
+bytes; labels: 0x00000801, n, then n bytes. Either may be compressed with gzip.
 """
 
 from __future__ import annotations
@@ -98,20 +98,20 @@ def _read_labels(images: Path, n: int) -> list[str]:
 
 def _header(path: Path, file: IO[bytes], magic: int, dimensions: int) -> tuple[int, ...]:
     data = _read(path, file, 4 + 4 * dimensions)
-    if len(data) < 4 + 4 * dimensions:
-        raise SourceError(
-            f"data: {path} has {len(data)} bytes, expected the header of an idx file, "
-            f"{4 + 4 * dimensions}; it was cut short: copy it again"
-        )
-    got, *sizes = struct.unpack(f">{1 + dimensions}I", data)
-    if got != magic:
+    got = int.from_bytes(data[:4], "big")
+    if len(data) >= 4 and got != magic:
         labels = " (that of labels: give the file of the images)" if got == _LABELS else ""
         raise SourceError(
             f"data: {path} begins with 0x{got:08x}{labels}, expected 0x{magic:08x}, an idx file of "
             f"bytes with {dimensions} dimension{'s' if dimensions > 1 else ''}, such as MNIST's "
             f"train-{'images-idx3' if dimensions == 3 else 'labels-idx1'}-ubyte"
         )
-    return tuple(sizes)
+    if len(data) < 4 + 4 * dimensions:
+        raise SourceError(
+            f"data: {path} has {len(data)} bytes, expected the header of an idx file, "
+            f"{4 + 4 * dimensions}; it was cut short: copy it again"
+        )
+    return struct.unpack(f">{dimensions}I", data[4:])
 
 
 def _open(path: Path) -> IO[bytes]:

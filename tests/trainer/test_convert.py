@@ -47,8 +47,9 @@ def refused(path, out, **options):
 @pytest.mark.parametrize("to", ["shards", "folders"])
 def test_bytes_and_labels_are_copied(tmp_path, to):
     root = class_folders(tmp_path / "in", 9)
-    write(root, {"c1/png.jpg": encoded(picture(3), "PNG"), "c0/grey.png": encoded(
-        picture(4).convert("L"), "PNG"), "c0/film.gif": b"GIF", "c2/cut.jpg": JPEG[:40]})  # fmt: skip
+    grey = encoded(picture(4).convert("L"), "PNG")
+    write(root, {"c1/png.jpg": encoded(picture(3), "PNG"), "c0/grey.png": grey})
+    write(root, {"c0/film.gif": b"GIF", "c2/cut.jpg": JPEG[:40]})
     report = converted(root, tmp_path / "out", to=to, shard_bytes=4000)
     before, after = opened(root, tmp_path), opened(tmp_path / "out", tmp_path)
     assert sorted(contents(after)) == sorted(contents(before))
@@ -204,7 +205,7 @@ def test_an_existing_target_is_refused(tmp_path):
 def test_targets_that_cannot_be_written(tmp_path, monkeypatch):
     root = class_folders(tmp_path / "in", 3)
     message = refused(root, root / "c0/000.jpg/out")
-    assert "cannot be written: Not a directory" in message
+    assert f"cannot be written: File exists: {root / 'c0/000.jpg'}; nothing is left" in message
     out = tmp_path / "out"
     monkeypatch.setattr(converting.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
     assert "No space left on device (0 MiB are needed)" in refused(root, out)
