@@ -140,7 +140,7 @@ class _Shards:
         if self._tar is None or self._bytes + len(item.data) > self._limit:
             self.finish()
             self._file = (self._folder / f"shard-{self.files:06d}.tar").open("xb")
-            self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+            self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
             self._bytes = 0
             self.files += 1
         self._bytes += len(item.data)
