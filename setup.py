@@ -33,8 +33,6 @@ from setuptools.modified import newer_group
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
 VERSION = ROOT / "kernels" / "njepa_kernels" / "_version.py"
-OPS = ("library", "loss", "patchify", "tokens", "vicreg")  # see torch's headers
-CUDA_UNITS = ("tokens", "loss", "ema")  # free of torch
 OLDEST_TORCH = (2, 11)  # the library runs with this and any later version, whatever built it
 HOW_TO = (
     "NJEPA_BUILD_NATIVE=1 pip install --no-build-isolation . "
@@ -135,11 +133,14 @@ def torch_flags() -> list[str]:
 def cpu_commands() -> list[list[str]]:
     """Each instruction set is compiled on its own."""
     compile_ = [*find_compiler(), *FLAGS]
-    commands = [[*compile_, *torch_flags(), "-c", str(SOURCES / f"cpu/{op}.cpp")] for op in OPS]
+    isa = SOURCES / "cpu" / "isa.cpp"
+    commands = [
+        [*compile_, *torch_flags(), "-c", str(unit)]
+        for unit in sorted(isa.parent.glob("*.cpp"))
+        if unit != isa
+    ]
     for name, flags in INSTRUCTION_SETS.items():
-        commands.append(
-            [*compile_, f"-DNJEPA_ISA={name}", *flags, "-c", str(SOURCES / "cpu" / "isa.cpp")]
-        )
+        commands.append([*compile_, f"-DNJEPA_ISA={name}", *flags, "-c", str(isa)])
     return commands
 
 
@@ -157,8 +158,9 @@ def cuda_commands() -> list[list[str]]:
         code = f"[sm_{arch},compute_{arch}]" if arch == ARCHITECTURES[-1] else f"sm_{arch}"
         nvcc += ["-gencode", f"arch=compute_{arch},code={code}"]
     host = [*find_compiler(), *FLAGS, *torch_flags(), "-DUSE_CUDA"]
-    kernels = [[*nvcc, "-c", str(SOURCES / "cuda" / f"{unit}.cu")] for unit in CUDA_UNITS]
-    return [*kernels, [*host, "-c", str(SOURCES / "cuda" / "library.cpp")]]
+    units = sorted((SOURCES / "cuda").iterdir())
+    compilers = {".cu": nvcc, ".cpp": host}
+    return [[*compilers[u.suffix], "-c", str(u)] for u in units if u.suffix in compilers]
 
 
 def build_library(

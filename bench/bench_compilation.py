@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,8 +23,11 @@ from njepa.config import Config, MaskConfig, parse_config
 from njepa.data.batch import Batch, Masks
 from njepa.draws.masks import MaskSampler
 from njepa.training.compiling import compile_blocks
-from njepa.training.ema import ema_parameters, make_target, update_target
+from njepa.training.ema import make_target
+from njepa.training.engine import PlainEngine
 from njepa.training.module import TrainModule, param_groups
+from njepa.training.schedules import Rates
+from njepa.training.step import TrainState, training_step
 
 SIZE = "vits16-224-b8"
 BATCH, SIZES = 8, ((7, 5), (13, 13))  # of targets and context: the most frequent ones
@@ -81,25 +85,19 @@ def in_turns(
 
 def test_step(benchmark: Any) -> None:
     config = settings()
-    batch, losses = make_batch(config), dict[str, list[float]]()
+    batch, losses = make_batch(config), defaultdict[str, list[float]](list)
 
     def stepper(name: str) -> Callable[[], None]:
         module = TrainModule(config)
         target = make_target(module.jepa.encoder)
         if name == "compile":
             compile_blocks((module, target), static_shapes=True)
-        optimizer = torch.optim.AdamW(param_groups(module, 0.04), lr=1e-4, fused=True)
-        found = losses[name] = []
+        state = TrainState(PlainEngine(module, config.optim, torch.device("cpu")), target)
+        rates, found = Rates(1e-4, 0.04, 0.996), losses[name]
 
         def step() -> None:
-            with torch.no_grad():
-                h = target(batch.images)
-            loss, _ = module(batch, h)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            update_target(target, ema_parameters(module.jepa.encoder), 0.996)
-            found.append(loss.item())
+            (seen,) = training_step(state, [batch], rates).micro_batches
+            found.append(seen.metrics["loss"].item())
 
         return step
 

@@ -31,6 +31,7 @@ if MISSING:
 from bench.measure import Replay  # noqa: E402
 from bench.step_race import Race  # noqa: E402
 from bench.step_sizes import VARIANTS as KNOWN  # noqa: E402
+from njepa.choice import Choice  # noqa: E402
 from njepa.config import load_config  # noqa: E402
 from njepa.data.loader import Loader  # noqa: E402
 from njepa.data.pixels import Pixels  # noqa: E402
@@ -103,8 +104,8 @@ def ready_loader(method: str, batch: int, steps: int) -> Loader:
     order.at(0)  # the permutation of an epoch is drawn once
     index: Any = None  # asked for the names of unreadable images alone
     return Loader(
-        config, index, order, masks, torch.device("cpu"), range(steps), ReadyPixels(order), "ready",
-        "no pixels",
+        config, index, order, masks, torch.device("cpu"), range(steps), ReadyPixels(order),
+        Choice("ready", "no pixels"),
     )  # fmt: skip
 
 

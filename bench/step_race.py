@@ -1,8 +1,6 @@
 """Whole steps side by side: variants of one step on the same weights, images and masks.
 
-What ``bench_step.py`` and ``profile_step.py`` share. DeepSpeed is not needed: our step is
-``TrainModule`` with the attention and the compilation that the trainer chooses here, torch's AdamW
-and the EMA, put together as ``njepa/loop.py`` does.
+What ``bench_step.py`` and ``profile_step.py`` share.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from bench.facts import machine
 from bench.measure import ceilings, synchronise
+from bench.our_step import RATES, OurStep
 from bench.published.masks import PublishedCollator
 from bench.published.step import Phase, PublishedStep, no_phase
 from bench.step_sizes import (
@@ -32,17 +31,12 @@ from bench.step_sizes import (
     step_config,
 )
 from njepa import planning
-from njepa.config import Config
 from njepa.data.batch import Batch, Masks
 from njepa.draws.masks import MaskSampler
-from njepa.models.attention_kernels import choose_attention
-from njepa.training.compiling import choose_compilation, compilations, compile_blocks
-from njepa.training.ema import ema_parameters, make_target, update_target
-from njepa.training.module import TrainModule, param_groups
+from njepa.training.compiling import compilations
+from njepa.training.module import TrainModule
 
 PHASES = ("data", "target", "context", "predictor", "loss", "backward", "optimizer", "EMA")
-_RATES = {"lr": 1e-4, "weight_decay": 0.04}
-_MOMENTUM = 0.996
 #: Shapes that a race with static masks meets at most: each is compiled for each such variant.
 SHAPES = 4
 #: Steps from one wait for the device to the next: the trainer lets the host run ahead, too.
@@ -56,75 +50,6 @@ class Inputs(NamedTuple):
     """With the bytes that njepa's loader delivers, [B, S, S, 3]."""
     normalised: Tensor
     """What the published loader delivers: fp32 [B, 3, S, S]."""
-
-
-class OurStep:
-    """A step of njepa; a call is a step and returns its loss."""
-
-    def __init__(
-        self, config: Config, state: dict[str, Tensor], device: torch.device, low: bool
-    ) -> None:
-        self.device, self.low, self.impl = device, low, config.impl.default
-        net = planning.network(config)
-        widths = {part.width // part.heads for part in (net.encoder, net.predictor)}
-        dtype = torch.bfloat16 if low else torch.float32
-        self.attention = choose_attention(config.model, config.mask, widths, device, dtype)
-        self.compilation = choose_compilation(config, zero_stage=0, device=device)
-        self.module = TrainModule(config, attention=self.attention)
-        self.module.jepa.load_state_dict(state)
-        self.target = make_target(self.module.jepa.encoder).to(device)
-        if self.compilation.mode == "blocks":
-            compile_blocks((self.module, self.target), config.mask.static_shapes)
-        self.online = ema_parameters(self.module.to(device).jepa.encoder)
-        self.optimizer = torch.optim.AdamW(
-            param_groups(self.module, _RATES["weight_decay"]),
-            lr=_RATES["lr"],
-            fused=device.type == "cuda",
-        )
-
-    def __call__(self, batch: Batch, phase: Phase = no_phase) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low):
-            with torch.no_grad(), phase("target"):
-                h = self.target(batch.images)
-            with self._marked(phase):
-                loss, _ = self.module(batch, h)
-        with phase("backward"):
-            loss.backward()
-        with phase("optimizer"):
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        with phase("EMA"):
-            update_target(self.target, self.online, _MOMENTUM, impl=self.impl)
-        return loss.detach()
-
-    @contextmanager
-    def _marked(self, phase: Phase) -> Iterator[None]:
-        """Phases inside of the module's forward, whose code knows of none: by hooks."""
-        if phase is no_phase:
-            yield
-            return
-        running: list[Any] = []
-
-        def enter(name: str) -> None:
-            running.append(phase(name))
-            running[-1].__enter__()
-
-        def leave() -> None:
-            running.pop().__exit__(None, None, None)
-
-        jepa = self.module.jepa
-        hooks = [
-            jepa.encoder.register_forward_pre_hook(lambda *_: enter("context")),
-            jepa.encoder.register_forward_hook(lambda *_: leave()),
-            jepa.predictor.register_forward_pre_hook(lambda *_: enter("predictor")),
-            jepa.predictor.register_forward_hook(lambda *_: (leave(), enter("loss"))[0]),
-        ]
-        try:
-            yield
-        finally:
-            leave()
-            for hook in hooks:
-                hook.remove()
 
 
 class PhaseClock:
@@ -161,8 +86,8 @@ class Runner:
                 mask.aspect_ratio, mask.min_keep,
             )  # fmt: skip
             self._published = PublishedStep(
-                published_size(self.config), weights, device, low, variant.compiled, **_RATES,
-                momentum=_MOMENTUM,
+                published_size(self.config), weights, device, low, variant.compiled,
+                **RATES._asdict(),
             )  # fmt: skip
         else:
             self._ours = OurStep(self.config, weights, device, low)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from bench.published.step import Size
 from njepa import planning
 from njepa.config import Config, load_config
-from njepa.training.zero import BatchSizes
+from njepa.config.deepspeed_file import BatchSizes
 
 #: Encoder and depth of the predictor by the letter in a size's name (published depths).
 LETTERS = {

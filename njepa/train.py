@@ -14,6 +14,7 @@ import sys
 import warnings
 
 from njepa.config import ConfigError, load_config, recipe_names
+from njepa.config.deepspeed_file import load_deepspeed_file
 
 EPILOG = """overrides:
   section.key=value      any key of the recipe, the value in YAML, for example
@@ -65,18 +66,18 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
         config = load_config(args.recipe, args.overrides)
+        ds = load_deepspeed_file(args.ds_config)
         # torch, DeepSpeed and DALI take seconds to import: a typing error should not.
-        from njepa.training.zero import load_ds_config
-
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # the import sets its own level
-        ds = load_ds_config(args.ds_config)
         from njepa.data.errors import DataError
         from njepa.runs.ranks import join_ranks, leave_ranks
-        from njepa.training.loop import NonFiniteLoss, Trainer
+        from njepa.training.health import NonFiniteLoss
+        from njepa.training.loop import Loop
+        from njepa.training.setup import set_up
 
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # the import sets its own level
         ranks = join_ranks(config.run.device)
         try:
-            Trainer(config, ds, ranks).run()
+            Loop(set_up(config, ds, ranks)).run()
         except (NonFiniteLoss, DataError) as error:
             if main_rank:
                 print(f"njepa: {error}", file=sys.stderr)

@@ -20,14 +20,15 @@ from bench.evidence.cache import Task, save
 from bench.evidence.tables import RECIPE
 from bench.facts import machine
 from njepa.config import Config, load_config
+from njepa.config.deepspeed_file import load_deepspeed_file
 from njepa.data.sources import open_source
 from njepa.evaluation.evaluate import Evaluator, open_test_side
 from njepa.evaluation.features import LabelledImages
 from njepa.models.encoder import build_encoder
 from njepa.runs import checkpoints
 from njepa.runs.ranks import Ranks, join_ranks, leave_ranks
-from njepa.training.loop import Trainer
-from njepa.training.zero import load_ds_config
+from njepa.training.loop import Loop
+from njepa.training.setup import set_up
 
 CURVE_POINTS = 25
 _CURVES = ("loss", "vicreg_", "feature_std", "rankme")
@@ -54,13 +55,6 @@ class _LeanEvaluator(Evaluator):
         return {}
 
 
-class _LeanTrainer(Trainer):
-    def _open_test_side(self) -> None:
-        test = open_test_side(self.config, self.index)
-        if test is not None:
-            self.evaluator = _LeanEvaluator(self.config, self.index, test, self.ranks.device)
-
-
 def run(task: Task, ranks: Ranks, run_dir: Path) -> dict[str, Any]:
     """Train and evaluate one arm under one seed; ``run_dir`` is gone afterwards.
 
@@ -83,15 +77,15 @@ def _train(task: Task, config: Config, ranks: Ranks, run_dir: Path) -> dict[str,
     ds_config = run_dir.with_suffix(".ds.json")
     ds_config.write_text(json.dumps(task.ds), encoding="utf-8")
     try:
-        ds = load_ds_config(ds_config)
+        ds = load_deepspeed_file(ds_config)
     finally:
         ds_config.unlink()
-    trainer = _LeanTrainer(config, ds, ranks)
+    setup = set_up(config, ds, ranks, evaluator=_LeanEvaluator)
     built = time.perf_counter()
     try:
-        summary = trainer.run()
+        summary = Loop(setup).run()
     finally:
-        trainer.engine.destroy()
+        setup.engine.close()
     if summary is None:
         raise Stopped("stopped by a signal")
     whole = time.perf_counter() - built

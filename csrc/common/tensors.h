@@ -67,49 +67,6 @@ const T* input(
   return tensor ? input<T>(name, *tensor, shape) : nullptr;
 }
 
-// The second prediction of jepa_loss.
-inline void check_second(const Tensor& pred, const OptionalTensor& noised, bool need_noised) {
-  STD_TORCH_CHECK(noised || !need_noised, "the gradient of noised needs noised");
-  if (!noised) return;
-  check("noised", *noised, {pred.size(0), pred.size(1), pred.size(2)});
-  STD_TORCH_CHECK(noised->scalar_type() == pred.scalar_type(), "noised must have the type of pred");
-}
-
-// The lists of jepa_loss_backward: out[i], which may be slopes[i] itself, is written.
-inline void check_scaling(const std::vector<Tensor>& slopes, const std::vector<Tensor>& out) {
-  STD_TORCH_CHECK(!slopes.empty() && slopes.size() == out.size(),
-                  "slopes and out must be of one length, at least 1");
-  const Tensor& first = slopes[0];
-  for (const std::vector<Tensor>& list : {slopes, out})
-    for (const Tensor& tensor : list)
-      STD_TORCH_CHECK(is_here(tensor) && tensor.is_contiguous() &&
-                          tensor.numel() == first.numel() &&
-                          tensor.scalar_type() == first.scalar_type(),
-                      "slopes and out must be contiguous ", kPlace,
-                      " tensors of one size and type");
-}
-
-// The lists of ema_update_; one element of each at a time.
-inline void check_ema(const std::vector<Tensor>& targets, const std::vector<Tensor>& sources,
-                      const std::vector<Tensor>& shadow) {
-  STD_TORCH_CHECK(sources.size() == targets.size() &&
-                      (shadow.empty() || shadow.size() == targets.size()),
-                  "targets, sources and shadow must be of one length");
-  for (size_t i = 0; i < targets.size(); ++i) {
-    const int64_t count = targets[i].numel();
-    const auto fits = [count](const Tensor& tensor) {
-      return is_here(tensor) && tensor.is_contiguous() && tensor.numel() == count;
-    };
-    bool plain = fits(targets[i]) && fits(sources[i]) &&
-                 targets[i].scalar_type() == ScalarType::Float;
-    if (!shadow.empty())
-      plain = plain && fits(shadow[i]) && shadow[i].scalar_type() == ScalarType::BFloat16;
-    STD_TORCH_CHECK(plain, "tensor ", i,
-                    ": targets must be float32, shadow bfloat16, all contiguous of one size on ",
-                    kPlace);
-  }
-}
-
 inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type, int32_t device_type,
                     int32_t device_index) {
   std::array<int64_t, 4> strides{};

@@ -1,8 +1,10 @@
 // All kernels for one instruction set; compiled once for each, see setup.py.
+#include "ema_update.h"
+#include "gather_tokens.h"
+#include "jepa_loss.h"
 #include "kernels.h"
-#include "loss.h"
 #include "patchify.h"
-#include "tokens.h"
+#include "predictor_tokens.h"
 #include "vicreg.h"
 
 #define NJEPA_TEXT(name) NJEPA_TEXT_(name)

@@ -47,12 +47,6 @@ struct GatherBackward {  // rows: b*N + n for dx, n for dpos
   int64_t B, N, D;
 };
 
-struct Noise {
-  uint32_t seed, step;
-  const int64_t* sample_ids;  // [B] or null
-  bool shared;                // all blocks of an image have the noise of block 0
-};
-
 struct PredictorForward {  // rows of out: (m*B + b)*(Kc+Kt) + token
   const void* context;
   Type type;
@@ -87,7 +81,7 @@ struct JepaLoss {  // rows: (m*B + b)*Kt + t
   const void* h;
   Type h_type;
   const int64_t* target_idx;
-  float* means;   // [rows,3] over D: both smooth-L1 and the squared distance; [rows,1] without noised
+  float* means;   // [rows,3] over D: both smooth-L1, squared distance; [rows,1] without noised
   void* dpred;    // slope_pred * s'(e) + pull_pred * (pred - noised), like pred, or null
   void* dnoised;  // the same with both names exchanged
   float slope_pred, slope_noised, pull_pred, pull_noised;

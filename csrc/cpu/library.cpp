@@ -1,4 +1,4 @@
-// Which instruction set runs, and what the Python side asks of the library as a whole.
+// The library as a whole: its ops, and which instruction set runs.
 #include "ops.h"
 
 namespace njepa {
@@ -74,6 +74,31 @@ STABLE_TORCH_LIBRARY(njepa_native, m) {
   m.def("instruction_sets() -> str");
   m.def("use_instruction_set(str name) -> str");
   m.def("token_normals(Tensor counter, int seed, int step, int dim) -> Tensor");
+  m.def("patchify(Tensor images, int side, Tensor affine, Tensor? idx, Tensor(a!) out) -> ()");
+  m.def("gather_tokens_forward(Tensor x, Tensor idx, Tensor? pos) -> Tensor");
+  m.def(
+      "gather_tokens_backward(Tensor grad, Tensor idx, int n, bool need_pos) -> "
+      "(Tensor dx, Tensor dpos)");
+  njepa::define_common_ops(m);
+  m.def(
+      "vicreg_forward(Tensor u, float gamma, float eps) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "vicreg_backward(Tensor u, Tensor mean, Tensor std, Tensor g_inv, Tensor g_std, "
+      "Tensor g_cov, float gamma, float eps) -> Tensor");
+  m.def(
+      "ema_update_(Tensor(a!)[] targets, Tensor[] sources, float momentum, float rest, "
+      "Tensor(b!)[] shadow) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(njepa_native, CPU, m) {
+  m.impl("patchify", TORCH_BOX(&njepa::patchify));
+  m.impl("gather_tokens_forward", TORCH_BOX(&njepa::gather_tokens_forward));
+  m.impl("gather_tokens_backward", TORCH_BOX(&njepa::gather_tokens_backward));
+  njepa::implement_common_ops(m);
+  m.impl("vicreg_forward", TORCH_BOX(&njepa::vicreg_forward));
+  m.impl("vicreg_backward", TORCH_BOX(&njepa::vicreg_backward));
+  m.impl("ema_update_", TORCH_BOX(&njepa::ema_update_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(njepa_native, CompositeExplicitAutograd, m) {

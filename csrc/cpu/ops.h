@@ -1,10 +1,23 @@
-// What the op files share: checked indices, scratch, threads, the table of kernels.
+// The ops of this library, and what their files share: checked indices, scratch, threads, kernels.
 #pragma once
 
-#include "../common/tensors.h"
+#include "../common/ops.h"
 #include "kernels.h"
 
 namespace njepa {
+
+// The ops that CUDA does not have, or with other arguments.
+void patchify(const Tensor& images, int64_t side, const Tensor& affine, const OptionalTensor& idx,
+              const Tensor& out);
+Tensor gather_tokens_forward(const Tensor& x, const Tensor& idx, const OptionalTensor& pos);
+std::tuple<Tensor, Tensor> gather_tokens_backward(
+    const Tensor& grad, const Tensor& idx, int64_t N, bool need_pos);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vicreg_forward(
+    const Tensor& u, double gamma, double eps);
+Tensor vicreg_backward(const Tensor& u, const Tensor& mean, const Tensor& std, const Tensor& g_inv,
+                       const Tensor& g_std, const Tensor& g_cov, double gamma, double eps);
+void ema_update_(std::vector<Tensor> targets, std::vector<Tensor> sources, double momentum,
+                 double rest, std::vector<Tensor> shadow);
 
 // The kernels for the newest instruction set of this processor.
 const Kernels& kernels();

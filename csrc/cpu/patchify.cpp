@@ -2,7 +2,6 @@
 #include "ops.h"
 
 namespace njepa {
-namespace {
 
 void patchify(const Tensor& images, int64_t side, const Tensor& affine, const OptionalTensor& idx,
               const Tensor& out) {
@@ -39,14 +38,4 @@ void patchify(const Tensor& images, int64_t side, const Tensor& affine, const Op
   parallel_rows(B * K, length, length, args, kernels().patchify);
 }
 
-}  // namespace
 }  // namespace njepa
-
-STABLE_TORCH_LIBRARY_FRAGMENT(njepa_native, m) {
-  m.def(
-      "patchify(Tensor images, int side, Tensor affine, Tensor? idx, Tensor(a!) out) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(njepa_native, CPU, m) {
-  m.impl("patchify", TORCH_BOX(&njepa::patchify));
-}

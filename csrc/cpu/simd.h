@@ -240,4 +240,15 @@ NJEPA_INLINE void finish(void* base, Type type, int64_t first, int64_t n, const 
     narrow(scratch, n, static_cast<uint16_t*>(out), [](vf v) { return to_f16(v); });
 }
 
+// out += row, or out = row where it is the first.
+NJEPA_INLINE void add_row(float* out, const float* row, int64_t n, bool first) {
+  if (first) {
+    __builtin_memcpy(out, row, n * sizeof(float));
+  } else {
+    each_vector(n, [&](int64_t i, int lanes) {
+      store(out + i, load(out + i, lanes) + load(row + i, lanes), lanes);
+    });
+  }
+}
+
 }  // namespace njepa::NJEPA_ISA

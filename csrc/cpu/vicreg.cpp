@@ -43,6 +43,8 @@ void run_gram(const Gram& args, const Sizes& s) {
   });
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vicreg_forward(
     const Tensor& u, double gamma, double eps) {
   const Sizes s = sizes_of(u);
@@ -134,19 +136,4 @@ Tensor vicreg_backward(const Tensor& u, const Tensor& mean, const Tensor& std, c
   return du;
 }
 
-}  // namespace
 }  // namespace njepa
-
-STABLE_TORCH_LIBRARY_FRAGMENT(njepa_native, m) {
-  m.def(
-      "vicreg_forward(Tensor u, float gamma, float eps) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "vicreg_backward(Tensor u, Tensor mean, Tensor std, Tensor g_inv, Tensor g_std, "
-      "Tensor g_cov, float gamma, float eps) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(njepa_native, CPU, m) {
-  m.impl("vicreg_forward", TORCH_BOX(&njepa::vicreg_forward));
-  m.impl("vicreg_backward", TORCH_BOX(&njepa::vicreg_backward));
-}

@@ -12,19 +12,13 @@ namespace njepa::cuda {
 
 using Error = const char*;  // null: none
 
-// `vector`: every row of the main type starts on 16 bytes, and all that the call touches at least on
-// an address that is a multiple of 16; else element by element.
+// `vector`: every row of the main type starts on 16 bytes, and all that the call touches at least
+// on an address that is a multiple of 16; else element by element.
 //
 // An index outside [0, N) reads and writes nothing: what it names is NaN, and gets no gradient.
 
 struct Sizes {
   uint32_t B, M, Kc, Kt, N, D;
-};
-
-struct Noise {
-  uint32_t seed, step;
-  const int64_t* sample_ids;  // [B] or null
-  bool shared;                // all blocks of an image have the noise of block 0
 };
 
 struct PredictorForward {

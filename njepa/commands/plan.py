@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from njepa import planning as plan
 from njepa.config import Config, ConfigError, load_config
-from njepa.training.zero import BatchSizes, load_ds_config, resolve_batch
+from njepa.config.deepspeed_file import BatchSizes, DeepSpeedFile, load_deepspeed_file
 
 DESCRIPTION = """What a step of a configuration costs, and on how many GPUs it fits:
 computed, not measured. Needs no GPU and no data."""
@@ -69,7 +68,7 @@ def _plan(args: argparse.Namespace) -> str:
     if not 0 < args.efficiency <= 1:
         raise ConfigError(f"--efficiency must be in (0, 1], got {args.efficiency:g}")
     config = load_config(args.recipe, ["data.path=.", *args.overrides])
-    ds = load_ds_config(args.ds_config)
+    ds = load_deepspeed_file(args.ds_config)
     gpu = plan.with_ceilings(
         plan.GPUS[args.gpu],
         memory=_times(args.memory, 1e9),
@@ -89,8 +88,8 @@ def _plan(args: argparse.Namespace) -> str:
     return "\n\n".join(parts)
 
 
-def _model(config: Config, ds: dict[str, Any], worlds: Sequence[int]) -> str:
-    net, sizes = plan.network(config), resolve_batch(ds, worlds[0])
+def _model(config: Config, ds: DeepSpeedFile, worlds: Sequence[int]) -> str:
+    net, sizes = plan.network(config), ds.resolve(worlds[0])
     shapes = plan.drawn_shapes(config, sizes)
     mean = [sum(s[i] * n for s, n in shapes.items()) / shapes.total() for i in (0, 1)]
     top = plan.largest(shapes)
@@ -123,7 +122,7 @@ def _memory(
     for world in worlds:
         for stage in (0, 1, 2, 3) if world > 1 else (0,):
             if stage == 0 and zero.precision is plan.BF16:
-                continue  # refused by load_ds_config
+                continue  # refused by load_deepspeed_file
             at = plan.with_stage(zero, stage)
             state = plan.state_bytes(net, at, world)
             fit = [
@@ -148,13 +147,13 @@ def _memory(
 
 def _scaling(
     config: Config,
-    ds: dict[str, Any],
+    ds: DeepSpeedFile,
     zero: plan.ZeroSettings,
     worlds: Sequence[int],
     gpu: plan.Gpu,
     args: argparse.Namespace,
 ) -> str:
-    capacity, first = gpu.memory * (1 - args.reserve), resolve_batch(ds, worlds[0])
+    capacity, first = gpu.memory * (1 - args.reserve), ds.resolve(worlds[0])
     fitting = plan.largest_micro_batch(config, zero, first.world, capacity, checkpointed=False)
     micro = min(first.micro, fitting)
     if micro == 0:
@@ -188,11 +187,11 @@ def _scaling(
     )
 
 
-def _given_batch(ds: dict[str, Any], world: int) -> BatchSizes | None:
+def _given_batch(ds: DeepSpeedFile, world: int) -> BatchSizes | None:
     """The batch of the file on so many ranks, None where it does not divide."""
 
     try:
-        return resolve_batch(ds, world)
+        return ds.resolve(world)
     except ConfigError:
         return None
 

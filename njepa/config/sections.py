@@ -124,7 +124,7 @@ class MaskConfig(Section):
     """Keep target patches in the context."""
     ragged: bool = False
     """Every image keeps all of its context patches, instead of as many as the image of the batch
-    with the fewest. More tokens per step, and per image another number (docs/running.md)."""
+    with the fewest. More tokens per step, and per image another number (docs/configuration.md)."""
     static_shapes: bool = False
     """Fix the number of context patches beforehand for each pair of block sizes, at its mean, so
     that a run has few shapes; images with too short a context (about one in a batch) are drawn
@@ -153,7 +153,7 @@ class PredictorConfig(Section):
     context: Literal["per_block", "shared"] = "per_block"
     """``per_block``: every target block has a context of its own, which attends to its queries too,
     as published. ``shared``: the context attends to itself only and is computed once per image for
-    all blocks and levels; less work, another model (docs/method.md, section 1.3)."""
+    all blocks and levels; less work, another model (docs/variants.md)."""
 
     @model_validator(mode="after")
     def _check(self) -> PredictorConfig:
@@ -335,6 +335,9 @@ class RunConfig(Section):
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: PositiveInt | None = None
     """Steps between two checkpoints. None: once an epoch and at the end."""
+    max_bad_steps: PositiveInt = 10
+    """Steps in a row whose loss or gradient is not finite, at which the run ends. Such a step
+    changes nothing; a log line counts them (``bad_steps``)."""
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept; older ones are removed once a newer one is complete."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -17,6 +17,7 @@ import torch
 from njepa_kernels import NoiseKey
 from torch import Tensor
 
+from njepa.choice import Choice
 from njepa.config import Config, ConfigError
 from njepa.data.batch import Batch, Lengths, Masks, Noise
 from njepa.data.errors import LoaderStalled
@@ -40,7 +41,7 @@ class Loader:
     """Iterator over ``Batch`` on ``device``; a thread keeps a few batches ready.
 
     Attributes:
-        backend: "dali" or "torch"; ``backend_reason`` says why.
+        backend: "dali" or "torch", and why.
         wait_s: seconds that ``next`` waited for a batch since it was last set to 0.
         skipped: unreadable images that were replaced so far (each time counts).
     """
@@ -48,9 +49,9 @@ class Loader:
     def __init__(
         self, config: Config, index: ImageIndex, order: SampleOrder, masks: MaskSampler,
         device: torch.device, steps: range, pixels: PixelSource,
-        backend: str, backend_reason: str,
+        backend: Choice,
     ) -> None:  # fmt: skip
-        self.backend, self.backend_reason = backend, backend_reason
+        self.backend = backend
         self.wait_s, self.skipped = 0.0, 0
         self._config, self._index, self._order = config, index, order
         self._masks, self._device, self._steps = masks, device, steps
@@ -80,10 +81,10 @@ class Loader:
         except queue.Empty:
             self.close()
             raise LoaderStalled(
-                f"no batch came from the {self.backend} loader within {_STALLED:g} s; look whether "
-                f"the storage of data.path answers (njepa scan PATH) and whether its processes or "
-                f"threads hang (py-spy dump --pid PID); other values of data.workers or "
-                f"data.backend avoid them"
+                f"no batch came from the {self.backend.name} loader within {_STALLED:g} s; look "
+                f"whether the storage of data.path answers (njepa scan PATH) and whether its "
+                f"processes or threads hang (py-spy dump --pid PID); other values of data.workers "
+                f"or data.backend avoid them"
             ) from None
         self.wait_s += time.perf_counter() - began
         if item is None or isinstance(item, Exception):
@@ -132,7 +133,7 @@ class Loader:
         if not np.array_equal(pixels.ids, plan.ids):
             raise RuntimeError(
                 f"the pixels of micro-step {micro_step} are of samples {pixels.ids.tolist()}, its "
-                f"masks of {plan.ids.tolist()}: a fault of the {self.backend} loader"
+                f"masks of {plan.ids.tolist()}: a fault of the {self.backend.name} loader"
             )
         mine = slice(order.rank * order.micro_batch, (order.rank + 1) * order.micro_batch)
         if self._config.mask.compat == "fixed":  # sizes follow the global batch
@@ -197,27 +198,28 @@ def build_loader(
     Raises:
         ConfigError: ``data.backend=dali`` where DALI is not installed.
     """
-    backend, reason = choose_backend(config.data.backend, device)
+    backend = choose_backend(config.data.backend, device)
     start, stop = start_step * order.accumulation, total_steps * order.accumulation
     workers = config.data.workers
     if workers is None:
         workers = default_workers(device)
     pixels: PixelSource
-    if backend == "dali":
+    if backend.name == "dali":
         from njepa.data.dali_pipeline import DaliPixels
 
         pixels = DaliPixels(
             config.data, config.run.seed, index, order, start, stop, max(workers, 1), device
         )
-        reason = f"{reason}; {pixels.note}" if pixels.note else reason
+        if pixels.note:
+            backend = backend._replace(reason=f"{backend.reason}; {pixels.note}")
     else:
         pixels = TorchPixels(config.data, config.run.seed, index, order, start, stop, workers)
     steps = range(start, stop)
-    return Loader(config, index, order, masks, device, steps, pixels, backend, reason)
+    return Loader(config, index, order, masks, device, steps, pixels, backend)
 
 
-def choose_backend(wanted: str, device: torch.device) -> tuple[str, str]:
-    """Backend and reason.
+def choose_backend(wanted: str, device: torch.device) -> Choice:
+    """The data loader that runs.
 
     Raises:
         ConfigError: DALI is asked for and not installed.
@@ -231,12 +233,12 @@ def choose_backend(wanted: str, device: torch.device) -> tuple[str, str]:
             "(Linux on x86-64), or set data.backend=torch"
         )
     if wanted != "auto":
-        return wanted, "as configured"
+        return Choice(wanted, "as configured")
     if device.type != "cuda":
-        return "torch", "without a GPU torchvision is the faster one"
+        return Choice("torch", "without a GPU torchvision is the faster one")
     if not installed:
-        return "torch", "DALI is not installed (pip install nvidia-dali-cuda130)"
-    return "dali", "decodes on the GPU"
+        return Choice("torch", "DALI is not installed (pip install nvidia-dali-cuda130)")
+    return Choice("dali", "decodes on the GPU")
 
 
 def default_workers(device: torch.device) -> int:

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from njepa.choice import Choice
 from njepa.data.batch import Lengths
 
 
@@ -141,7 +142,7 @@ class Attention:
 
     dense: Kernel = Sdpa()
     ragged: Kernel = Sdpa()
-    reason: str = ""
+    reason: str = "torch's own"
     order: tuple[SDPBackend, ...] = ()
     """Backends that SDPA tries, in this order, inside of ``ordered()``; empty: torch's order."""
 
@@ -155,7 +156,7 @@ class Attention:
 
     def __str__(self) -> str:
         """As the start table shows it: ``sdpa (dense masks)``."""
-        return f"{self.ragged.name} ({self.reason})" if self.reason else self.ragged.name
+        return str(Choice(self.ragged.name, self.reason))
 
     def sequences(
         self, rows: int, length: int, lengths: Lengths | None = None, tail: int = 0

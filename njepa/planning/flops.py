@@ -9,9 +9,9 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from njepa.config import Config
+from njepa.config.deepspeed_file import BatchSizes
 from njepa.planning.network import Network, Shape, network, vicreg_rows
 from njepa.planning.tokens import drawn_shapes
-from njepa.training.zero import BatchSizes
 
 
 class Flops(NamedTuple):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from njepa.config import Config
+from njepa.config.deepspeed_file import BatchSizes
 from njepa.planning.network import Network, Precision, Shape, network, vicreg_rows
 from njepa.planning.tokens import drawn_shapes, largest
 from njepa.planning.zero import AUTOCAST, ZeroSettings
-from njepa.training.zero import BatchSizes
 
 
 def activation_bytes(

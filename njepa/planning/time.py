@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from njepa.config import Config
+from njepa.config.deepspeed_file import BatchSizes
 from njepa.planning.flops import mean_flops
 from njepa.planning.network import network
 from njepa.planning.traffic import traffic_bytes
 from njepa.planning.zero import ZeroSettings
-from njepa.training.zero import BatchSizes
 
 
 @dataclass(frozen=True)

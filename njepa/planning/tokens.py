@@ -9,9 +9,9 @@ from functools import lru_cache
 import numpy as np
 
 from njepa.config import Config, MaskConfig
+from njepa.config.deepspeed_file import BatchSizes
 from njepa.draws.masks import MaskSampler
 from njepa.planning.network import Shape
-from njepa.training.zero import BatchSizes
 
 #: Steps whose masks are drawn, and images at most among which the shortest context is sought. More
 #: images would shorten it, so costs are over- and never under-estimated by the second.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from njepa.config.deepspeed_file import DeepSpeedFile
 from njepa.planning.network import Precision
 
 FP32, AUTOCAST, BF16 = Precision(4, 4), Precision(4, 2), Precision(2, 2)
@@ -23,24 +24,13 @@ class ZeroSettings(NamedTuple):
     """use_multi_rank_bucket_allreduce: stages 1 and 2 all-reduce and keep their shard."""
 
 
-def zero_settings(ds: dict[str, Any], cuda: bool = True) -> ZeroSettings:
-    """From a DeepSpeed file as ``load_ds_config`` returns it; ``auto`` autocast is on with CUDA."""
-    zero, autocast = ds.get("zero_optimization", {}), ds.get("torch_autocast", {})
-    stage = zero.get("stage", 0)
-    enabled = autocast.get("enabled", False)
-    precision = FP32
-    if ds.get("bf16", {}).get("enabled", False):
-        precision = BF16
-    elif enabled is True or (enabled == "auto" and cuda):
-        precision = AUTOCAST
-    overlap = zero.get("overlap_comm")
+def zero_settings(ds: DeepSpeedFile, device_type: str = "cuda") -> ZeroSettings:
+    """What of a DeepSpeed file decides about memory and traffic on such devices."""
+    precision = {"fp32": FP32, "torch_autocast": AUTOCAST, "bf16": BF16}[
+        ds.precision_on(device_type)
+    ]
     return ZeroSettings(
-        stage,
-        precision,
-        int(zero.get("reduce_bucket_size", 5e8)),
-        stage == 3 if overlap is None else bool(overlap),
-        int(zero.get("stage3_max_live_parameters", 1e9)),
-        bool(zero.get("use_multi_rank_bucket_allreduce", True)),
+        ds.stage, precision, ds.reduce_bucket, ds.overlap, ds.max_live, ds.all_reduce
     )
 
 

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -26,10 +26,23 @@ from njepa.runs.ranks import Ranks
 _NAME = re.compile(r"step-(\d{8})$")
 
 
+class Saved(Protocol):
+    """What a checkpoint needs of the engine."""
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO: how weights and moments are spread over the ranks."""
+        ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
 def save_checkpoint(
     run: Path,
     step: int,
-    engine: Any,
+    engine: Saved,
     target: nn.Module,
     state: dict[str, Any],
     ranks: Ranks,
@@ -48,17 +61,16 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     ranks.barrier()
-    engine.save_checkpoint(str(root), tag=temporary.name, save_latest=False)
+    engine.save(temporary)
 
-    stage = engine.zero_optimization_stage()
+    facts = {"step": step, "world": ranks.world, "zero_stage": engine.stage, **state}
 
     def finish() -> None:
         tensors = {k: v.detach().cpu().contiguous() for k, v in target.state_dict().items()}
         save_file(tensors, temporary / "target_encoder.safetensors", metadata={"step": str(step)})
         write_atomically(
             temporary / "state.json",
-            json.dumps({"step": step, "world": ranks.world, "zero_stage": stage, **state}, indent=2)
-            + "\n",
+            json.dumps(facts, indent=2) + "\n",
         )
         _verify(temporary, tensors)
         shutil.rmtree(final, ignore_errors=True)
@@ -78,7 +90,7 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def load_checkpoint(
-    path: Path, engine: Any, target: nn.Module, ranks: Ranks, digest: str, global_batch: int
+    path: Path, engine: Saved, target: nn.Module, ranks: Ranks, digest: str, global_batch: int
 ) -> dict[str, Any]:
     """Restore engine and target encoder; returns the JSON state.
 
@@ -91,7 +103,7 @@ def load_checkpoint(
             f"{path} was written on other data (index digest {state['data_digest'][:12]}, now "
             f"{digest[:12]}): sample ids would mean other images; restore the data or start anew"
         )
-    stage = engine.zero_optimization_stage()
+    stage = engine.stage
     if state["zero_stage"] != stage or (stage > 0 and state["world"] != ranks.world):
         raise ConfigError(
             f"{path} was written by {state['world']} ranks with ZeRO stage {state['zero_stage']}, "
@@ -102,7 +114,7 @@ def load_checkpoint(
             f"{path} was written with an effective batch of {state['global_batch']}, now it is "
             f"{global_batch}: steps would mean other images; restore the DeepSpeed file"
         )
-    engine.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=True)
+    engine.load(path)
     target.load_state_dict(load_file(path / "target_encoder.safetensors"))
     return state
 

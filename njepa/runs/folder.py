@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from njepa.config import Config, ConfigError, dump_config, free_on_resume
+from njepa.config.deepspeed_file import DeepSpeedFile
 
 
 class RunFolder:
@@ -26,7 +27,7 @@ class RunFolder:
             the run in it was started with other settings.
     """
 
-    def __init__(self, config: Config, ds: dict[str, Any]) -> None:
+    def __init__(self, config: Config, ds: DeepSpeedFile) -> None:
         self.path = run_dir(config)
         held = (self.path / "config.yaml").is_file()
         if held and not config.run.resume:
@@ -57,7 +58,7 @@ class RunFolder:
         """Record what runs; from here on the folder holds a run."""
         self._begun = True
         write_atomically(self.path / "config.yaml", dump_config(self._config))
-        write_atomically(self.path / "ds.json", json.dumps(self._ds, indent=2) + "\n")
+        write_atomically(self.path / "ds.json", json.dumps(dict(self._ds.raw), indent=2) + "\n")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class FeatureMonitor:
-    """Ring buffer of mean-pooled target features of the last ``capacity`` images.
+    """Ring buffer of the target features of the last ``capacity`` images, averaged over patches.
 
     ``feature_std``: standard deviation over images, averaged over dimensions. ``rankme``:
     exp(entropy of the normalised singular values), the effective rank of Garrido et al. 2023
@@ -22,21 +22,23 @@ class FeatureMonitor:
         self._rows: Tensor | None = None
         self._next = 0
 
-    def add(self, h: Tensor) -> None:
-        """Take the target features of a batch, [B, N, D]."""
-        pooled = h.detach().float().mean(1)
+    def add(self, features: Tensor) -> None:
+        """Take the mean features of a batch, [B, D]."""
         if self._rows is None:
-            capacity = self._capacity or max(512, 2 * pooled.shape[1])
-            self._rows = pooled.new_empty(capacity, pooled.shape[1])
-        where = torch.arange(self._next, self._next + len(pooled), device=pooled.device)
-        self._rows[where % len(self._rows)] = pooled
-        self._next += len(pooled)
+            capacity = self._capacity or max(512, 2 * features.shape[1])
+            self._rows = features.new_empty(capacity, features.shape[1])
+        where = torch.arange(self._next, self._next + len(features), device=features.device)
+        self._rows[where % len(self._rows)] = features
+        self._next += len(features)
 
     def read(self) -> dict[str, float]:
-        """The two numbers over what is in the buffer (a host sync; call when logging)."""
-        if self._rows is None or self._next < 2:
+        """The two numbers over what is in the buffer and finite (a host sync; when logging)."""
+        if self._rows is None:
             return {}
         rows = self._rows[: self._next]
+        rows = rows[rows.isfinite().all(1)]
+        if len(rows) < 2:
+            return {}
         return {
             "feature_std": rows.std(0).mean().item(),
             "rankme": rankme(rows).item(),
@@ -60,43 +62,38 @@ class MetricMeans:
         self.steps = 0
         """Micro-batches added since the last reading."""
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, float] = {}
+        self._count: Tensor | None = None
+        self._host: dict[str, float] = {}
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
+    def add(self, metrics: dict[str, Tensor], bad: Tensor, **counts: float) -> None:
+        """Take the metrics of a micro-batch; those of a bad step do not count.
+
+        Args:
+            bad: bool, 0-dim, equal on all ranks: its step was skipped.
+            counts: host numbers, averaged over all micro-batches of this rank.
+        """
         self.steps += 1
         for name, value in metrics.items():
-            value = value.detach().float()
-            if name in self._sums:
-                self._sums[name] += value
-            else:
-                self._sums[name] = value.clone()
-
-    def add_counts(self, **counts: float) -> None:
-        """Host numbers, averaged over micro-batches, not over ranks."""
-        for name, value in counts.items():
-            self._counts[name] = self._counts.get(name, 0) + value
-
-    def finite(self, group: dist.ProcessGroup | None = None) -> bool:
-        """Whether every loss since the last reading is finite, on any rank (a host sync)."""
-        if "loss" not in self._sums:
-            return True
-        total = self._sums["loss"].clone()
-        if group is not None:
-            dist.all_reduce(total, group=group)
-        return bool(total.isfinite())
+            value = value.detach().float().masked_fill(bad, 0.0)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        one = torch.ones((), device=bad.device).masked_fill(bad, 0.0)
+        self._count = one if self._count is None else self._count + one
+        for name, number in counts.items():
+            self._host[name] = self._host.get(name, 0) + number
 
     def read(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """Means over micro-batches and ranks; starts anew."""
-        if not self._sums:
+        """Means over micro-batches and ranks; starts anew. All steps bad: host numbers only."""
+        if self._count is None:
             return {}
-        names, steps, counts = list(self._sums), self.steps, self._counts
-        sums = torch.stack([*self._sums.values(), torch.full_like(self._sums[names[0]], steps)])
+        names, host = list(self._sums), {k: v / self.steps for k, v in self._host.items()}
+        sums = torch.stack([*self._sums.values(), self._count])
         if group is not None:
             dist.all_reduce(sums, group=group)
         *totals, count = sums.tolist()
         self._clear()
-        means = {name: total / count for name, total in zip(names, totals, strict=True)}
-        return means | {name: value / steps for name, value in counts.items()}
+        if not count:
+            return host
+        return {name: total / count for name, total in zip(names, totals, strict=True)} | host
 
 
 class Stopwatch:

@@ -9,10 +9,9 @@ import torch
 
 def summary_table(summary: dict[str, Any]) -> str:
     """What a person wants to see first of summary.json."""
-    rows = {
-        "loss": f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f} "
-        f"in {summary['steps']} steps, {summary['images_per_s']:.0f} images/s"
-    }
+    first, last = summary["loss_first"], summary["loss_last"]
+    losses = "never finite" if first is None else f"{first:.4f} -> {last:.4f}"
+    rows = {"loss": f"{losses} in {summary['steps']} steps, {summary['images_per_s']:.0f} images/s"}
     plain = "context" if summary["eval_which"] == "context" else "target"
     names = {
         "knn_top1": f"kNN top-1, {plain} encoder",

@@ -12,29 +12,20 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from njepa.choice import Choice
 from njepa.config import Config, ConfigError
 from njepa.models.block import Block
 
 _WARM_UP = 3  # forward passes before a capture: compilation, library handles, allocations
 
 
-class Compilation(NamedTuple):
-    """What is compiled in this run, and why."""
-
-    mode: Literal["off", "blocks"]
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.mode} ({self.reason})"
-
-
-def choose_compilation(config: Config, zero_stage: int, device: torch.device) -> Compilation:
-    """Resolve ``run.compile`` and check it and ``run.cuda_graphs``.
+def choose_compilation(config: Config, zero_stage: int, device: torch.device) -> Choice:
+    """Resolve ``run.compile`` to ``off`` or ``blocks``, and check it and ``run.cuda_graphs``.
 
     "auto" compiles on CUDA where the shapes are static, and nothing elsewhere: without static
     shapes a run meets some forty values of Kc, and each is another compilation, or kernels that are
@@ -51,30 +42,30 @@ def choose_compilation(config: Config, zero_stage: int, device: torch.device) ->
             f"set run.cuda_graphs=off"
         )
     if wanted == "off":
-        return Compilation("off", "as configured")
+        return Choice("off", "as configured")
     if zero_stage == 3:
         if wanted == "auto":
-            return Compilation("off", "ZeRO 3 gathers weights between layers")
+            return Choice("off", "ZeRO 3 gathers weights between layers")
         raise ConfigError(
             "run.compile=blocks does not work with zero_optimization.stage 3, which gathers "
             "weights in hooks between the layers; set run.compile=off, or stage 0, 1 or 2"
         )
     if config.mask.ragged:
         if wanted == "auto":
-            return Compilation("off", "mask.ragged: other lengths every step")
+            return Choice("off", "mask.ragged: other lengths every step")
         raise ConfigError(
             "run.compile=blocks does not work with mask.ragged=true, whose sequences have other "
             "lengths every step; set run.compile=off, or mask.ragged=false"
         )
     if wanted == "auto":
         if device.type != "cuda":
-            return Compilation("off", "a CPU run rarely earns the time of compiling back")
+            return Choice("off", "a CPU run rarely earns the time of compiling back")
         if not config.mask.static_shapes:
-            return Compilation("off", "mask.static_shapes=false: too many shapes")
-        return Compilation("blocks", "CUDA, and mask.static_shapes")
+            return Choice("off", "mask.static_shapes=false: too many shapes")
+        return Choice("blocks", "CUDA, and mask.static_shapes")
     if device.type == "cpu":
         _check_compiler()
-    return Compilation("blocks", "as configured")
+    return Choice("blocks", "as configured")
 
 
 def compile_blocks(modules: Iterable[nn.Module], static_shapes: bool) -> None:
@@ -108,9 +99,9 @@ def compilations() -> int:
 
 
 @contextlib.contextmanager
-def eagerly(compilation: Compilation) -> Iterator[None]:
+def eagerly(compilation: Choice) -> Iterator[None]:
     """Nothing compiles inside: for shapes that occur a few times only, as in an evaluation."""
-    if compilation.mode == "off":
+    if compilation.name == "off":
         yield
         return
     with torch.compiler.set_stance("force_eager"):

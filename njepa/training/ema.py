@@ -44,11 +44,13 @@ def update_target(
     Args:
         sources: the context encoder's tensors in the order of ``ema_parameters``: the parameters,
             or what holds their fp32 values.
-        momentum: m in [0, 1].
+        momentum: m in [0, 1]; as a tensor fp64, 0-dim.
 
     Raises:
         ValueError: number or shapes of ``sources`` do not fit.
     """
     targets = cast(list[Tensor], ema_parameters(target))
+    if isinstance(momentum, Tensor) and momentum.device.type == "cpu":
+        momentum = float(momentum)  # it lies on the host already
     with torch.no_grad():
         ema_update_(targets, [s.detach() for s in sources], momentum, impl=impl)

@@ -1,13 +1,14 @@
-"""The one module that is trained: batch and target features in, loss and metrics out."""
+"""The one module that is trained, batch and target features in, loss and metrics out; its AdamW."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from njepa.config import Config
+from njepa.config import Config, OptimConfig
 from njepa.data.batch import Batch
 from njepa.models.attention import SDPA, Attention
 from njepa.models.jepa import build_jepa
@@ -37,6 +38,17 @@ class TrainModule(nn.Module):
         output = self.jepa(batch.images, batch.masks, batch.noise)
         losses = objective(self.config, output, h, batch.masks, self.jepa.projector, self.group)
         return losses.total, losses.metrics
+
+
+def adamw(module: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+    """The optimizer of ``param_groups``; fused, which is also what lets it skip a bad step."""
+    return torch.optim.AdamW(
+        param_groups(module, optim.weight_decay),
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        fused=True,
+    )
 
 
 def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from njepa.config import ConfigError, OptimConfig
 
 
-class Scheduled(NamedTuple):
+class Rates(NamedTuple):
+    """What one optimizer step is made with."""
+
     lr: float
-    wd: float
-    ema: float
+    weight_decay: float
+    """Of the decayed group (``param_groups``)."""
+    momentum: float
+    """Of the target encoder, for its update after this step."""
+
+    def write(self, groups: list[dict[str, Any]]) -> None:
+        """Set learning rate and weight decay in the groups of an optimizer."""
+        for group in groups:
+            group["lr"] = self.lr
+            if group["decayed"]:
+                group["weight_decay"] = self.weight_decay
 
 
 class Schedules:
@@ -45,8 +56,8 @@ class Schedules:
         self.optim, self.total, self.warmup = optim, total_steps, warmup_steps
         self.period = int(optim.schedule_scale * total_steps)
 
-    def at(self, step: int) -> Scheduled:
-        """Values for the 0-based optimizer step ``step``; ``ema`` is for the update after it.
+    def at(self, step: int) -> Rates:
+        """Values for the 0-based optimizer step ``step``.
 
         Raises:
             ValueError: step outside [0, total_steps).
@@ -66,7 +77,7 @@ class Schedules:
         bound = max if o.weight_decay_final <= o.weight_decay else min
         wd = bound(o.weight_decay_final, wd)
         ema = o.ema[0] + step * (o.ema[1] - o.ema[0]) / self.period
-        return Scheduled(lr, wd, ema)
+        return Rates(lr, wd, ema)
 
 
 def _cosine(start: float, end: float, done: float) -> float:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import step_race
+from bench import our_step, step_race
+from bench.our_step import OurStep
 from bench.published.masks import PublishedCollator
 from bench.published.step import PublishedStep
-from bench.step_race import OurStep, PhaseClock, Race, Runner, check_memory, shape_of
+from bench.step_race import PhaseClock, Race, Runner, check_memory, shape_of
 from bench.step_sizes import (
     STATIC,
     VARIANTS,
@@ -251,7 +252,7 @@ def test_every_shape_is_met_before_it_is_timed(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_ours_computes_attention_as_the_trainer_chooses(monkeypatch: pytest.MonkeyPatch):
-    chosen = step_race.choose_attention(
+    chosen = our_step.choose_attention(
         step_config(TINY).model, step_config(TINY).mask, {12, 16}, CPU, torch.float32
     )
     asked = []
@@ -260,7 +261,7 @@ def test_ours_computes_attention_as_the_trainer_chooses(monkeypatch: pytest.Monk
         asked.append(args[2:])
         return chosen
 
-    monkeypatch.setattr(step_race, "choose_attention", choose)
+    monkeypatch.setattr(our_step, "choose_attention", choose)
     _, ours = make_steps()
     assert asked == [({12, 16}, CPU, torch.float32)]
     for part in (ours.module.jepa.encoder, ours.module.jepa.predictor, ours.target):

@@ -17,11 +17,13 @@ if MISSING:  # an import that fails would end the whole run
     pytest.skip(f"the trainer needs {', '.join(MISSING)}", allow_module_level=True)
 
 from njepa.config import load_config  # noqa: E402
+from njepa.config.deepspeed_file import parse_deepspeed  # noqa: E402
 from njepa.models.encoder import build_encoder  # noqa: E402
 from njepa.runs.ranks import Ranks, join_ranks, leave_ranks  # noqa: E402
 from njepa.training.compiling import GraphedForward, compile_blocks  # noqa: E402
 from njepa.training.ema import ema_parameters, make_target, update_target  # noqa: E402
-from njepa.training.loop import Trainer  # noqa: E402
+from njepa.training.loop import Loop  # noqa: E402
+from njepa.training.setup import set_up  # noqa: E402
 from tests.support.jobs import TINY, make_images  # noqa: E402
 from tests.support.tiny import tiny_config  # noqa: E402
 
@@ -64,7 +66,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def build(folder: Path, ranks: Ranks, run: Path, overrides: list[str], ds: dict[str, Any]) -> Any:
+def build(folder: Path, ranks: Ranks, run: Path, overrides: list[str], ds: dict[str, Any]) -> Loop:
     config = load_config(
         "shapes-tiny",
         [
@@ -72,7 +74,8 @@ def build(folder: Path, ranks: Ranks, run: Path, overrides: list[str], ds: dict[
             f"run.dir={run}", "method=ncjepa", "run.max_steps=12", *overrides,
         ],
     )  # fmt: skip
-    return Trainer(config, {"train_micro_batch_size_per_gpu": 4, **ds}, ranks)
+    file = parse_deepspeed({"train_micro_batch_size_per_gpu": 4, **ds})
+    return Loop(set_up(config, file, ranks))
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
@@ -83,30 +86,22 @@ def test_a_step_does_not_wait_for_the_gpu(
     """Three steps after three of warm-up (compilation, capture, the optimizer's first state)."""
     ds = {"torch_autocast": {"enabled": autocast}}
     overrides = VARIANTS.get(variant) or ["run.compile=off", *OTHERS[variant]]
-    trainer = build(images, ranks, tmp_path / "run", overrides, ds)
-    batches = iter(trainer.loader)
+    loop = build(images, ranks, tmp_path / "run", overrides, ds)
     try:
         for step in range(6):
             torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")
-            trainer._train_step(batches)
-            trainer.step += 1
+            loop.advance()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        trainer.loader.close()
-        trainer.close()
-        trainer.engine.destroy()
+        loop.setup.close()
+        loop.setup.engine.close()
 
 
-def losses(trainer: Any) -> torch.Tensor:
-    batches, found = iter(trainer.loader), []
-    for _ in range(8):
-        trainer._train_step(batches)
-        trainer.step += 1
-        found.append(trainer._means.read()["loss"])
-    trainer.loader.close()
-    trainer.close()
-    trainer.engine.destroy()
-    return torch.tensor(found)
+def losses(loop: Loop) -> torch.Tensor:
+    found = [loop.advance().micro_batches[0].metrics["loss"] for _ in range(8)]
+    loop.setup.close()
+    loop.setup.engine.close()
+    return torch.stack(found).cpu()
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "eager"])

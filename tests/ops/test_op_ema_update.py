@@ -174,10 +174,10 @@ def test_addresses_reach_the_device_as_arguments_of_kernels() -> None:
         def written(given: list[torch.Tensor], momentum: Any = 0.9) -> list[list[int]]:
             """The rows that a call writes: what its launches would store."""
             launches.clear()
+            rates = ema_op.host_rates(momentum, torch.device("cuda"))
             with _Operators() as operators:
-                triton_kernel.update(targets, given, momentum, shadow)
-            if momentum is not on_cpu:  # which is read
-                assert set(operators.names) <= {"aten::empty.memory_format", "aten::slice.Tensor"}
+                triton_kernel.update(targets, given, *rates, shadow)
+            assert set(operators.names) <= {"aten::empty.memory_format", "aten::slice.Tensor"}
             *writes, last = launches
             assert last.kernel.__name__ == "_ema_update_kernel"
             assert all(w.kernel.__name__ == "_write_row_kernel" for w in writes)

@@ -9,13 +9,14 @@ import re
 
 import pytest
 import torch
-from njepa_kernels import available_impls
-from njepa_kernels._runtime.launch import record_launches
+from njepa_kernels import NoiseKey, available_impls
+from njepa_kernels._runtime.launch import Launch, record_launches
+from njepa_kernels.testing import all_cases
 from njepa_kernels.tools.resources import (
     ARCHITECTURES,
     SHARED_LIMIT,
-    SIZES,
     _usage,
+    cases,
     compile_launch,
     launches,
     main,
@@ -30,11 +31,15 @@ pytestmark = [
 ]
 
 
+def _launches(op: str, size: str) -> list[Launch]:
+    return [launch for case in cases(op, size) for launch in launches(case, torch.bfloat16, 90)]
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("op", list(available_impls()))
 def test_no_spills_and_shared_memory_within_the_limit(op: str, arch: int) -> None:
-    rows = [row for size in SIZES for row in measure(op, size, torch.bfloat16, arch)]
-    assert {row.size for row in rows} == set(SIZES)
+    rows = list(measure(op, "", torch.bfloat16, arch))
+    assert {row.size for row in rows} <= {case.size for case in all_cases(op, small=False)}
     for row in rows:
         assert row.local == 0, row
         assert row.shared <= SHARED_LIMIT[arch], row
@@ -53,7 +58,7 @@ def test_other_types_compile_without_spills(op: str, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("op", list(available_impls()))
 def test_large_reads_and_writes_are_16_bytes_wide(op: str) -> None:
-    for launch in launches(op, "vitl16", torch.bfloat16, 90):
+    for launch in _launches(op, "vitl16"):
         name = launch.kernel.__name__
         # Three numbers per program of the kernel before it; indices only; what its arguments say.
         few = ("_jepa_loss_terms_kernel", "_invert_index_kernel", "_write_row_kernel")
@@ -69,11 +74,7 @@ def test_large_reads_and_writes_are_16_bytes_wide(op: str) -> None:
 
 
 def test_every_kernel_of_every_op_is_launched() -> None:
-    found = {
-        launch.kernel.__name__
-        for op in available_impls()
-        for launch in launches(op, "vits16", torch.bfloat16, 90)
-    }
+    found = {launch.kernel.__name__ for op in available_impls() for launch in _launches(op, "")}
     for op in available_impls():
         assert _kernels(f"ops.{op}.triton_kernel") <= found
     assert _kernels("_runtime.by_index") <= found
@@ -97,7 +98,7 @@ def test_rows_wider_than_the_registers_compile_without_spills(arch: int) -> None
     with record_launches(arch) as recorded:
         loss.forward(grad, grad[:2], idx, grad, 0.1, 0.1, 1.0, 1e-5, 1e-6, 1e-6, 1e-6, True, True)
         predictor.backward(
-            grad, idx[:, 0, :10], idx[..., :40], idx[:, 0, 0], *(7, 1), False, 50, False, True
+            grad, idx[:, 0, :10], idx[..., :40], NoiseKey(7, 1, idx[:, 0, 0]), 50, False, True
         )
     for launch in recorded:
         usage = _usage(compile_launch(launch, arch))
@@ -108,7 +109,7 @@ def test_a_row_that_fits_is_read_once() -> None:
     """One 16-byte load per thread for each of h, pred and noised; three of h otherwise."""
     forward = [
         launch
-        for launch in launches("jepa_loss", "vitl16", torch.bfloat16, 90)
+        for launch in _launches("jepa_loss", "vitl16-224-b128")
         if launch.kernel.__name__ == "_jepa_loss_fwd_kernel"
     ]
     counts = [compile_launch(launch, 90).asm["ptx"].count("ld.global.v4.b32") for launch in forward]
@@ -118,7 +119,7 @@ def test_a_row_that_fits_is_read_once() -> None:
 def test_the_target_pass_sums_over_rows_after_its_loop() -> None:
     (launch, *_) = (
         launch
-        for launch in launches("predictor_tokens", "vits16", torch.bfloat16, 90)
+        for launch in _launches("predictor_tokens", "vits16-224-b128")
         if launch.kernel.__name__ == "_predictor_tokens_bwd_target_kernel"
     )
     assert not launch.meta["NEED_SIGMA"]

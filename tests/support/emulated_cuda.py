@@ -124,17 +124,17 @@ def predictor_calls(
     inputs = inputs | {name: inputs[name].float() for name in ("pos", "mask_token")}
     names = "context", "pos", "mask_token", "context_idx", "target_idx", "sigma"
     indices = inputs["context_idx"], inputs["target_idx"]
-    seed, step, ids, shared = inputs["noise"]
+    noise = tuple(inputs["noise"])
 
     def forward() -> torch.Tensor:
         tensors = [inputs[name] for name in names]
-        out = watch(ops().predictor_tokens_forward, *tensors, seed, step, ids, shared)
+        out = watch(ops().predictor_tokens_forward, *tensors, *noise)
         assert isinstance(out, torch.Tensor)
         return out
 
     def backward(grad: torch.Tensor) -> list[torch.Tensor]:
         need = inputs["sigma"] is not None
-        rest = ids, seed, step, shared, n, True, need
+        rest = *noise, n, True, need
         return list(watch(ops().predictor_tokens_backward, grad, *indices, *rest))
 
     return forward, backward

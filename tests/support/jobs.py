@@ -2,9 +2,9 @@
 
     python -m tests.support.jobs JOBS.json OUT.pt     with RANK, WORLD_SIZE, ... in the environment
 
-Every job is {name, overrides, ds, grads, watch, features, moved, reduce}; all jobs of a call share
-the processes, because starting them costs more than training does. OUT.pt (rank 0) maps the name to
-what was recorded.
+Every job is {name, overrides, ds, grads, watch, features, moved, reduce, broken}; all jobs of a
+call share the processes, because starting them costs more than training does. OUT.pt (rank 0) maps
+the name to what was recorded.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from tests.support import program_env
+from tests.support.broken_steps import Breaking
 from tests.support.engine_bytes import EngineBytes
 from tests.support.host_reads import watch
 
@@ -78,16 +79,21 @@ def run_jobs(jobs: list[dict[str, Any]], world: int, folder: Path) -> dict[str, 
 
 def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
     from njepa.config import load_config
-    from njepa.training.loop import Trainer
+    from njepa.config.deepspeed_file import parse_deepspeed
+    from njepa.training.health import NonFiniteLoss
+    from njepa.training.loop import Loop
+    from njepa.training.setup import set_up
 
     config = load_config("shapes-tiny", TINY + job["overrides"])
-    trainer = Trainer(config, job["ds"], ranks)
+    setup = set_up(config, parse_deepspeed(job["ds"]), ranks)
+    loop = Loop(setup)
     if job.get("watch"):  # instead of a whole run
-        watched = watch(trainer, steps=2)
-        trainer.engine.destroy()
+        watched = watch(loop, steps=2)
+        setup.engine.close()
         return watched
     record: dict[str, Any] = {"ids": [], "grads": [], "losses": []}
-    engine = trainer.engine
+    engine, scoring = setup.engine.inner, setup.scoring
+    breaking = Breaking(job.get("broken"), ranks.rank)
     names = {p: n for n, p in engine.module.named_parameters() if p.requires_grad}
     step, forward = engine.step, engine.forward
 
@@ -96,6 +102,7 @@ def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
         torch.distributed.all_gather(ids, batch.sample_ids.contiguous())
         record["ids"].append(torch.cat(ids))
         loss, metrics = forward(batch, h)
+        loss = breaking.loss(loss)
         shared = loss.detach().clone()
         torch.distributed.all_reduce(shared)
         record["losses"].append(shared.item() / ranks.world)
@@ -128,17 +135,22 @@ def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
             }
 
         engine.backward = counting_backward
-    if job.get("features") and trainer.evaluator is not None:
-        features, record["features"] = trainer.evaluator._features, []
+    if job.get("features") and scoring.evaluator is not None:
+        features, record["features"] = scoring.evaluator._features, []
 
         def recording_features(encode: Any) -> Any:
             pair = features(encode)
             record["features"].append(pair[1].clone())
             return pair
 
-        trainer.evaluator._features = recording_features
-    trainer.run()
-    record["step"] = trainer.step
+        scoring.evaluator._features = recording_features
+    if "broken" in job:
+        breaking.record(loop, record)
+    try:
+        loop.run()
+    except NonFiniteLoss as error:
+        record["error"] = str(error)
+    record["step"] = loop.step
     if job.get("features"):
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -147,19 +159,20 @@ def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
             n: (safe_get_full_fp32_param(p) if stage else p).detach().clone()
             for p, n in names.items()
         }
-    record["state_bytes"] = _state_bytes(trainer)
-    record["target"] = {k: v.clone() for k, v in trainer.target.state_dict().items()}
-    engine.destroy()
+    target = setup.state.target
+    record["state_bytes"] = _state_bytes(engine, target)
+    record["target"] = {k: v.clone() for k, v in target.state_dict().items()}
+    setup.engine.close()
     return record
 
 
-def _state_bytes(trainer: Any) -> dict[str, int]:
+def _state_bytes(engine: Any, target: torch.nn.Module) -> dict[str, int]:
     """What this rank holds between steps."""
 
     def total(tensors: Any) -> int:
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    engine, optimizer = trainer.engine, trainer.engine.optimizer
+    optimizer = engine.optimizer
     stage = engine.zero_optimization_stage()
     inner = optimizer.optimizer if stage else optimizer
     masters = {0: "", 3: "fp32_partitioned_groups_flat"}.get(
@@ -170,7 +183,7 @@ def _state_bytes(trainer: Any) -> dict[str, int]:
         "parameters": total(getattr(p, "ds_tensor", p) for p in engine.module.parameters()),
         "master": total(getattr(optimizer, masters) if stage else []),
         "optimizer": total(state),
-        "target": total(trainer.target.parameters()),
+        "target": total(target.parameters()),
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from njepa_kernels import JepaLoss, NoiseKey, VicregTerms
 from njepa_kernels.ops.ema_update_ import native as ema_native
+from njepa_kernels.ops.ema_update_.op import host_rates
 from njepa_kernels.ops.gather_tokens import native as gather_native
 from njepa_kernels.ops.jepa_loss import native as loss_native
 from njepa_kernels.ops.patchify import native as patchify_native
@@ -58,23 +59,21 @@ class _Predictor(torch.autograd.Function):
     def forward(
         ctx: Any, context: Tensor, pos: Tensor, mask: Tensor, sigma: Tensor | None, *rest: Any
     ) -> Tensor:
-        context_idx, target_idx, seed, step, sample_ids, shared = rest
-        ctx.save_for_backward(context_idx, target_idx, sample_ids)
-        ctx.key = seed, step, shared, pos.shape[0]
+        context_idx, target_idx, noise = rest
+        ctx.save_for_backward(context_idx, target_idx)
+        ctx.rest = noise, pos.shape[0]
         ctx.dtypes = pos.dtype, mask.dtype
-        return predictor_native.forward(
-            context, pos, mask, context_idx, target_idx, sigma, seed, step, sample_ids, shared
-        )
+        return predictor_native.forward(context, pos, mask, context_idx, target_idx, sigma, noise)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad
         dcontext, dmask, dpos, dsigma = predictor_native.backward(
-            grad.contiguous(), *ctx.saved_tensors, *ctx.key, need[1], need[3]
+            grad.contiguous(), *ctx.saved_tensors, *ctx.rest, need[1], need[3]
         )
         pos_dtype, mask_dtype = ctx.dtypes
         dpos = None if dpos is None else dpos.to(pos_dtype)
-        return dcontext, dpos, dmask.to(mask_dtype), dsigma, *[None] * 6
+        return dcontext, dpos, dmask.to(mask_dtype), dsigma, *[None] * 3
 
 
 def predictor_tokens(
@@ -86,8 +85,7 @@ def predictor_tokens(
     sigma: Tensor | None = None,
     noise: NoiseKey | None = None,
 ) -> Tensor:
-    key = (0, 0, None, False) if noise is None else noise
-    out: Tensor = _Predictor.apply(context, pos, mask_token, sigma, context_idx, target_idx, *key)
+    out: Tensor = _Predictor.apply(context, pos, mask_token, sigma, context_idx, target_idx, noise)
     return out
 
 
@@ -156,7 +154,8 @@ def ema_update_(
     momentum: float | Tensor,
     shadow: Sequence[Tensor] | None = None,
 ) -> None:
-    ema_native.update(targets, sources, momentum, shadow)
+    rates = host_rates(momentum, torch.device("cpu"))
+    ema_native.update(targets, sources, *rates, shadow)
 
 
 NATIVE: dict[str, Callable[..., Any]] = {

@@ -15,7 +15,6 @@ from tests.support import ROOT
 
 LIBRARY = Path("njepa_kernels", "_native_cpu.so")
 CUDA_LIBRARY = LIBRARY.with_name("_native_cuda.so")
-CUDA_UNITS = ("tokens", "loss", "ema")
 EMULATED_LIBRARY = "emulated.so"
 EMULATION = ROOT / "tests" / "ops" / "cuda_emulation"
 
@@ -101,8 +100,8 @@ def build_emulated_library(folder: Path) -> Path:
     sources = ROOT / "csrc" / "cuda"
     include = ["-isystem", str(torch / "include"), "-DNJEPA_EMULATED", '-DNJEPA_VERSION="0"']
     include.append("-DTORCH_TARGET_VERSION=0x020b000000000000")
-    units = [["-x", "c++", "-c", str(sources / f"{unit}.cu")] for unit in CUDA_UNITS]
-    units.append([*include, "-c", str(sources / "library.cpp")])
+    units = [["-x", "c++", "-c", str(unit)] for unit in sorted(sources.glob("*.cu"))]
+    units += [[*include, "-c", str(unit)] for unit in sorted(sources.glob("*.cpp"))]
     units.append(["-c", str(EMULATION / "watch.cpp")])
     objects = [str(folder / f"{i}.o") for i in range(len(units))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

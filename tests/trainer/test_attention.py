@@ -14,6 +14,7 @@ from torch import nn
 
 from njepa import train
 from njepa.config import ConfigError, MaskConfig, ModelConfig
+from njepa.config.deepspeed_file import parse_deepspeed
 from njepa.data.batch import Lengths
 from njepa.models import attention_kernels
 from njepa.models.attention import Attention, Sdpa, Sequences
@@ -308,12 +309,12 @@ def test_what_cannot_run_is_refused(
         ({"torch_autocast": {"enabled": "auto"}}, "float32", "bfloat16"),
         ({"torch_autocast": {"enabled": True}}, "bfloat16", "bfloat16"),
         ({"torch_autocast": {"enabled": False}}, "float32", "float32"),
-        ({"bf16": {"enabled": True}}, "bfloat16", "bfloat16"),
+        ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}, "bfloat16", "bfloat16"),
     ],
 )
 def test_type_that_is_probed(ds: dict, cpu: str, cuda: str):
     for device, name in (("cpu", cpu), ("cuda", cuda)):
-        assert compute_dtype(ds, torch.device(device)) is getattr(torch, name)
+        assert compute_dtype(parse_deepspeed(ds), torch.device(device)) is getattr(torch, name)
 
 
 def test_it_is_refused_before_the_images_are_looked_for(tmp_path, capsys, monkeypatch):

@@ -11,11 +11,11 @@ import torch._dynamo
 from torch import nn
 
 from bench.measure import peak_bytes
+from njepa.choice import Choice
 from njepa.config import ConfigError
 from njepa.models.attention import SDPA
 from njepa.models.block import Block, run_blocks
 from njepa.training.compiling import (
-    Compilation,
     choose_compilation,
     compilations,
     compile_blocks,
@@ -98,7 +98,7 @@ def test_no_graph_breaks_in_the_step(name, impl):
 def test_choice(compile_, static, stage, device, mode):
     config = tiny_config(run={"compile": compile_}, mask={"static_shapes": static})
     chosen = choose_compilation(config, stage, device)
-    assert chosen.mode == mode
+    assert chosen.name == mode
     assert str(chosen) == f"{mode} ({chosen.reason})"
 
 
@@ -108,7 +108,7 @@ def test_what_cannot_run_is_refused():
     ragged = {"ragged": True}
     with pytest.raises(ConfigError, match=r"run\.compile=blocks does not work with mask\.ragged"):
         choose_compilation(tiny_config(run={"compile": "blocks"}, mask=ragged), 0, CPU)
-    assert choose_compilation(tiny_config(mask=ragged), 0, CUDA).mode == "off"
+    assert choose_compilation(tiny_config(mask=ragged), 0, CUDA).name == "off"
     with pytest.raises(ConfigError, match=r"run\.cuda_graphs=target needs a CUDA device, got cpu"):
         choose_compilation(tiny_config(run={"cuda_graphs": "target"}), 0, CPU)
     with (
@@ -198,7 +198,7 @@ def test_nothing_compiles_inside_eagerly(fresh_dynamo, monkeypatch):
     expected = forward(blocks, 5)
     compile_blocks([blocks], static_shapes=True)
     before = compilations()
-    with eagerly(Compilation("blocks", "test")):
+    with eagerly(Choice("blocks", "test")):
         assert torch.equal(forward(blocks, 5), expected)
     assert compilations() == before
     forward(blocks, 5)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from njepa.config import ConfigError
-from njepa.training.zero import BatchSizes, engine_config, load_ds_config, resolve_batch
+from njepa.config.deepspeed_file import BatchSizes, load_deepspeed_file, parse_deepspeed
+from njepa.training.zero import engine_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,16 +37,21 @@ def write(tmp_path, text):
         ({"bf16": {"enabled": True}, "torch_autocast": {"enabled": "auto"}}, "exclude each other"),
         ({"bf16": {"enabled": True}}, "bf16 needs zero_optimization.stage >= 1, got 0"),
         ({"torch_autocast": {"dtype": "float16"}}, "must be bfloat16, got 'float16'"),
+        ({"zero_optimization": 2}, "zero_optimization must be an object like {...}, got 2"),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}},
+         "compute_grad_norm=false is not supported"),
+        ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True, "check_grad_overflow": 0}},
+         "check_grad_overflow=false is not supported"),
     ],
 )  # fmt: skip
 def test_refused_files(tmp_path, content, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        load_ds_config(write(tmp_path, content))
+        load_deepspeed_file(write(tmp_path, content))
 
 
 def test_missing_file():
     with pytest.raises(ConfigError, match=r"nowhere\.json: no such file"):
-        load_ds_config("nowhere.json")
+        load_deepspeed_file("nowhere.json")
 
 
 @pytest.mark.parametrize("world", [1, 2, 8])
@@ -53,11 +59,10 @@ def test_shipped_files_are_accepted(world):
     files = [ROOT / "ds.json", *sorted((ROOT / "njepa/recipes").glob("*.json"))]
     assert len(files) == 8
     for file in files:
-        ds = load_ds_config(file)
+        ds = load_deepspeed_file(file)
         if world > 1 and "one-gpu" in file.name:
             continue
-        sizes = resolve_batch(ds, world)
-        assert sizes.total == ds.get("train_batch_size", 64 * world)
+        assert ds.resolve(world).total == (ds.batch or 64 * world)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +78,8 @@ def test_shipped_files_are_accepted(world):
 )
 def test_batch_arithmetic(ds, world, expected):
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    sizes = resolve_batch({n: v for n, v in zip(names, ds, strict=True) if v is not None}, world)
+    given = {n: v for n, v in zip(names, ds, strict=True) if v is not None}
+    sizes = parse_deepspeed(given).resolve(world)
     assert (sizes.micro, sizes.accumulation) == expected
     assert sizes.total == expected[0] * expected[1] * world
 
@@ -99,7 +105,7 @@ def test_batch_arithmetic(ds, world, expected):
 )
 def test_batch_errors_show_the_numbers(ds, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        resolve_batch(ds, 3)
+        parse_deepspeed(ds).resolve(3)
 
 
 @pytest.mark.parametrize(("ds", "limit"), [({}, 0.0), ({"gradient_clipping": 0.5}, 0.5)])
@@ -107,5 +113,5 @@ def test_nothing_is_clipped_unless_the_file_says_so(ds, limit):
     """DeepSpeed itself reads a file without the key as 1.0."""
     from deepspeed.runtime.config import get_gradient_clipping
 
-    config = engine_config(ds, BatchSizes(4, 1, 1), torch.device("cpu"))
+    config = engine_config(parse_deepspeed(ds), BatchSizes(4, 1, 1), torch.device("cpu"))
     assert get_gradient_clipping(config) == limit

@@ -45,7 +45,7 @@ def test_hand_formula_over_several_steps():
     table = target.pos_embed.clone()
     generator = torch.Generator().manual_seed(0)
     for step in range(5):
-        m = schedules.at(step).ema
+        m = schedules.at(step).momentum
         with torch.no_grad():
             for parameter in ema_parameters(encoder):
                 parameter.add_(torch.randn(parameter.shape, generator=generator))

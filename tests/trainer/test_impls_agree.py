@@ -11,14 +11,17 @@ from njepa_kernels import available_impls
 from torch import nn
 
 from njepa.config import Config
-from njepa.training.ema import ema_parameters, make_target, update_target
-from njepa.training.module import TrainModule, param_groups
+from njepa.training.ema import make_target
+from njepa.training.engine import PlainEngine
+from njepa.training.module import TrainModule
+from njepa.training.schedules import Rates
+from njepa.training.step import TrainState, training_step
 from tests.support.tiny import make_batch, tiny_config
 
 pytestmark = pytest.mark.slow
 
 STEPS = 200
-LR = 3e-4
+RATES = Rates(lr=3e-4, weight_decay=0.05, momentum=0.99)
 NUDGES = 6
 #: A further seed of rounding may drift somewhat more than the others did; a wrong term drifts
 #: thousands of times as far (the last test).
@@ -51,18 +54,12 @@ def _curve(
     if spoil is not None:
         spoil(module)
     target = make_target(module.jepa.encoder)
-    optimizer = torch.optim.AdamW(param_groups(module, 0.05), lr=LR)
-    losses = []
+    engine = PlainEngine(module, config.optim, torch.device(device))
+    state, losses = TrainState(engine, target, impl=config.impl.default), []
     for step in range(STEPS):
         batch = make_batch(config, step=step % 8).to(device)
-        with torch.no_grad():
-            h = target(batch.images)
-        loss, _ = module(batch, h)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        update_target(target, ema_parameters(module.jepa.encoder), 0.99, impl=impl)
-        losses.append(loss.item())
+        (seen,) = training_step(state, [batch], RATES).micro_batches
+        losses.append(seen.metrics["loss"].item())
     return torch.tensor(losses, dtype=torch.float64)
 
 

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from njepa.choice import Choice
 from njepa.config import ConfigError
 from njepa.data import fork_guard
 from njepa.data.errors import LoaderStalled
@@ -123,7 +124,14 @@ def blocked(tmp_path):
     case, source = Case(class_folders(tmp_path / "in", 12), tmp_path), Blocked()
     case.loader("torch", workers=0).close()
     loader = Loader(
-        case.config, case.index, case.order, case.masks, CPU, range(9), source, "torch", ""
+        case.config,
+        case.index,
+        case.order,
+        case.masks,
+        CPU,
+        range(9),
+        source,
+        Choice("torch", "as configured"),
     )
     source.working.wait()
     yield case, loader, source

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from njepa.choice import Choice
 from njepa.data.loader import Loader
 from njepa.data.pixels import Pixels
 from njepa.draws.crops import crop_windows, flips
@@ -184,7 +185,14 @@ def test_pixels_of_other_samples_are_an_error(tmp_path):
     case = Case(class_folders(tmp_path / "in", 12), tmp_path)
     case.batches("torch", stop=1)
     loader = Loader(
-        case.config, case.index, case.order, case.masks, CPU, range(2), Mispaired(case), "torch", ""
+        case.config,
+        case.index,
+        case.order,
+        case.masks,
+        CPU,
+        range(2),
+        Mispaired(case),
+        Choice("torch", "as configured"),
     )
     with pytest.raises(RuntimeError, match="pixels of micro-step 0 are of samples"):
         next(loader)

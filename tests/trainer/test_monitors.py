@@ -21,9 +21,9 @@ def test_feature_monitor_keeps_the_last_images_only():
     monitor = FeatureMonitor(capacity=6)
     assert monitor.read() == {}
     old, new = torch.full((4, 3, 2), 100.0), torch.randn(6, 3, 2, generator=torch.manual_seed(0))
-    monitor.add(old)
-    monitor.add(new)
+    monitor.add(old.mean(1))
     pooled = new.mean(1)
+    monitor.add(pooled)
     assert monitor.read()["feature_std"] == pytest.approx(pooled.std(0).mean().item(), rel=1e-5)
     assert monitor.read()["rankme"] == pytest.approx(rankme(pooled).item(), rel=1e-5)
 
@@ -31,28 +31,40 @@ def test_feature_monitor_keeps_the_last_images_only():
 def test_collapse_shows():
     healthy, collapsed = FeatureMonitor(), FeatureMonitor()
     x = torch.randn(256, 4, 32, generator=torch.manual_seed(0))
-    healthy.add(x)
-    collapsed.add(1.0 + 1e-3 * x)
+    healthy.add(x.mean(1))
+    collapsed.add((1.0 + 1e-3 * x).mean(1))
     assert healthy.read()["feature_std"] > 0.4
     assert collapsed.read()["feature_std"] < 1e-2
     assert healthy.read()["rankme"] > 25
     assert collapsed.read()["rankme"] < 2
 
 
-def test_means_and_bad_losses():
+def test_features_that_are_not_finite_do_not_count():
+    monitor, rows = FeatureMonitor(), torch.randn(9, 4, generator=torch.manual_seed(0))
+    bad = rows.clone()
+    bad[2, 1], bad[5, 3] = float("nan"), float("inf")
+    monitor.add(bad)
+    kept = rows[[0, 1, 3, 4, 6, 7, 8]]
+    assert monitor.read()["rankme"] == pytest.approx(rankme(kept).item(), rel=1e-5)
+    assert monitor.read()["feature_std"] == pytest.approx(kept.std(0).mean().item(), rel=1e-5)
+    empty = FeatureMonitor()
+    empty.add(torch.full((3, 4), float("nan")))
+    assert empty.read() == {}
+
+
+GOOD, BAD = torch.tensor(False), torch.tensor(True)
+
+
+def test_means_leave_bad_steps_out():
     means = MetricMeans()
     nan = torch.tensor(float("nan"))
-    means.add({"loss": torch.tensor(1.0), "loss_noise": torch.tensor(4.0)})
-    means.add({"loss": torch.tensor(3.0), "loss_noise": torch.tensor(6.0)})
-    means.add_counts(k_context=10)
-    means.add_counts(k_context=20)
-    assert means.finite()
+    means.add({"loss": torch.tensor(1.0), "loss_noise": torch.tensor(4.0)}, GOOD, k_context=10)
+    means.add({"loss": torch.tensor(3.0), "loss_noise": torch.tensor(6.0)}, GOOD, k_context=20)
     assert means.steps == 2
     assert means.read() == {"loss": 2.0, "loss_noise": 5.0, "k_context": 15.0}
     assert means.read() == {}
-    means.add({"loss": nan, "loss_noise": torch.tensor(1.0)})
-    means.add({"loss": torch.tensor(1.0), "loss_noise": torch.tensor(1.0)})
-    assert not means.finite()
-    read = means.read()
-    assert math.isnan(read["loss"])
-    assert read["loss_noise"] == 1.0
+    means.add({"loss": nan, "loss_noise": torch.tensor(100.0)}, BAD, k_context=10)
+    means.add({"loss": torch.tensor(1.0), "loss_noise": torch.tensor(2.0)}, GOOD, k_context=20)
+    assert means.read() == {"loss": 1.0, "loss_noise": 2.0, "k_context": 15.0}
+    means.add({"loss": nan}, BAD, k_context=10)
+    assert means.read() == {"k_context": 10.0}  # nothing to tell of the loss

@@ -13,13 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from njepa import planning as plan
 from njepa.config import load_config
+from njepa.config.deepspeed_file import BatchSizes, parse_deepspeed
 from njepa.data.batch import Masks
 from njepa.draws.masks import MaskSampler
 from njepa.models.architecture import encoder_stack
 from njepa.models.encoder import Encoder
 from njepa.training.ema import make_target
 from njepa.training.module import TrainModule
-from njepa.training.zero import BatchSizes
 from tests.support.jobs import TINY, make_images, run_jobs
 from tests.support.tiny import N_CONTEXT, N_TARGETS, make_batch, tiny_config
 
@@ -253,17 +253,18 @@ def test_accumulation_sends_gradients_again_from_stage_two():
         assert time.serial == pytest.approx(sent), stage
 
 
+def zero_of(device_type: str = "cuda", **raw) -> plan.ZeroSettings:
+    return plan.zero_settings(parse_deepspeed(raw), device_type)
+
+
 def test_settings_come_from_the_file():
     zero = {"stage": 3, "reduce_bucket_size": 7, "stage3_max_live_parameters": 9}
-    got = plan.zero_settings({"zero_optimization": zero, "torch_autocast": {"enabled": "auto"}})
+    got = zero_of(zero_optimization=zero, torch_autocast={"enabled": "auto"})
     assert got == plan.ZeroSettings(3, plan.AUTOCAST, 7, True, 9)
-    assert plan.zero_settings({}) == plan.ZeroSettings(0, plan.FP32)
-    assert (
-        plan.zero_settings({"torch_autocast": {"enabled": "auto"}}, cuda=False).precision
-        == plan.FP32
-    )
+    assert zero_of() == plan.ZeroSettings(0, plan.FP32)
+    assert zero_of("cpu", torch_autocast={"enabled": "auto"}).precision == plan.FP32
     one = {"stage": 1, "use_multi_rank_bucket_allreduce": False, "overlap_comm": True}
-    got = plan.zero_settings({"zero_optimization": one, "bf16": {"enabled": True}})
+    got = zero_of(zero_optimization=one, bf16={"enabled": True})
     assert got == plan.ZeroSettings(1, plan.BF16, overlap=True, all_reduce=False)
 
 

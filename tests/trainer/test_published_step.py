@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from bench.published.networks import PublishedEncoder, PublishedPredictor, published_loss
-from njepa.training.ema import ema_parameters, make_target, update_target
-from njepa.training.module import TrainModule, param_groups
+from njepa.training.ema import make_target
+from njepa.training.engine import PlainEngine
+from njepa.training.module import TrainModule
+from njepa.training.schedules import Rates
+from njepa.training.step import TrainState, training_step
 from tests.support.tiny import SIDE, make_batch, normalised, tiny_config
 
 CONFIG = tiny_config("ijepa")
@@ -86,7 +89,8 @@ def test_five_updates():
     module = TrainModule(CONFIG)
     encoder, predictor = published_twin(module)
     target, published_target = make_target(module.jepa.encoder), copy.deepcopy(encoder)
-    optimizer = torch.optim.AdamW(param_groups(module, 0.04), lr=1e-3)
+    state = TrainState(PlainEngine(module, CONFIG.optim, torch.device("cpu")), target)
+    rates = Rates(lr=1e-3, weight_decay=0.04, momentum=0.9)
     named = [*encoder.named_parameters(), *predictor.named_parameters()]
     published_optimizer = torch.optim.AdamW(
         [
@@ -99,14 +103,8 @@ def test_five_updates():
     losses = []
     for step in range(5):
         batch = make_batch(CONFIG, step=step)
-        with torch.no_grad():
-            h = target(batch.images)
-        loss, _ = module(batch, h)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        update_target(target, ema_parameters(module.jepa.encoder), 0.9)
-
+        (seen,) = training_step(state, [batch], rates).micro_batches
+        loss = seen.metrics["loss"]
         expected = published_loss(
             encoder, predictor, published_target, normalised(batch.images, CONFIG),
             [batch.masks.context_idx],

@@ -8,12 +8,12 @@ import torch
 
 from njepa.cli import main
 from njepa.config import load_config, recipe_names
+from njepa.config.deepspeed_file import load_deepspeed_file
 from njepa.data.batch import Batch, Masks
 from njepa.draws.masks import MaskSampler
 from njepa.models.architecture import architecture
 from njepa.training.ema import make_target
 from njepa.training.module import TrainModule
-from njepa.training.zero import load_ds_config, resolve_batch
 from tests.support.tiny import noise_of
 
 FOLDER = Path(__file__).parents[2] / "njepa/recipes"
@@ -123,7 +123,7 @@ def test_numbers_are_the_papers(name):
 @pytest.mark.parametrize("name", BATCH)
 def test_batch_and_heads_are_the_papers(name):
     total, file, heads = BATCH[name]
-    sizes = resolve_batch(load_ds_config(FOLDER / file), 8)
+    sizes = load_deepspeed_file(FOLDER / file).resolve(8)
     assert (sizes.total, sizes.accumulation) == (total, 1)
     text = (FOLDER / f"{name}.yaml").read_text()
     assert f"Effective batch {total}" in text

@@ -6,8 +6,11 @@ import re
 import pytest
 
 from njepa.config import ConfigError, parse_config
+from njepa.config.deepspeed_file import parse_deepspeed
 from njepa.runs.folder import RunFolder, run_dir
 from njepa.runs.tracking import Tracker
+
+FILE = parse_deepspeed({})
 
 
 def config(folder, **sections):
@@ -16,56 +19,56 @@ def config(folder, **sections):
 
 
 def begin(folder, ds=None):
-    run = RunFolder(config(folder), ds or {})
+    run = RunFolder(config(folder), parse_deepspeed(ds or {}))
     run.begin()
     run.close()
 
 
 def test_a_run_is_not_overwritten(tmp_path):
-    begin(tmp_path, {"a": 1})
+    begin(tmp_path, {"train_batch_size": 1})
     before = (tmp_path / "config.yaml").read_text()
     with pytest.raises(
         ConfigError, match=r"already holds a run; continue it with run\.resume=true"
     ):
-        RunFolder(config(tmp_path, optim={"lr": 1}), {})
+        RunFolder(config(tmp_path, optim={"lr": 1}), FILE)
     assert (tmp_path / "config.yaml").read_text() == before
-    assert json.loads((tmp_path / "ds.json").read_text()) == {"a": 1}
+    assert json.loads((tmp_path / "ds.json").read_text()) == {"train_batch_size": 1}
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-    first = RunFolder(config(tmp_path), {})
+    first = RunFolder(config(tmp_path), FILE)
     first.begin()
     with pytest.raises(ConfigError, match="is in use by another process"):
-        RunFolder(config(tmp_path, run={"resume": True}), {})
+        RunFolder(config(tmp_path, run={"resume": True}), FILE)
     first.close()
-    RunFolder(config(tmp_path, run={"resume": True}), {}).close()
+    RunFolder(config(tmp_path, run={"resume": True}), FILE).close()
 
 
 def test_resume_refuses_what_decides_the_result_and_takes_the_rest(tmp_path):
     begin(tmp_path)
     changed = config(tmp_path, run={"resume": True, "seed": 3}, optim={"lr": 5.0})
     with pytest.raises(ConfigError, match=re.escape("optim.lr: 0.001 -> 5.0")) as caught:
-        RunFolder(changed, {})
+        RunFolder(changed, FILE)
     assert "run.seed: 0 -> 3" in str(caught.value)
     free = config(
         tmp_path, run={"resume": True, "log_every": 3}, data={"workers": 1},
         model={"attention": "sdpa"},
     )  # fmt: skip
-    RunFolder(free, {}).close()
+    RunFolder(free, FILE).close()
 
 
 def test_a_set_up_that_failed_leaves_nothing(tmp_path):
-    RunFolder(config(tmp_path / "new"), {}).close()
+    RunFolder(config(tmp_path / "new"), FILE).close()
     assert not (tmp_path / "new").exists()
     (tmp_path / "notes.txt").write_text("mine")
-    RunFolder(config(tmp_path), {}).close()
+    RunFolder(config(tmp_path), FILE).close()
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_an_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
-        RunFolder(config(tmp_path / "file" / "run"), {})
+        RunFolder(config(tmp_path / "file" / "run"), FILE)
 
 
 def test_default_folder_carries_the_recipe():

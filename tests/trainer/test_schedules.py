@@ -71,11 +71,11 @@ def test_values_at_the_corners():
     middle = (total + warmup) // 2
     assert schedules.at(middle - 1).lr == pytest.approx((1e-3 + 1e-6) / 2)
     assert schedules.at(total - 1).lr == pytest.approx(1e-6)
-    assert schedules.at(total // 2 - 1).wd == pytest.approx(0.22)
-    assert schedules.at(total - 1).wd == pytest.approx(0.4)
-    assert schedules.at(0).ema == 0.996
-    assert schedules.at(total // 2).ema == pytest.approx(0.998)
-    assert schedules.at(total - 1).ema == pytest.approx(1 - 0.004 / total)  # 1 is not reached
+    assert schedules.at(total // 2 - 1).weight_decay == pytest.approx(0.22)
+    assert schedules.at(total - 1).weight_decay == pytest.approx(0.4)
+    assert schedules.at(0).momentum == 0.996
+    assert schedules.at(total // 2).momentum == pytest.approx(0.998)
+    assert schedules.at(total - 1).momentum == pytest.approx(1 - 0.004 / total)  # 1 is not reached
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.25])

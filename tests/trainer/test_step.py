@@ -14,10 +14,14 @@ from torch import multiprocessing
 from njepa.config import Config
 from njepa.data.batch import Batch
 from njepa.models.projector import DistributedBatchNorm
-from njepa.training.ema import ema_parameters, make_target, update_target
+from njepa.training.ema import make_target
+from njepa.training.engine import PlainEngine
 from njepa.training.module import TrainModule, param_groups
+from njepa.training.schedules import Rates
+from njepa.training.step import TrainState, training_step
 from tests.support.tiny import make_batch, rows_of, tiny_config
 
+RATES = Rates(lr=2e-3, weight_decay=0.05, momentum=0.95)
 OFF = {"weight": 0.0, "consistency": 0.0}
 SINGLE = {"predictors": "single", "sigma": 0.0}
 TIED = {"predictors": "shared", "mask_token": "shared"}
@@ -39,18 +43,11 @@ def trajectory(config: Config, steps: int = 10) -> tuple[list[float], dict[str, 
     """Losses of ``steps`` fp32 updates with AdamW and EMA, and the final weights."""
     module = TrainModule(config)
     target = make_target(module.jepa.encoder)
-    optimizer = torch.optim.AdamW(param_groups(module, 0.05), lr=2e-3)
+    state = TrainState(PlainEngine(module, config.optim, torch.device("cpu")), target)
     losses = []
     for step in range(steps):
-        batch = batch_of(config, step=step)
-        with torch.no_grad():
-            h = target(batch.images)
-        loss, _ = module(batch, h)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        update_target(target, ema_parameters(module.jepa.encoder), 0.95)
-        losses.append(loss.item())
+        (seen,) = training_step(state, [batch_of(config, step=step)], RATES).micro_batches
+        losses.append(seen.metrics["loss"].item())
     weights = {f"target.{name}": value for name, value in target.state_dict().items()}
     return losses, {**weights, **module.state_dict()}
 

@@ -144,7 +144,7 @@ def test_dali_cuts_whole_images_where_windows_crash(tmp_path, dali, monkeypatch)
     monkeypatch.setattr(dali_pipeline, "DaliPixels", lambda *_: pixels)
     loader = case.loader("dali")
     loader.close()
-    assert loader.backend_reason == f"as configured; {note}"
+    assert loader.backend.reason == f"as configured; {note}"
 
 
 def test_dali_names_a_member_of_a_shard(tmp_path, dali):

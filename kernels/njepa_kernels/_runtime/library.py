@@ -17,6 +17,9 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 Operator = Callable[..., Any]
 
+#: What each operator runs on a device, for ``njepa_kernels.tools.resources``.
+kernels: dict[Operator, Callable[..., Any]] = {}
+
 
 def _refuse_vmap(name: str) -> Callable[..., Any]:
     def rule(*args: object, **kwargs: object) -> None:
@@ -66,6 +69,7 @@ def register(
     torch.library.register_fake(qualified, fake, lib=_library)
     torch.library.register_vmap(qualified, _refuse_vmap(name), lib=_library)
     operator: Operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    kernels[operator] = kernel
     if _MUTATION.search(schema):
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         return operator

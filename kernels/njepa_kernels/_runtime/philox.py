@@ -55,6 +55,13 @@ def check_noise(op: str, noise: NoiseKey, batch: int, device: torch.device) -> N
     )
 
 
+def words_of(noise: NoiseKey | None) -> tuple[int, int, torch.Tensor | None, bool]:
+    """Seed and step modulo 2^32, sample ids, shared: what a kernel takes; zeros for no noise."""
+    if noise is None:
+        return 0, 0, None, False
+    return noise.seed & MASK32, noise.step & MASK32, noise.sample_ids, noise.shared
+
+
 def philox4x32(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, Any, Any, Any]:
     """Four uint32 words of Philox4x32-10 for the counter (c0, c1, c2, c3) and the key (k0, k1).
 
@@ -111,8 +118,9 @@ def philox_normal(noise: NoiseKey, patches: torch.Tensor, dim: int) -> torch.Ten
     check_index_range(op, "patches", patches, MASK32 + 1)
     if dim < 0:
         raise ValueError(f"{op}: dim must be at least 0, got {dim}")
+    seed, step, _, shared = words_of(noise)
     blocks = torch.arange(n_blocks, device=patches.device)
-    if noise.shared:
+    if shared:
         blocks = torch.zeros_like(blocks)
     groups = (dim + 3) // 4
     x0, x1, x2, x3 = philox4x32(
@@ -120,8 +128,8 @@ def philox_normal(noise: NoiseKey, patches: torch.Tensor, dim: int) -> torch.Ten
         blocks.view(1, -1, 1, 1),
         patches.unsqueeze(-1),
         torch.arange(groups, device=patches.device),
-        noise.seed & MASK32,
-        noise.step & MASK32,
+        seed,
+        step,
     )
     normals = torch.stack((*_box_muller(x0, x1), *_box_muller(x2, x3)), dim=-1)
     return normals.flatten(-2)[..., :dim]

@@ -1,45 +1,43 @@
 """Registers, shared memory and spills of every GPU kernel, compiled ahead of time.
 
-    python -m njepa_kernels.tools.resources [--arch 80 90] [--size vits16 vitl16] [--dtype bfloat16]
+    python -m njepa_kernels.tools.resources [--arch 80 90] [--size vitl16] [--dtype bfloat16]
 
-No GPU is needed: the launchers run on tensors without data, what they would launch is compiled by
-Triton for the architecture asked for, and its ``cuobjdump`` reads the result. So it does with the
-CUDA kernels of the native library, where that is built; they are the same for every size.
+No GPU is needed: the benchmark cases of the ops run on tensors without data, what they would launch
+is compiled by Triton for the architecture asked for, and its ``cuobjdump`` reads the result. So it
+does with the CUDA kernels of the native library, where that is built; they are the same for every
+size.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import math
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._runtime import dispatch
+from .._runtime.dispatch import OPS, backend
+from .._runtime.library import kernels
 from .._runtime.native import LIBRARIES
+from ..testing import Inputs, OpCase, all_cases, evaluate
 
 if TYPE_CHECKING:
     from .._runtime.launch import Launch
 
 ARCHITECTURES = (80, 90, 100)
-#: Encoder width, depth, patches and batch of the sizes that are trained; predictor width 384.
-SIZES = {
-    "vits16": (384, 196, 256),
-    "vitb16": (768, 196, 256),
-    "vitl16": (1024, 196, 128),
-    "vith14": (1280, 256, 128),
-}
 #: Bytes of shared memory one program may use (CUDA C++ programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-_PREDICTOR_WIDTH = 384
-_BLOCKS, _CONTEXT, _TARGETS = 4, 60, 40
 
 
 @dataclass(frozen=True)
@@ -60,123 +58,61 @@ class Resources:
     warps: int
 
 
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+class _RunLaunchers(TorchDispatchMode):
+    """Runs what an operator of the package runs on a GPU, where a meta tensor gets its fake."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return kernels.get(func, func)(*args, **(kwargs or {}))
 
 
-def _patchify(width: int, n: int, batch: int, dtype: torch.dtype) -> None:
-    from ..ops.patchify import triton_kernel as op
-
-    columns = math.isqrt(n)
-    side = 224 // columns
-    images = _meta(batch, columns * side, columns * side, 3, dtype=torch.uint8)
-    planes = images.new_empty(batch, 3, *images.shape[1:3]).permute(0, 2, 3, 1)
-    for idx in (None, _meta(batch, _CONTEXT, dtype=torch.int64)):
-        for pixels in (images, planes):
-            op.forward(pixels, side, (1.0,) * 3, (0.0,) * 3, idx, dtype)
+def _planes(images: torch.Tensor) -> torch.Tensor:
+    return images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
 
 
-def _gather_tokens(width: int, n: int, batch: int, dtype: torch.dtype) -> None:
-    from ..ops.gather_tokens import triton_kernel as op
-
-    idx = _meta(batch, _CONTEXT, dtype=torch.int64)
-    for pos in (None, _meta(n, width)):
-        op.forward(_meta(batch, n, width, dtype=dtype), idx, pos)
-        op.backward(_meta(batch, _CONTEXT, width, dtype=dtype), idx, n, pos is not None)
-
-
-def _predictor_tokens(width: int, n: int, batch: int, dtype: torch.dtype) -> None:
-    from ..ops.predictor_tokens import triton_kernel as op
-
-    width = _PREDICTOR_WIDTH
-    context_idx = _meta(batch, _CONTEXT, dtype=torch.int64)
-    target_idx = _meta(batch, _BLOCKS, _TARGETS, dtype=torch.int64)
-    ids = _meta(batch, dtype=torch.int64)
-    context = _meta(batch, _CONTEXT, width, dtype=dtype)
-    grad = _meta(_BLOCKS * batch, _CONTEXT + _TARGETS, width, dtype=dtype)
-    for noisy, shared in ((False, False), (True, False), (True, True)):
-        sigma = _meta(batch, _BLOCKS) if noisy else None
-        tables = (_meta(n, width), _meta(width), context_idx, target_idx)
-        op.forward(context, *tables, sigma, 7, 1, ids, shared)
-        op.backward(grad, context_idx, target_idx, ids, 7, 1, shared, n, True, noisy)
+def _variants(op: str, inputs: Inputs) -> list[Inputs]:
+    """The inputs of a case, and what is compiled apart but is no size of its own."""
+    changes: dict[str, Callable[[], Inputs]] = {
+        "patchify": lambda: {"images": _planes(inputs["images"])},
+        "gather_tokens": lambda: {"pos": None},
+        "predictor_tokens": lambda: {"noise": inputs["noise"]._replace(shared=True)},
+        "ema_update_": lambda: {
+            "momentum": torch.empty((), dtype=torch.float64, device="meta"),
+            "shadow": None,
+        },
+    }
+    return [inputs, inputs | changes[op]()] if op in changes else [inputs]
 
 
-def _jepa_loss(width: int, n: int, batch: int, dtype: torch.dtype) -> None:
-    from ..ops.jepa_loss import triton_kernel as op
-
-    pred = _meta(_BLOCKS * batch, _TARGETS, width, dtype=dtype)
-    target_idx = _meta(batch, _BLOCKS, _TARGETS, dtype=torch.int64)
-    h = _meta(batch, n, width, dtype=dtype)
-    numbers = 0.1, 0.1, 1.0, 1e-5, 1e-6, 1e-6, 1e-6
-    op.forward(pred, h, target_idx, None, *numbers, True, False)
-    op.forward(pred, h, target_idx, pred, *numbers, True, True)
-    for out in (pred, torch.empty_like(pred)):
-        op.backward(_meta(), [pred, pred], [out, out], 1.0)
+def cases(op: str, size: str = "") -> list[OpCase]:
+    """The benchmark cases of ``op`` whose size contains ``size``, those for any device."""
+    return [case for case in all_cases(op, small=False) if size in case.size]
 
 
-def _vicreg(width: int, n: int, batch: int, dtype: torch.dtype) -> None:
-    from ..ops.vicreg import triton_kernel as op
-
-    # Both sides, and the widest projector of the published recipes.
-    for samples, channels in ((batch, width), (2048, width), (2048, 8192)):
-        u = _meta(_BLOCKS, samples, channels, dtype=dtype)
-        stats = _meta(_BLOCKS, channels)
-        op.forward(u, 1.0, 1e-4)
-        op.backward(u, stats, stats, _meta(), _meta(), _meta(), 1.0, 1e-4)
-
-
-def _ema_update(width: int, n: int, batch: int, dtype: torch.dtype) -> None:
-    from ..ops.ema_update_ import triton_kernel as op
-
-    targets = [_meta(width, width), _meta(width)]
-    sources = [_meta(*t.shape, dtype=dtype) for t in targets]
-    shadow = [_meta(*t.shape, dtype=torch.bfloat16) for t in targets]
-    op.update(targets, sources, 0.996, shadow)
-    op.update(targets, sources, _meta(dtype=torch.float64), None)
-
-
-_OPS: dict[str, Callable[[int, int, int, torch.dtype], None]] = {
-    "patchify": _patchify,
-    "gather_tokens": _gather_tokens,
-    "predictor_tokens": _predictor_tokens,
-    "jepa_loss": _jepa_loss,
-    "vicreg": _vicreg,
-    "ema_update_": _ema_update,
-}
-
-#: The op of each kernel of the native library.
-_OP_OF = {
-    "predictor_forward": "predictor_tokens",
-    "context_gradient": "predictor_tokens",
-    "target_gradient": "predictor_tokens",
-    "count_rows": "predictor_tokens",
-    "sort_rows": "predictor_tokens",
-    "pos_gradient": "predictor_tokens",
-    "column_sums": "predictor_tokens",
-    "jepa_loss": "jepa_loss",
-    "loss_terms": "jepa_loss",
-    "scale": "jepa_loss",
-    "ema": "ema_update_",
-}
-
-
-def launches(op: str, size: str, dtype: torch.dtype, arch: int) -> list[Launch]:
-    """What ``op``, forward and backward, launches at the size of an encoder."""
+def launches(case: OpCase, dtype: torch.dtype, arch: int) -> list[Launch]:
+    """What the op, forward and backward, launches."""
     from .._runtime.launch import record_launches
 
-    with record_launches(arch) as recorded:
-        _OPS[op](*SIZES[size], dtype)
+    op, meta = case.op, torch.device("meta")
+    function = partial(case.function, impl="triton")
+    # While this lasts, tensors without data count as such that Triton's kernels can take.
+    allowed = mock.patch.dict(dispatch._found, {(op, "triton", "meta"): "yes"})
+    with record_launches(arch) as recorded, allowed, meta:
+        inputs = case.make_inputs(meta, dtype, 0)
+        for given in _variants(op, inputs):
+            with _RunLaunchers():
+                evaluate(case, function, given)
+        if op == "jepa_loss":  # a mode sees operators, so that the backward above made new tensors
+            slope = inputs["pred"]
+            backend(op, "triton", slope).backward(slope.sum(), [slope], [slope], 1.0)
     return recorded
 
 
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
-def compile_launch(launch: Launch, arch: int) -> Any:
-    """The compiled kernel of a recorded launch: the same types, constants and alignment."""
+def _specialization(launch: Launch) -> tuple[Any, ...]:
+    """Signature, constants, attributes and options of the kernel that a launch needs."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     kernel = launch.kernel
     options = {name: launch.meta[name] for name in _OPTIONS if name in launch.meta}
@@ -211,7 +147,17 @@ def compile_launch(launch: Launch, arch: int) -> Any:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and not free:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    return signature, constants, attributes, options
+
+
+def compile_launch(launch: Launch, arch: int) -> Any:
+    """The compiled kernel of a recorded launch: the same types, constants and alignment."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    *special, options = _specialization(launch)
+    source = ASTSource(launch.kernel, *special)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -277,17 +223,19 @@ def measure_native(library: Path) -> list[Resources]:
 
 
 def measure(op: str, size: str, dtype: torch.dtype, arch: int) -> Iterator[Resources]:
-    """The resources of each distinct kernel that ``op`` launches at this size."""
+    """The resources of each distinct kernel that ``cases(op, size)`` launch, under the first."""
     seen: set[str] = set()
-    for launch in launches(op, size, dtype, arch):
-        compiled = compile_launch(launch, arch)
-        if compiled.hash in seen:
+    found = [(case, launch) for case in cases(op, size) for launch in launches(case, dtype, arch)]
+    for case, launch in found:
+        name = launch.kernel.__name__ + repr(_specialization(launch))
+        if name in seen:
             continue
-        seen.add(compiled.hash)
+        seen.add(name)
+        compiled = compile_launch(launch, arch)
         usage = _usage(compiled)
         yield Resources(
             kernel=launch.kernel.__name__.strip("_").removesuffix("_kernel"),
-            size=size,
+            size=case.size,
             dtype=str(dtype).removeprefix("torch."),
             arch=arch,
             constants=_constants(launch),
@@ -301,11 +249,11 @@ def measure(op: str, size: str, dtype: torch.dtype, arch: int) -> Iterator[Resou
 def table(rows: list[Resources]) -> str:
     """One line per kernel; the numbers that matter first."""
     lines = [
-        f"{'kernel':32} {'size':7} {'dtype':9} {'sm':>4} {'reg':>4} {'shared':>7} {'local':>5}"
+        f"{'kernel':32} {'size':22} {'dtype':9} {'sm':>4} {'reg':>4} {'shared':>7} {'local':>5}"
     ]
     for row in rows:
         lines.append(
-            f"{row.kernel:32} {row.size:7} {row.dtype:9} {row.arch:4} {row.registers:4} "
+            f"{row.kernel:32} {row.size:22} {row.dtype:9} {row.arch:4} {row.registers:4} "
             f"{row.shared:7} {row.local:5}  "
             + (f"warps={row.warps} " if row.warps else "")
             + row.constants
@@ -318,23 +266,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m njepa_kernels.tools.resources", description=__doc__
     )
-    parser.add_argument("--op", nargs="*", choices=list(_OPS), default=list(_OPS))
+    parser.add_argument("--op", nargs="*", choices=OPS, default=list(OPS))
     parser.add_argument("--arch", nargs="*", type=int, default=list(ARCHITECTURES))
-    parser.add_argument("--size", nargs="*", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--size", default="", help="only cases whose size contains this")
     parser.add_argument("--dtype", nargs="*", default=["bfloat16"])
     given = parser.parse_args(arguments)
     rows = [
         row
         for op in given.op
-        for size in given.size
         for dtype in given.dtype
         for arch in given.arch
-        for row in measure(op, size, getattr(torch, dtype), arch)
+        for row in measure(op, given.size, getattr(torch, dtype), arch)
     ]
     library = LIBRARIES["cuda"][0]
     if library.exists():
         native = [row for row in measure_native(library) if row.arch in given.arch]
-        rows += [row for row in native if _OP_OF.get(row.kernel) in given.op]
+        names = tuple(op.rstrip("_") for op in given.op)
+        rows += [row for row in native if row.kernel.startswith(names)]
     sys.stdout.write(table(rows) + "\n")
     bad = [row for row in rows if row.local or row.shared > SHARED_LIMIT[row.arch]]
     sys.stdout.write(f"{len(rows)} kernels, {len(bad)} with spills or too much shared memory\n")

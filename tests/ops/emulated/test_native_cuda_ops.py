@@ -9,6 +9,7 @@ import pytest
 import torch
 from njepa_kernels import NoiseKey, philox_normal
 from njepa_kernels.ops.ema_update_ import native as ema_native
+from njepa_kernels.ops.ema_update_.op import host_rates
 from njepa_kernels.ops.ema_update_.reference import ema_update_reference_
 from njepa_kernels.ops.jepa_loss import native as loss_native
 from njepa_kernels.ops.jepa_loss.cases import _case as loss_case
@@ -31,6 +32,7 @@ def test_noise_equals_the_reference() -> None:
     patches = torch.arange(9).view(1, 1, 9).repeat(3, 2, 1) * 30
     zeros = torch.zeros(9 * 30, d)
     for seed, step in ((7, 0), (2**32 - 1, 2**31), (-4, 2**35 + 1)):
+        key = NoiseKey(seed, step, ids)
         got = predictor_native.forward(
             torch.zeros(3, 0, d),
             zeros,
@@ -38,12 +40,9 @@ def test_noise_equals_the_reference() -> None:
             torch.zeros(3, 0, dtype=torch.int64),
             patches,
             torch.ones(3, 2),
-            seed,
-            step,
-            ids,
-            False,
+            key,
         )
-        expected = philox_normal(NoiseKey(seed, step, ids), patches, d).transpose(0, 1)
+        expected = philox_normal(key, patches, d).transpose(0, 1)
         worst = max(worst, float((got.view(2, 3, 9, d) - expected).abs().max()))
     assert 0.0 < worst <= 1e-6
 
@@ -56,7 +55,7 @@ def test_frozen_positions_make_no_table() -> None:
     """What a backward allocates: without need_pos nothing of the size of the table."""
     n, d = 4096, 64
     idx = torch.randint(0, n, (1, 2, 3))
-    rest = (idx[:, 0], idx, torch.arange(1), 7, 1, False, n)
+    rest = (idx[:, 0], idx, NoiseKey(7, 1, torch.arange(1)), n)
     for need_pos in (False, True):
         with torch.profiler.profile(profile_memory=True) as profile:
             dpos = predictor_native.backward(torch.randn(2, 6, d), *rest, need_pos, True)[2]
@@ -185,7 +184,8 @@ def test_ema_has_the_bits_of_two_roundings_for_many_tensors_of_all_types(
     rest = float(torch.tensor(1.0 - m, dtype=torch.float32))
     # The product of two fp32 is exact in fp64: what remains is the one rounding of an FMA.
     expected = [(k + rest * s.double()).float() for k, s in zip(kept, sources, strict=True)]
-    ema_native._update_cuda(targets, sources, momentum, shadow)
+    rates = host_rates(momentum, torch.device("cuda"))
+    ema_native._update_cuda(targets, sources, *rates, shadow)
     for got, want, low in zip(targets, expected, shadow, strict=True):
         torch.testing.assert_close(got, want, rtol=1.2e-7, atol=0)
         assert torch.equal(low, got.bfloat16())

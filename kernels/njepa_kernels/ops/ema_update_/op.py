@@ -14,6 +14,23 @@ from .reference import ema_update_reference_
 _OP = "ema_update_"
 
 
+def host_rates(
+    momentum: float | torch.Tensor, device: torch.device
+) -> tuple[float | torch.Tensor, float]:
+    """m and 1 - m as numbers; a momentum on an accelerator as it is (and 0).
+
+    Reading that would make the host wait; only what runs on a CPU does. 1 - m in the type of m: a
+    tensor's own, fp64 for a float.
+    """
+    if (
+        isinstance(momentum, torch.Tensor)
+        and momentum.device.type != "cpu"
+        and device.type != "cpu"
+    ):
+        return momentum, 0.0
+    return float(momentum), float(1.0 - momentum)
+
+
 def _update(
     targets: list[torch.Tensor],
     sources: list[torch.Tensor],
@@ -31,7 +48,7 @@ def _update(
     backend(_OP, impl, targets[0]).update(
         dense[:count],
         [source.contiguous() for source in sources],
-        momentum if momentum_tensor is None else momentum_tensor,
+        *host_rates(momentum if momentum_tensor is None else momentum_tensor, targets[0].device),
         None if shadow is None else dense[count:],
     )
     for tensor, copy in zip(written, dense, strict=True):

@@ -167,16 +167,13 @@ def update(
     targets: Sequence[torch.Tensor],
     sources: Sequence[torch.Tensor],
     momentum: float | torch.Tensor,
+    rest: float,
     shadow: Sequence[torch.Tensor] | None,
 ) -> None:
     """One launch per (device, type of the sources); all tensors contiguous.
 
-    A momentum on a device stays there: reading it would make the host wait.
+    A momentum that is a tensor is on a device and stays there; then ``rest`` is not used.
     """
-    rest = 0.0
-    if not isinstance(momentum, torch.Tensor) or momentum.device.type == "cpu":
-        # 1 - m in the type of m: a tensor's own, fp64 for a float.
-        momentum, rest = float(momentum), float(1.0 - momentum)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, source in enumerate(sources):
         if source.numel():

@@ -1,4 +1,4 @@
-"""gather_tokens in C++ (csrc/cpu/tokens.cpp). Contiguous inputs, indices in range."""
+"""gather_tokens in C++ (csrc/cpu/gather_tokens.*). Contiguous inputs, indices in range."""
 
 from __future__ import annotations
 

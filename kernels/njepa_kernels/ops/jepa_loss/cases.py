@@ -75,7 +75,7 @@ def _case(
             # Closer to the other prediction than to the targets, as two predictors are.
             away = 0.5 * torch.randn(m * b, kt, d, generator=g)
             inputs |= {
-                "noised": (inputs["pred"].float().cpu() + away).to(device, dtype),
+                "noised": (inputs["pred"].float() + away.to(device)).to(dtype),
                 "noise_weight": noise_weight,
                 "consistency": consistency,
                 "consistency_stop": stop,

@@ -1,7 +1,4 @@
-"""jepa_loss in C++ (csrc/cpu/loss.cpp) and CUDA (csrc/cuda/loss.cu).
-
-Contiguous inputs, indices in range.
-"""
+"""jepa_loss in C++ and CUDA (csrc/*/jepa_loss.*). Contiguous inputs, indices in range."""
 
 from __future__ import annotations
 

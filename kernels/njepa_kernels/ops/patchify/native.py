@@ -1,4 +1,4 @@
-"""patchify in C++ (csrc/cpu/patchify.cpp). Indices in range."""
+"""patchify in C++ (csrc/cpu/patchify.*). Indices in range."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""predictor_tokens in C++ (csrc/cpu/tokens.cpp) and CUDA (csrc/cuda/tokens.cu).
+"""predictor_tokens in C++ and CUDA (csrc/*/predictor_tokens.*).
 
 Contiguous inputs, indices in range.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..._runtime.native import ops
-from ..._runtime.philox import MASK32
+from ..._runtime.philox import NoiseKey, words_of
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
@@ -20,10 +20,7 @@ def forward(
     context_idx: torch.Tensor,
     target_idx: torch.Tensor,
     sigma: torch.Tensor | None,
-    seed: int,
-    step: int,
-    sample_ids: torch.Tensor | None,
-    shared: bool,
+    noise: NoiseKey | None,
 ) -> torch.Tensor:
     """[M*B, Kc+Kt, d] in the type of context; sigma is fp32 [B, M] or None."""
     out: torch.Tensor = ops(context.device.type).predictor_tokens_forward(
@@ -33,10 +30,7 @@ def forward(
         context_idx,
         target_idx,
         sigma,
-        seed & MASK32,
-        step & MASK32,
-        sample_ids,
-        shared,
+        *words_of(noise),
     )
     return out
 
@@ -45,10 +39,7 @@ def backward(
     grad: torch.Tensor,
     context_idx: torch.Tensor,
     target_idx: torch.Tensor,
-    sample_ids: torch.Tensor | None,
-    seed: int,
-    step: int,
-    shared: bool,
+    noise: NoiseKey | None,
     n: int,
     need_pos: bool,
     need_sigma: bool,
@@ -58,10 +49,7 @@ def backward(
         grad,
         context_idx,
         target_idx,
-        sample_ids,
-        seed & MASK32,
-        step & MASK32,
-        shared,
+        *words_of(noise),
         n,
         need_pos,
         need_sigma,

@@ -16,8 +16,9 @@ _OP = "predictor_tokens"
 _Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _key(seed: int, step: int, sample_ids: torch.Tensor | None, shared: bool) -> NoiseKey | None:
+    """The key, of which an operator's schema knows the parts only; without ids nothing is drawn."""
+    return None if sample_ids is None else NoiseKey(seed, step, sample_ids.contiguous(), shared)
 
 
 def _forward(
@@ -39,11 +40,8 @@ def _forward(
         mask_token.contiguous(),
         context_idx.contiguous(),
         target_idx.contiguous(),
-        _contiguous(sigma),
-        seed,
-        step,
-        _contiguous(sample_ids),
-        shared,
+        None if sigma is None else sigma.contiguous(),
+        _key(seed, step, sample_ids, shared),
     )
     return out
 
@@ -64,9 +62,9 @@ def _backward(
     grad: torch.Tensor,
     context_idx: torch.Tensor,
     target_idx: torch.Tensor,
-    sample_ids: torch.Tensor | None,
     seed: int,
     step: int,
+    sample_ids: torch.Tensor | None,
     shared: bool,
     n: int,
     need_pos: bool,
@@ -77,10 +75,7 @@ def _backward(
         grad.contiguous(),
         context_idx.contiguous(),
         target_idx.contiguous(),
-        _contiguous(sample_ids),
-        seed,
-        step,
-        shared,
+        _key(seed, step, sample_ids, shared),
         n,
         need_pos,
         need_sigma,
@@ -98,9 +93,9 @@ def _backward_fake(
     grad: torch.Tensor,
     context_idx: torch.Tensor,
     target_idx: torch.Tensor,
-    sample_ids: torch.Tensor | None,
     seed: int,
     step: int,
+    sample_ids: torch.Tensor | None,
     shared: bool,
     n: int,
     need_pos: bool,
@@ -130,9 +125,9 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad,
         context_idx,
         target_idx,
-        sample_ids,
         ctx.seed,
         ctx.step,
+        sample_ids,
         ctx.shared,
         ctx.n,
         need[1],
@@ -152,7 +147,7 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 _backward_op = register(
     "predictor_tokens_backward(Tensor grad, Tensor context_idx, Tensor target_idx,"
-    " Tensor? sample_ids, SymInt seed, SymInt step, bool shared, SymInt n, bool need_pos,"
+    " SymInt seed, SymInt step, Tensor? sample_ids, bool shared, SymInt n, bool need_pos,"
     " bool need_sigma, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,

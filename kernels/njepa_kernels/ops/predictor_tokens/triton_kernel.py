@@ -13,6 +13,7 @@ import triton.language as tl
 from ..._runtime.blocks import copy_tile, row_tile, tuned
 from ..._runtime.by_index import sum_by_index
 from ..._runtime.launch import as_int32, cdiv, launch
+from ..._runtime.philox import NoiseKey, words_of
 from ..._runtime.triton_noise import normals
 
 _SCALARS = ["seed", "step", "batch", "n_blocks", "n", "n_context", "n_targets", "context_tiles"]
@@ -172,12 +173,10 @@ def forward(
     context_idx: torch.Tensor,
     target_idx: torch.Tensor,
     sigma: torch.Tensor | None,
-    seed: int,
-    step: int,
-    sample_ids: torch.Tensor | None,
-    shared: bool,
+    noise: NoiseKey | None,
 ) -> torch.Tensor:
     """[M*B, Kc+Kt, D] in the type of ``context``; all contiguous, sigma fp32 [B, M] or None."""
+    seed, step, sample_ids, shared = words_of(noise)
     batch, n_context, width = context.shape
     _, n_blocks, n_targets = target_idx.shape
     out = context.new_empty(n_blocks * batch, n_context + n_targets, width)
@@ -220,10 +219,7 @@ def backward(
     grad: torch.Tensor,
     context_idx: torch.Tensor,
     target_idx: torch.Tensor,
-    sample_ids: torch.Tensor | None,
-    seed: int,
-    step: int,
-    shared: bool,
+    noise: NoiseKey | None,
     n: int,
     need_pos: bool,
     need_sigma: bool,
@@ -232,6 +228,7 @@ def backward(
 
     The last two are None unless needed. The noise is drawn again; deterministic.
     """
+    seed, step, sample_ids, shared = words_of(noise)
     batch, n_blocks, n_targets = target_idx.shape
     n_context, width = context_idx.shape[1], grad.shape[2]
     sizes = (batch, n_blocks, n_context, n_targets)

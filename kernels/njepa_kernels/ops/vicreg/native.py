@@ -1,4 +1,4 @@
-"""vicreg in C++ (csrc/cpu/vicreg.cpp). u is contiguous; gathering over ranks happens outside."""
+"""vicreg in C++ (csrc/cpu/vicreg.*). u is contiguous; gathering over ranks happens outside."""
 
 from __future__ import annotations
 

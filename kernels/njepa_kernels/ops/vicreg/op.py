@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -42,8 +43,8 @@ def _backward(
     impl: str,
 ) -> torch.Tensor:
     fused = backend(_OP, impl, u)
-    # Under autocast matrix products inside would run in bf16.
-    with torch.autocast(u.device.type, enabled=False):
+    # Under autocast matrix products inside would run in bf16. Meta tensors know none.
+    with nullcontext() if u.is_meta else torch.autocast(u.device.type, enabled=False):
         du: torch.Tensor = fused.backward(
             u.contiguous(), mean, std, g_inv, g_std, g_cov, gamma, eps
         )

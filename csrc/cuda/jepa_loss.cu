@@ -128,7 +128,7 @@ Error launch_loss(const JepaLoss& p, void* stream) {
 constexpr int kTermThreads = 512;
 
 // One block: the order of the sums does not depend on the device.
-__global__ __launch_bounds__(kTermThreads) void loss_terms_kernel(
+__global__ __launch_bounds__(kTermThreads) void jepa_loss_terms_kernel(
     const __grid_constant__ LossTerms p) {
   __shared__ double shared[kTermThreads / kWarp];
   double terms[3] = {0.0, 0.0, 0.0};
@@ -151,7 +151,8 @@ constexpr int kScaleColumns = 16;  // of a thread
 constexpr int64_t kScaleBlock = int64_t{kScaleThreads} * kScaleColumns;
 
 template <class T, bool kVector>
-__global__ __launch_bounds__(kScaleThreads) void scale_kernel(const __grid_constant__ Scale p) {
+__global__ __launch_bounds__(kScaleThreads) void jepa_loss_scale_kernel(
+    const __grid_constant__ Scale p) {
   const float factor = read(p.factor) * p.scale;  // fp32: bf16 would bias every gradient
   const T* in = static_cast<const T*>(p.in[blockIdx.y]);
   T* out = static_cast<T*>(p.out[blockIdx.y]);
@@ -197,13 +198,13 @@ Error jepa_loss(const JepaLoss& p, Type type, bool vector, void* stream) {
 }
 
 Error loss_terms(const LossTerms& p, void* stream) {
-  return launch(loss_terms_kernel, dim3(1), kTermThreads, stream, p);
+  return launch(jepa_loss_terms_kernel, dim3(1), kTermThreads, stream, p);
 }
 
 Error scale(const Scale& p, Type type, bool vector, void* stream) {
   return with_variant(type, vector, [&](auto v) {
     using V = decltype(v);
-    return launch(scale_kernel<typename V::Element, V::vector>,
+    return launch(jepa_loss_scale_kernel<typename V::Element, V::vector>,
                   dim3(blocks_for(p.count, kScaleBlock), p.tensors), kScaleThreads, stream, p);
   });
 }

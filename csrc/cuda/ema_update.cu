@@ -39,7 +39,8 @@ __device__ inline void update(const Chunk& c, float momentum, float rest) {
 }
 
 template <class T>
-__global__ __launch_bounds__(kThreads) void ema_kernel(const __grid_constant__ EmaTable table) {
+__global__ __launch_bounds__(kThreads) void ema_update_kernel(
+    const __grid_constant__ EmaTable table) {
   // The last tensor that begins at or before this block.
   int low = 0, high = table.tensors;
   while (high - low > 1) {
@@ -67,11 +68,11 @@ Error ema(const EmaTable& table, Type source, void* stream) {
   const dim3 grid(table.blocks);
   switch (source) {
     case Type::f32:
-      return launch(ema_kernel<float>, grid, kThreads, stream, table);
+      return launch(ema_update_kernel<float>, grid, kThreads, stream, table);
     case Type::bf16:
-      return launch(ema_kernel<__nv_bfloat16>, grid, kThreads, stream, table);
+      return launch(ema_update_kernel<__nv_bfloat16>, grid, kThreads, stream, table);
     default:
-      return launch(ema_kernel<__half>, grid, kThreads, stream, table);
+      return launch(ema_update_kernel<__half>, grid, kThreads, stream, table);
   }
 }
 

@@ -1,0 +1,104 @@
+"""What a training step needs of an engine, and the plain one: torch alone, one process.
+
+``njepa.training.zero`` is the other one: DeepSpeed behind the same interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from njepa.config import OptimConfig
+from njepa.data.batch import Batch
+from njepa.training.health import gate, skip_where
+from njepa.training.module import TrainModule, adamw
+from njepa.training.schedules import Rates
+
+
+class Update(NamedTuple):
+    """What became of an optimizer step."""
+
+    bad: Tensor
+    """bool, 0-dim, the same on all ranks: nothing was updated, the gradient was not finite."""
+    norm: Tensor
+    """0-dim: global L2 norm of the gradient before clipping; not finite where ``bad``."""
+
+
+class Engine(Protocol):
+    """Forward, backward and update of a module, wherever its parameters lie."""
+
+    @property
+    def module(self) -> TrainModule: ...
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The precision of ``forward``, for what runs outside of the module."""
+        ...
+
+    def forward(self, batch: Batch, h: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of a micro-batch; see ``TrainModule.forward``."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch to the mean over those of the step."""
+        ...
+
+    def update(self, rates: Rates) -> Update:
+        """Clip and apply the gradient of the step, unless it is not finite; forget it."""
+        ...
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[list[Tensor]]:
+        """Whole parameters in their best precision, to read only. Collective."""
+        ...
+
+
+class PlainEngine:
+    """Autocast and fused AdamW in one process, without clipping; needs no DeepSpeed."""
+
+    def __init__(
+        self,
+        module: TrainModule,
+        optim: OptimConfig,
+        device: torch.device,
+        *,
+        low: bool = False,
+        accumulation: int = 1,
+    ) -> None:
+        """``low``: bf16 autocast. ``accumulation``: micro-batches of a step."""
+        self.module, self._device, self._low = module.to(device), device, low
+        self._accumulation = accumulation
+        self.optimizer = adamw(self.module, optim)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._low)
+
+    def forward(self, batch: Batch, h: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with self.autocast():
+            loss, metrics = self.module(batch, h)
+        return loss, metrics
+
+    def backward(self, loss: Tensor) -> None:
+        gate(loss if self._accumulation == 1 else loss / self._accumulation).backward()
+
+    def update(self, rates: Rates) -> Update:
+        rates.write(self.optimizer.param_groups)
+        norm = gradient_norm(self.module)
+        bad = ~norm.isfinite()
+        skip_where(self.optimizer, bad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return Update(bad, norm)
+
+    @contextmanager
+    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
+        yield list(parameters)
+
+
+def gradient_norm(module: nn.Module) -> Tensor:
+    """Global L2 norm of gradients that every rank holds whole, on the device."""
+    return torch.nn.utils.get_total_norm(
+        [p.grad for p in module.parameters() if p.grad is not None]
+    )

@@ -1,0 +1,265 @@
+"""Everything that is built and checked before the first step, from recipe, DeepSpeed file, ranks.
+
+In this order: what can be decided without reading or writing, the run folder, the data, the
+network, a checkpoint, the loader.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from njepa_kernels import choose
+
+from njepa.choice import Choice
+from njepa.config import Config, ConfigError
+from njepa.config.deepspeed_file import BatchSizes, DeepSpeedFile
+from njepa.data.index import ImageIndex
+from njepa.data.loader import Loader, build_loader, choose_backend
+from njepa.data.sources import open_source
+from njepa.draws.masks import MaskSampler
+from njepa.draws.order import SampleOrder
+from njepa.evaluation.evaluate import Evaluator, open_test_side
+from njepa.models.architecture import Architecture, architecture
+from njepa.models.attention import Attention
+from njepa.models.attention_kernels import choose_attention
+from njepa.runs.checkpoints import latest_checkpoint, load_checkpoint
+from njepa.runs.folder import RunFolder, run_dir
+from njepa.runs.ranks import Ranks
+from njepa.runs.recorder import Recorder
+from njepa.runs.summary import device_name
+from njepa.training.compiling import GraphedForward, choose_compilation, compile_blocks
+from njepa.training.ema import make_target
+from njepa.training.module import TrainModule
+from njepa.training.schedules import Schedules
+from njepa.training.scoring import Scoring
+from njepa.training.step import TrainState
+from njepa.training.zero import ZeroEngine, compute_dtype
+
+log = logging.getLogger(__name__)
+
+#: The fused ops of every step; VICReg's is the fifth.
+OPS = ("patchify", "predictor_tokens", "jepa_loss", "ema_update_")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs, decided and checked before anything is read or written."""
+
+    config: Config
+    ds: DeepSpeedFile
+    ranks: Ranks
+    sizes: BatchSizes
+    parts: Architecture
+    impl: dict[str, Choice]
+    """By op."""
+    attention: Attention
+    compilation: Choice
+    masks: MaskSampler
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long the training is, and the rates on the way."""
+
+    total_steps: int
+    steps_per_epoch: int
+    schedules: Schedules
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that is ready for the step after ``first_step`` others."""
+
+    plan: Plan
+    index: ImageIndex
+    length: Length
+    engine: ZeroEngine
+    state: TrainState
+    scoring: Scoring
+    recorder: Recorder
+    loader: Loader
+    first_step: int
+
+    def close(self) -> None:
+        """End the loader's workers, release the run folder; may be called twice."""
+        self.loader.close()
+        self.recorder.close()
+
+
+def set_up(
+    config: Config, ds: DeepSpeedFile, ranks: Ranks, evaluator: type[Evaluator] = Evaluator
+) -> Setup:
+    """Build a run, or continue the one in its folder. Collective.
+
+    Args:
+        config: the resolved recipe.
+        ranks: this process among the others.
+        evaluator: what scores the encoders on the labelled test images.
+
+    Raises:
+        ConfigError: input that cannot work; nothing was trained or written over.
+    """
+    plan = decide(config, ds, ranks)
+    folder: list[RunFolder] = []  # of rank 0
+    ranks.on_main(lambda: folder.append(RunFolder(config, ds)))
+    recorder = Recorder(folder[0] if folder else None, config.run)
+    try:
+        progress = config.run.progress and ranks.main
+        index = open_source(config.data.path, config.data.cache_dir, progress=progress)
+        scorers: list[Evaluator] = []  # of rank 0
+        ranks.on_main(lambda: scorers.extend(_open_evaluator(config, index, ranks, evaluator)))
+        order = SampleOrder(
+            index.n,
+            plan.sizes.micro,
+            plan.sizes.accumulation,
+            ranks.world,
+            ranks.rank,
+            config.run.seed,
+        )
+        length = decide_length(config, order.steps_per_epoch)
+        engine, state = build_state(plan)
+        first = _resume(plan, index, engine, state) if config.run.resume else 0
+        scoring = Scoring(config, state, plan.compilation, scorers[0] if scorers else None)
+        loader = build_loader(
+            config, index, order, plan.masks, ranks.device, first, length.total_steps
+        )
+    except BaseException:
+        recorder.close()
+        raise
+    return Setup(plan, index, length, engine, state, scoring, recorder, loader, first)
+
+
+def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
+    """All choices; the first error is raised before anything costs time.
+
+    Raises:
+        ConfigError: a configuration that cannot run here.
+    """
+    sizes, device = ds.resolve(ranks.world), ranks.device
+    check_vicreg_batch(config, sizes)
+    parts = architecture(config)
+    choose_backend(config.data.backend, device)
+    # Kc is the minimum over all ranks, or, as published, over each on its own.
+    together = ranks.world if config.mask.compat == "fixed" else 1
+    return Plan(
+        config=config,
+        ds=ds,
+        ranks=ranks,
+        sizes=sizes,
+        parts=parts,
+        impl=choose_impls(config, device),
+        attention=choose_attention(
+            config.model,
+            config.mask,
+            {stack.width // stack.heads for stack in (parts.encoder, parts.predictor)},
+            device,
+            compute_dtype(ds, device),
+        ),
+        compilation=choose_compilation(config, ds.stage, device),
+        masks=MaskSampler(config.mask, config.grid, config.run.seed, sizes.micro * together),
+    )
+
+
+def decide_length(config: Config, steps_per_epoch: int) -> Length:
+    """Steps and schedules of the whole training.
+
+    Raises:
+        ConfigError: the warm-up does not fit.
+    """
+    total = config.run.max_steps or config.optim.epochs * steps_per_epoch
+    warmup = round(total * config.optim.warmup_epochs / config.optim.epochs)
+    return Length(total, steps_per_epoch, Schedules(config.optim, total, warmup))
+
+
+def build_state(plan: Plan) -> tuple[ZeroEngine, TrainState]:
+    """Network, target encoder and engine, with their first weights."""
+    config, device = plan.config, plan.ranks.device
+    module = TrainModule(config, plan.ranks.group, plan.attention)
+    target = make_target(module.jepa.encoder).to(device)
+    if plan.compilation.name == "blocks":
+        compile_blocks((module, target), config.mask.static_shapes)
+    engine = ZeroEngine(module, config.optim, plan.ds, plan.sizes, device)
+    graph = GraphedForward(target, engine.autocast) if config.run.cuda_graphs == "target" else None
+    return engine, TrainState(engine, target, plan.attention, config.impl.default, graph)
+
+
+def _open_evaluator(
+    config: Config, index: ImageIndex, ranks: Ranks, evaluator: type[Evaluator]
+) -> list[Evaluator]:
+    """None or one: there may be no labelled test images."""
+    test = open_test_side(config, index)
+    return [] if test is None else [evaluator(config, index, test, ranks.device)]
+
+
+def _resume(plan: Plan, index: ImageIndex, engine: ZeroEngine, state: TrainState) -> int:
+    """Load the last checkpoint; returns the steps that were done."""
+    path = latest_checkpoint(run_dir(plan.config))
+    if path is None:
+        log.warning(
+            "run.resume=true, but %s has no checkpoint: starting at step 0", run_dir(plan.config)
+        )
+        return 0
+    saved = load_checkpoint(path, engine, state.target, plan.ranks, index.digest, plan.sizes.total)
+    return int(saved["step"])
+
+
+def choose_impls(config: Config, device: torch.device) -> dict[str, Choice]:
+    """The implementation that will run for each op of this training.
+
+    Raises:
+        ConfigError: ``impl.default`` asks for one that cannot run here; says why.
+    """
+    wanted = config.impl.default
+    reason = "the first that runs here" if wanted == "auto" else "as configured"
+    try:
+        ops = (*OPS, "vicreg") if config.vicreg.weight > 0 else OPS
+        return {op: Choice(choose(op, wanted, device), reason) for op in ops}
+    except RuntimeError as error:
+        raise ConfigError(f"impl.default={wanted}: {error}") from None
+
+
+def check_vicreg_batch(config: Config, sizes: BatchSizes) -> None:
+    """VICReg needs at least two images in the global micro-batch."""
+    if config.vicreg.weight > 0 and sizes.micro * sizes.world < 2:
+        raise ConfigError(
+            f"vicreg.weight={config.vicreg.weight} compares images and needs a micro-batch of at "
+            f"least 2 over all ranks, got {sizes.micro} x {sizes.world} ranks; raise "
+            f"train_micro_batch_size_per_gpu or set vicreg.weight=0"
+        )
+
+
+def start_table(run: Setup) -> str:
+    """What will run, for the first lines of the log."""
+    plan, length = run.plan, run.length
+    config, sizes, parts = plan.config, plan.sizes, plan.parts
+    trained = [p for p in run.engine.module.parameters() if p.requires_grad]
+    millions = sum(getattr(p, "ds_numel", p.numel()) for p in trained) / 1e6
+    by_choice: dict[Choice, list[str]] = {}
+    for op, choice in plan.impl.items():
+        by_choice.setdefault(choice, []).append(op)
+    rows = {
+        "run": f"{run_dir(config)} (recipe {config.recipe}, method {config.method})",
+        "data": f"{run.index.n} images, loader {run.loader.backend}",
+        "batch": f"effective {sizes.total} = {sizes.micro} x {sizes.accumulation} accumulated "
+        f"x {sizes.world} ranks",
+        "steps": f"{run.first_step} of {length.total_steps} done, {length.steps_per_epoch} an "
+        f"epoch",
+        "model": f"{config.model.encoder}/{config.model.patch_size} at "
+        f"{config.data.image_size} px: {parts.encoder.depth} blocks of width "
+        f"{parts.encoder.width}; {millions:.2f} M trainable parameters in all",
+        "predictor": f"{parts.predictor.depth} blocks of width {parts.predictor.width}, "
+        f"context {config.model.predictor.context}",
+        "device": device_name(plan.ranks.device),
+        "ops": "; ".join(f"{choice}: {', '.join(ops)}" for choice, ops in by_choice.items()),
+        "attention": str(plan.attention),
+        "compile": str(plan.compilation),
+    }
+    if config.mask.static_shapes:
+        rows["shapes"] = ", ".join(
+            f"{count} + {math.prod(target)}"
+            for count, target in sorted({(n, t) for (t, _), n in plan.masks.counts.items()})
+        )
+    return "\n".join(f"{name:>9}  {text}" for name, text in rows.items())
