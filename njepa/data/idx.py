@@ -13,7 +13,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from PIL import Image
 
@@ -118,7 +118,7 @@ def _open(path: Path) -> IO[bytes]:
     try:
         with open(path, "rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
-        return gzip.open(path, "rb") if packed else open(path, "rb")
+        return cast(IO[bytes], gzip.open(path)) if packed else open(path, "rb")
     except OSError as error:
         raise SourceError(f"data: {path} cannot be read: {error.strerror}") from None
 

@@ -56,7 +56,7 @@ class Layout:
                 f"label {label}, but the file's metadata names the {len(self.classes)} classes 0 "
                 f"to {len(self.classes) - 1}"
             )
-        return self.classes[label]
+        return self.classes[int(label)]
 
 
 def require_pyarrow(path: Path) -> None:

@@ -10,8 +10,8 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +69,8 @@ def open_source(path: Path | None, cache: Path | None = None, progress: bool = T
     return index
 
 
-class _Stored(NamedTuple):
+@dataclass(frozen=True)
+class _Stored:
     """A cached index, and what tells whether it is still that of the source."""
 
     fingerprint: str
