@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -152,6 +153,7 @@ def test_a_forked_process_has_its_own_cache(tmp_path):
     with cache._lock:  # as a thread of the parent may hold it
         pid = os.fork()
         if pid == 0:
+            signal.alarm(20)  # ends a child that waits for the lock
             os._exit(0 if index.read(5) == IMAGES[5] else 1)
     assert os.waitpid(pid, 0)[1] == 0
 
