@@ -53,8 +53,8 @@ def _increasing(name: str, values: Range, low: float, high: float = math.inf) ->
 
 class DataConfig(Section):
     path: Annotated[Path | None, FREE] = None
-    """Image folder, list file (.txt), tar shard (.tar) or folder of tar shards. None: the embedded
-    set ``shapes``."""
+    """Image folder, list file (.txt), tar shards or Parquet (a file, a folder or a pattern). None:
+    the embedded set ``shapes``."""
     eval_path: Annotated[Path | None, FREE] = None
     """Labelled test images (class folders, or a list or shards with labels), for kNN and linear
     probe; ``path`` then needs labels too."""

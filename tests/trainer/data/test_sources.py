@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from njepa.data import sources
+from njepa.data import folders, sources
 from njepa.data.errors import SourceError
 from njepa.data.sources import open_source
 from tests.support.pictures import class_folders, encoded, picture, shard, special_images, write
@@ -290,6 +290,48 @@ def test_the_cache_is_used_until_the_source_changes(tmp_path, builds):
     assert changed(lambda: (root / "c1/new.jpg").write_bytes(encoded(picture(1))))
     assert changed(lambda: (root / "c1/new.jpg").unlink())
     assert not changed(lambda: os.utime(root / "c0/000.jpg", (1, 1)))  # touched, same content
+
+
+def test_unchanged_folders_are_not_listed_again(tmp_path, monkeypatch):
+    """Their times say enough, once they are older than the listing by more than a clock's tick."""
+    listings = []
+    real = sources.find_source
+    monkeypatch.setattr(sources, "find_source", lambda *a: (listings.append(1), real(*a))[1])
+    monkeypatch.setattr(folders, "_SETTLED", 10**18)
+    root = class_folders(tmp_path / "in", 6)
+    (root / "list.txt").write_text("c0/000.jpg\nc1/001.jpg\n")
+    both = root, root / "list.txt"
+    for path in both:  # just made: nothing can be trusted yet
+        opened(path, tmp_path)
+        opened(path, tmp_path)
+    assert len(listings) == 4
+
+    def listed(action=lambda: None):
+        """How many of both are listed, and that the second time none is."""
+        counts = []
+        action()
+        for _ in range(2):
+            listings.clear()
+            for path in both:
+                opened(path, tmp_path)
+            counts.append(len(listings))
+        assert counts[1] == 0
+        return counts[0]
+
+    monkeypatch.setattr(folders, "_SETTLED", -(10**18))
+    assert listed() == 0
+    assert listed(lambda: write(root, {"c0/new.jpg": JPEG})) == 2
+    assert opened(root, tmp_path).n == 7
+    assert listed(lambda: (root / "c0/new.jpg").rename(root / "c2/new.jpg")) == 2
+    assert listed(lambda: (root / "c2/new.jpg").unlink()) == 1  # the list has nothing in c2
+    assert listed(lambda: write(root, {"c0/000.jpg": encoded(picture(5), "PNG")})) == 2  # in place
+    assert listed(lambda: (root / "list.txt").write_text("c0/000.jpg\n")) == 1
+    assert opened(root / "list.txt", tmp_path).n == 1
+    write(root, {"c2/bad.jpg": b"x"})
+    assert opened(root, tmp_path).unreadable
+    listings.clear()
+    write(root, {"c2/bad.jpg": JPEG})  # copied again, in place
+    assert opened(root, tmp_path).n == 7
 
 
 def test_a_damaged_cache_is_built_again(tmp_path, builds, caplog):
