@@ -30,10 +30,10 @@ EXCEPTIONS = {
 LATER: dict[str, set[str]] = {
     "length": {
         "csrc/cuda/tokens.cu",
-        "njepa/config/sections.py", "tests/trainer/test_attention.py",
-        "tests/trainer/test_compilation.py", "tests/trainer/test_loaders.py",
-        "tests/trainer/test_masking.py", "tests/trainer/test_planning.py",
-        "tests/trainer/test_ragged.py", "tests/trainer/test_step.py",
+        "njepa/config/sections.py", "tests/trainer/models/test_attention.py",
+        "tests/trainer/training/test_compilation.py", "tests/trainer/data/test_loaders.py",
+        "tests/trainer/draws/test_masking.py", "tests/trainer/planning/test_planning.py",
+        "tests/trainer/models/test_ragged.py", "tests/trainer/training/test_step.py",
     },
     "banner": {"csrc/cpu/simd.h", "csrc/cpu/vicreg.h"},
 }  # fmt: skip

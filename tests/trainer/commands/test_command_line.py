@@ -6,16 +6,14 @@ import re
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from njepa import cli
 from njepa.runs import tracking
 from njepa.runs.tracking import Tracker
+from tests.support import ROOT
 from tests.support.jobs import TINY, make_images
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

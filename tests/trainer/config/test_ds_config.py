@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +9,7 @@ import torch
 from njepa.config import ConfigError
 from njepa.config.deepspeed_file import BatchSizes, load_deepspeed_file, parse_deepspeed
 from njepa.training.zero import engine_config
-
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
 
 
 def write(tmp_path, text):

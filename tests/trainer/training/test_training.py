@@ -6,15 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support import ROOT
 from tests.support.jobs import TINY, make_images, run_jobs
 
-ROOT = Path(__file__).parents[2]
 STEPS = 6
 
 

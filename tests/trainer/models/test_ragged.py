@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,12 +24,12 @@ from njepa.models.jepa import JepaOutput
 from njepa.objectives import objective
 from njepa.training.ema import make_target
 from njepa.training.module import TrainModule
+from tests.support import ROOT
 from tests.support.jobs import TINY, make_images
 from tests.support.packed_attention import ATTENTION
 from tests.support.tiny import make_batch, rows_of, tiny_config
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[2]
 COUNTS = (10, 3, 7, 10, 1)
 
 # The network

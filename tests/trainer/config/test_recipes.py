@@ -1,7 +1,6 @@
 """Recipes that come with the package: the papers' numbers, and that they build, plan and learn."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +13,10 @@ from njepa.draws.masks import MaskSampler
 from njepa.models.architecture import architecture
 from njepa.training.ema import make_target
 from njepa.training.module import TrainModule
+from tests.support import ROOT
 from tests.support.tiny import noise_of
 
-FOLDER = Path(__file__).parents[2] / "njepa/recipes"
+FOLDER = ROOT / "njepa/recipes"
 
 #: facebookresearch/ijepa, configs/*.yaml; the paper's appendix for B and L.
 IJEPA = {
