@@ -16,8 +16,9 @@ from njepa.config import ConfigError, did_you_mean
 
 DESCRIPTION = """Probe a frozen encoder on labelled images, beside raw pixels and the same network
 before training. Every setting is chosen on a split of --train; --test is used once."""
-EPILOG = """SUBJECT is a run folder or a checkpoint in one. SOURCE is a folder of class folders, a
-list file with labels, or tar shards with labels. For example:
+EPILOG = """SUBJECT is a run folder, a checkpoint, a folder of `njepa export`, an official I-JEPA
+file, or a folder of timm or transformers. SOURCE is what data.path takes, with labels: class
+folders, a list file, tar shards or Parquet. For example:
 
   njepa probe runs/photos --train photos/train --test photos/test --kind knn,linear
 

@@ -74,6 +74,11 @@ def _open_folder(path: Path) -> Weights:
 def _open_checkpoint(path: Path, run: Path) -> Weights:
     """``checkpoints/step-N`` of a run."""
     state = read_json(path / "state.json")
+    if missing := [key for key in ("config", "step", "zero_stage") if key not in state]:
+        raise ConfigError(
+            f"{path / 'state.json'} has no {', '.join(missing)}: no checkpoint of this trainer, or "
+            f"one that was cut short; use another checkpoint of the run"
+        )
     config = parse_config(yaml.safe_load(state["config"]), origin=f"{path / 'state.json'}")
     parts = architecture(config)
     file = path / "mp_rank_00_model_states.pt"
@@ -112,7 +117,7 @@ def _open_checkpoint(path: Path, run: Path) -> Weights:
         "step": state["step"],
         "config": state["config"],
         "versions": state.get("versions", {}),
-        "data_digest": state["data_digest"],
+        "data_digest": state.get("data_digest", ""),
         "summary": read_json(summary) if summary.is_file() else {},
     }
     return Weights(
@@ -123,6 +128,7 @@ def _open_checkpoint(path: Path, run: Path) -> Weights:
         parts.predictor.heads,
         (config.data.mean, config.data.std),
         absent,
+        config.data.image_size,
         record,
     )
 

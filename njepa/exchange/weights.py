@@ -71,6 +71,8 @@ class Weights:
     mean_std: tuple[Channels, Channels] | None = None
     absent: dict[str, str] = field(default_factory=dict)
     """Why there is no ``target`` or ``context``."""
+    image_size: int | None = None
+    """What a run's configuration says."""
     record: dict[str, Any] = field(default_factory=dict)
     """What a run says of itself: recipe, method, step, config, summary, versions."""
 
@@ -98,6 +100,11 @@ class Weights:
         if self.mean_std is None:
             told += "; mean and std are not given, ImageNet's are assumed"
         size = patch_size * side
+        if self.image_size not in (None, size):
+            raise ConfigError(
+                f"{told} does not fit its run: got {side} x {side} patches of {patch_size} pixels, "
+                f"so images of {size}, expected {self.image_size}; its weights are of another run"
+            )
         return EncoderWeights(
             state, width, depth, heads, hidden, patch_size, size, mean, std, chosen, told
         )

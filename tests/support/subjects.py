@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ def make_run(folder: Path, *overrides: str) -> Path:
     encoder = build_encoder(config)
     state = {name: value.detach().contiguous() for name, value in encoder.state_dict().items()}
     save_file(state, checkpoint / "target_encoder.safetensors")
-    (checkpoint / "state.json").write_text("{}")
+    facts = {"step": 10, "zero_stage": 0, "data_digest": "", "config": dump_config(config)}
+    (checkpoint / "state.json").write_text(json.dumps(facts))
     return folder
 
 
