@@ -66,7 +66,7 @@ def library_features(folder: Path, encoder: EncoderWeights, pixels: Tensor) -> t
     """(version, [B, N, D]) of normalised images, by timm from the file as it is."""
     import timm
 
-    model = timm.create_model(
+    model: Any = timm.create_model(
         "vit_huge_patch14_gap_224",
         pretrained=True,
         pretrained_cfg_overlay={"file": str(folder / FILE)},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from njepa.config import Config, ConfigError
 from njepa.config.sections import UNSET
@@ -89,9 +89,11 @@ def read_initial_weights(config: Config) -> InitialWeights | None:
     )
 
 
-def _encoder(weights: Weights, wanted: str, own: Which) -> EncoderWeights:
+def _encoder(
+    weights: Weights, wanted: Literal["both", "target", "context"], own: Which
+) -> EncoderWeights:
     """The one for encoder ``own`` of the run. ``both``: its own where the source has both."""
-    if wanted == "target" or wanted == "context":
+    if wanted != "both":
         return weights.encoder(wanted)
     other: Which = "target" if own == "context" else "context"
     return weights.encoder(own if own in weights.encoders else other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,12 @@ class PlainEncoder(nn.Module):
         self.encoder = encoder
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        projection = self.encoder.patch_embed["proj"]
+        projection: Any = self.encoder.patch_embed["proj"]
         patches = F.conv2d(
             pixel_values, projection.weight, projection.bias, stride=projection.patch_size
         )
         x = patches.flatten(2).transpose(1, 2) + self.encoder.pos_embed
+        block: Any
         for block in self.encoder.blocks:
             attention = block.attn
             qkv = attention.qkv(block.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from njepa import __version__
 from njepa.exchange.timm import model_args
-from njepa.exchange.weights import FACTS, EncoderWeights, Weights
+from njepa.exchange.weights import FACTS, EncoderWeights, Weights, Which
 
 LIBRARY = "timm"
 
@@ -57,6 +57,6 @@ def library_features(folder: Path, encoder: EncoderWeights, pixels: Tensor) -> t
     from njepa.exchange.onnx import PlainEncoder
     from njepa.exchange.reading import read_encoder
 
-    which = "context" if encoder.which == "context" else "target"
+    which: Which = "context" if encoder.which == "context" else "target"
     read = read_encoder(folder, which).build("reference")
     return f"njepa {__version__}, read back", PlainEncoder(read)(pixels)[0]

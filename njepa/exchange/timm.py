@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -56,7 +57,7 @@ def write(folder: Path, encoder: EncoderWeights, weights: Weights) -> str:
     )
 
 
-def model_args(encoder: EncoderWeights) -> dict[str, object]:
+def model_args(encoder: EncoderWeights) -> dict[str, Any]:
     """Of timm's VisionTransformer, so that nothing depends on the architecture's name."""
     return {
         "img_size": encoder.image_size,
@@ -91,6 +92,6 @@ def library_features(folder: Path, encoder: EncoderWeights, pixels: Tensor) -> t
     """(version, [B, N, D]) of normalised images, by timm itself."""
     import timm
 
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     features: Tensor = model.forward_features(pixels)
     return f"timm {timm.__version__}", features
