@@ -1,4 +1,4 @@
-"""``njepa train | export | scan | plan | info``."""
+"""``njepa train | probe | export | scan | convert | plan | info``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from njepa import __version__
 
 COMMANDS = {
     "train": "njepa.train",
+    "probe": "njepa.commands.probe",
     "export": "njepa.commands.export",
     "scan": "njepa.commands.scan",
+    "convert": "njepa.commands.convert",
     "plan": "njepa.commands.plan",
     "info": "njepa.commands.info",
 }
@@ -22,8 +24,10 @@ USAGE = """usage: njepa <command> [options]
 
 commands:
   train   pre-train an encoder in one process (like `python njepa/train.py`)
+  probe   measure a frozen encoder on labelled images, beside its floors
   export  write an encoder for timm, transformers, ONNX or like an official file
   scan    decode every image once, list the good ones, name the bad ones
+  convert write images of any source as tar shards or class folders
   plan    predict FLOPs, memory, traffic and speed on given GPUs, without one
   info    print versions, recipes, configuration keys and what runs on this machine
 

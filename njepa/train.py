@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     )
     # Every rank reads images of its own, and says which it could not read.
     logging.getLogger("njepa.data.loader").setLevel(logging.WARNING)
-    # DeepSpeed calls collectives by names that torch 2.14 renames; nothing a user could mend.
+    # DeepSpeed calls collectives by names that torch 2.14 renames; nothing a user could fix.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
         config = load_config(args.recipe, args.overrides)

@@ -26,17 +26,6 @@ EXCEPTIONS = {
         "CHANGELOG.md",  # grows by nature
     },
 }
-#: The same for a while: these files are being split or rewritten.
-LATER: dict[str, set[str]] = {
-    "length": {
-        "csrc/cuda/tokens.cu",
-        "njepa/config/sections.py", "tests/trainer/test_attention.py",
-        "tests/trainer/test_compilation.py", "tests/trainer/test_loaders.py",
-        "tests/trainer/test_masking.py", "tests/trainer/test_planning.py",
-        "tests/trainer/test_ragged.py", "tests/trainer/test_step.py",
-    },
-    "banner": {"csrc/cpu/simd.h", "csrc/cpu/vicreg.h"},
-}  # fmt: skip
 
 
 def files(suffixes: set[str]) -> Iterator[str]:
@@ -87,8 +76,7 @@ RULES: dict[str, tuple[Check, set[str]]] = {
 @pytest.mark.parametrize("rule", RULES)
 def test_text(rule: str) -> None:
     check, suffixes = RULES[rule]
-    excepted = EXCEPTIONS.get(rule, set()) | LATER.get(rule, set())
-    names = [name for name in files(suffixes) if name not in excepted]
+    names = [name for name in files(suffixes) if name not in EXCEPTIONS.get(rule, set())]
     assert len(names) >= 5
     found = [
         f"{name}: {what}"

@@ -5,7 +5,7 @@
     python -m bench.evidence all
 
 Finished runs are kept in bench/results/evidence and never run twice, however a sweep ends; failed
-ones run again. Then the tables are printed, and docs/evidence.md and its plots written anew.
+ones run again. Then the tables are printed, and docs/evidence.md and its plots written again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except RuntimeError as error:
             parser.error(str(error))
         except KeyboardInterrupt:
-            _say("stopped; the finished runs are kept, the same command goes on")
+            _say("stopped; the finished runs are kept, the same command continues")
             return 130
     _print(tables, given.seeds)
     for path in report.write(given.seeds, tables):

@@ -23,7 +23,7 @@ from njepa.config import Config, load_config
 from njepa.config.deepspeed_file import load_deepspeed_file
 from njepa.data.sources import open_source
 from njepa.evaluation.evaluate import Evaluator, open_test_side
-from njepa.evaluation.features import LabelledImages
+from njepa.evaluation.images import LabelledImages
 from njepa.models.encoder import build_encoder
 from njepa.runs import checkpoints
 from njepa.runs.ranks import Ranks, join_ranks, leave_ranks
@@ -153,7 +153,7 @@ def serve(pipe: Connection, folder: Path, work: Path, number: int) -> None:
                 answer = None
             except Stopped:
                 return
-            except Exception as error:  # the arm failed, the table goes on
+            except Exception as error:  # the arm failed, the table continues
                 traceback.print_exc()
                 answer = last_line(error)
             pipe.send(answer)

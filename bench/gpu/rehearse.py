@@ -3,7 +3,7 @@
     python -m bench.gpu.rehearse OUT [--kills 4] [--limit 600] [--seed 0] [-- --only ops,step]
 
 A call gets ``--limit`` seconds as on a borrowed machine; the first ``--kills`` calls are killed at
-a moment drawn from that time. The next call goes on in a new folder from a copy of what is there,
+a moment drawn from that time. The next call continues in a new folder from a copy of what is there,
 as on a fresh machine. After every call each line that was ever there must still be there, no
 finished test may have run twice, and what comes back must be at most eight files of 16 MiB, two
 folders deep. A call that ended by itself must leave no process. What follows ``--`` goes to the

@@ -9,9 +9,9 @@ leaves in OUT at most eight files, which are complete at any moment (``kill -9``
     summary.txt    a line for each unit
     results/*.json what bench.report reads, one file for each GPU and day
 
-``--resume`` goes on where the last call stopped, in OUT or from the folder FROM that was brought
-back from another machine. A unit that was cut goes on behind its last line; one that got no further
-in two calls is given up. The exit status is 1 if a unit failed.
+``--resume`` continues where the last call stopped, in OUT or from the folder FROM that was brought
+back from another machine. A unit that was cut continues behind its last line; one that got no
+further in two calls is given up. The exit status is 1 if a unit failed.
 """
 
 from __future__ import annotations
@@ -226,10 +226,12 @@ def _choice(text: str) -> list[str]:
 
 
 def _begin(parser: argparse.ArgumentParser, out: Path, resume: str | None) -> State:
-    """The state to go on with; refuses to mix two runs."""
+    """The state to continue; refuses to mix two runs."""
     state = State(out)
     if state.exists and resume is None:
-        parser.error(f"{out} holds a run; --resume goes on with it, another OUT begins anew")
+        parser.error(
+            f"{out} holds a run; continue it with --resume, or choose another OUT to start over"
+        )
     if resume:
         source = State(Path(resume).resolve())
         if source.out != out:

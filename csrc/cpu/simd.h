@@ -116,8 +116,6 @@ NJEPA_INLINE vf keep(vf v, int lanes) {
   return v;
 }
 
-// ---- bf16 and fp16 ------------------------------------------------------------------------------
-
 NJEPA_INLINE vf from_bf16(vh bits) { return (vf)(__builtin_convertvector(bits, vu) << 16); }
 
 // To nearest, ties to even; any NaN becomes the quiet one.

@@ -5,8 +5,6 @@
 
 namespace njepa::NJEPA_ISA {
 
-// ---- moments ------------------------------------------------------------------------------------
-
 // Elements [first, first + count) as kBlock floats, zeros behind them.
 NJEPA_INLINE const float* read_block(
     const void* base, Type type, int64_t first, int64_t count, float* scratch) {
@@ -81,8 +79,7 @@ inline void vicreg_moments(const VicregMoments& v, int64_t begin, int64_t end) {
   }
 }
 
-// ---- panels and the micro kernel ----------------------------------------------------------------
-
+// The products: panels and the micro kernel.
 constexpr int64_t kPanel = 2 * W;
 constexpr int64_t kRows = W == 16 ? 8 : 4;  // accumulators: kRows x 2 vectors
 

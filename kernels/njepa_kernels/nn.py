@@ -205,7 +205,7 @@ class Ema(nn.Module):
         self._source = (source,)
 
     def update_(self, momentum: float | torch.Tensor) -> None:
-        """One step with m = ``momentum`` in [0, 1]; parameters are looked up anew each time."""
+        """One step with m = ``momentum`` in [0, 1]; parameters are looked up again each time."""
         targets, sources = self.target.parameters(), self._source[0].parameters()
         ema_update_(list(targets), list(sources), momentum, impl=self.impl)
 

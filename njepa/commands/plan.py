@@ -47,7 +47,8 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     add("--memory", type=float, metavar="GB", help="of one GPU")
     add("--reserve", type=float, default=0.1, help="share kept free (default: %(default)s)")
     add("--tflops", type=float, help="dense bf16 ceiling of one GPU, TFLOP/s")
-    add("--efficiency", type=float, default=0.5, help="share of it (default: %(default)s)")
+    share = "share of the ceiling that matrix products reach (default: %(default)s)"
+    add("--efficiency", type=float, default=0.5, help=share)
     add("--gbps", type=float, help="bandwidth of a GPU's memory, GB/s")
     add("--nvlink", type=float, metavar="GB/S", help="sent by a GPU within its node")
     add("--internode", type=float, metavar="GB/S", help="sent by a node of 8 GPUs")

@@ -194,8 +194,9 @@ def _precision(
         raise ConfigError(f"{origin}: bf16 and torch_autocast exclude each other; keep one")
     if pure and stage == 0:
         raise ConfigError(
-            f"{origin}: bf16 needs zero_optimization.stage >= 1, got 0: only then is there an fp32 "
-            f"copy of the weights for the target encoder to follow; set stage 1, or torch_autocast"
+            f"{origin}: bf16 needs zero_optimization.stage >= 1, got 0: the target encoder "
+            f"follows the fp32 master weights, which exist only from ZeRO 1 on; set stage 1, or "
+            f"torch_autocast"
         )
     dtype = autocast.get("dtype", "bfloat16")
     if dtype not in ("bfloat16", "torch.bfloat16"):

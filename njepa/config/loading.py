@@ -139,7 +139,7 @@ def _explain(error: Any) -> str:
         if key in DS_OWNED:
             return f"{where}: belongs to the DeepSpeed file (--ds_config), not to the recipe"
         if location[:-1] == ["noise"] and key in RETIRED:
-            return f"{where}: gone, since the published method has no such thing; {RETIRED[key]}"
+            return f"{where}: removed: the published method has none; {RETIRED[key]}"
         known = list(fields_at(location[:-1]))
         home = [s for s in fields_at([]) if key in fields_at([s])]
         moved = f"; {key} lives in section {home[0]!r}" if home else ""

@@ -6,7 +6,7 @@ import difflib
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run; the message says what was got, expected and how to mend."""
+    """A configuration that cannot run; the message says what it got and expected, and the fix."""
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""All sections in one table (hence its length): each field, its meaning, its unit, its default.
+"""Long: all sections in one table, each field with its meaning, its unit and its default.
 
 The recipe owns everything except what the DeepSpeed file owns (batch size, accumulation, ZeRO,
 precision, clipping).
@@ -53,8 +53,8 @@ def _increasing(name: str, values: Range, low: float, high: float = math.inf) ->
 
 class DataConfig(Section):
     path: Annotated[Path | None, FREE] = None
-    """Image folder, list file (.txt), tar shard (.tar) or folder of tar shards. None: the embedded
-    set ``shapes``."""
+    """Image folder, list file (.txt), tar shards or Parquet (a file, a folder or a pattern). None:
+    the embedded set ``shapes``."""
     eval_path: Annotated[Path | None, FREE] = None
     """Labelled test images (class folders, or a list or shards with labels), for kNN and linear
     probe; ``path`` then needs labels too."""
@@ -118,17 +118,17 @@ class MaskConfig(Section):
     n_targets: PositiveInt = 4
     """Target blocks per image (M)."""
     min_keep: Annotated[int, Field(ge=0)] = 10
-    """Every block, and what is left of the context block, has more patches than this (upstream) or
-    at least one more (fixed): both mean ``> min_keep``."""
+    """Every target block, and every context after removing the targets, has more patches than
+    this."""
     allow_overlap: bool = False
     """Keep target patches in the context."""
     ragged: bool = False
     """Every image keeps all of its context patches, instead of as many as the image of the batch
     with the fewest. More tokens per step, and per image another number (docs/configuration.md)."""
     static_shapes: bool = False
-    """Fix the number of context patches beforehand for each pair of block sizes, at its mean, so
-    that a run has few shapes; images with too short a context (about one in a batch) are drawn
-    anew. For ``run.compile``. Not with ``ragged``."""
+    """Fix the number of context patches in advance for each pair of block sizes, at its mean, so
+    that a run has few shapes; images with too short a context (about one image in two batches)
+    are drawn again. For ``run.compile``. Not with ``ragged``."""
 
     @model_validator(mode="after")
     def _check(self) -> MaskConfig:
@@ -230,8 +230,8 @@ class NoiseConfig(Section):
     """λ2, the weight of the squared difference of both predictions. ``method`` sets 0.1 for njepa
     and ncjepa."""
     consistency_stop: Literal["none", "clean", "noised"] = "none"
-    """The prediction that is a constant in this difference. ``none``, as published: the gradient
-    goes into both."""
+    """Which prediction the consistency loss treats as a constant. ``none``, as published: the
+    gradient goes into both."""
     sigma: Annotated[float | Literal["edm"] | tuple[float, ...], BeforeValidator(_read_sigma)] = (
         SIGMA_DATA
     )
@@ -285,7 +285,7 @@ class VicregConfig(Section):
     cov: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the covariance term."""
     gamma: Annotated[float, Field(gt=0)] = 1.0
-    """Standard deviation that the hinge asks for."""
+    """Standard deviation below which the hinge penalises."""
     eps: Annotated[float, Field(gt=0)] = 1e-4
     """Added to the variance inside the root."""
     on: Literal["pred_blocks", "context_vs_target"] = "pred_blocks"
@@ -371,11 +371,14 @@ class EvalConfig(Section):
     knn_temperature: Annotated[float, Field(gt=0)] = 0.07
     """Votes weigh exp(cosine / temperature)."""
     max_train: PositiveInt = 10_000
-    """Training images at most (a fixed subset beyond)."""
+    """At most this many training images; a larger source gives a fixed subset."""
     max_test: PositiveInt = 5_000
-    """Test images at most."""
+    """At most this many test images; a larger source gives a fixed subset."""
     batch_size: PositiveInt = 256
     """Images per forward pass."""
+    online: bool = False
+    """Follow the training with a linear head and kNN on the target features of its steps
+    (docs/evaluation.md); ``data.path`` then needs labels. Changes nothing of the run."""
 
 
 class ImplConfig(Section):

@@ -165,7 +165,7 @@ class DaliPixels:
             if bad:
                 return UnreadableImage(
                     f"unreadable image(s) in micro-step {micro_step}: {'; '.join(bad)}. DALI "
-                    f"cannot go on without them. List the good images with "
+                    f"cannot continue without them. List the good images with "
                     f"'njepa scan PATH --out good.txt' and set data.path=good.txt, or set "
                     f"data.backend=torch, which replaces unreadable images"
                 )

@@ -18,7 +18,7 @@ class DecodeError(DataError):
 
 
 class UnreadableImage(DataError):
-    """DALI met an image that it cannot decode, and has no way to go on without it."""
+    """DALI met an image that it cannot decode, and has no way to continue without it."""
 
 
 class LoaderStalled(DataError):

@@ -32,7 +32,7 @@ def eval_images(index: ImageIndex, ids: npt.NDArray[np.int64], image_size: int) 
 
     def fill(slot: int) -> str:
         try:
-            images[slot] = _central(decode(index.read(int(ids[slot]))), image_size)
+            images[slot] = central_view(decode(index.read(int(ids[slot]))), image_size)
         except (OSError, DecodeError) as error:
             return f"{index.name(int(ids[slot]))} ({error})"
         return ""
@@ -41,7 +41,7 @@ def eval_images(index: ImageIndex, ids: npt.NDArray[np.int64], image_size: int) 
         unreadable = [reason for reason in pool.map(fill, range(len(ids))) if reason]
     if unreadable:
         logger.warning(
-            "%d of %d evaluation images are unreadable and grey instead: %s",
+            "%d of %d evaluation images are unreadable and were replaced by grey: %s",
             len(unreadable),
             len(ids),
             "; ".join(unreadable[:5]),
@@ -49,7 +49,8 @@ def eval_images(index: ImageIndex, ids: npt.NDArray[np.int64], image_size: int) 
     return images
 
 
-def _central(image: Tensor, side: int) -> Tensor:
+def central_view(image: Tensor, side: int) -> Tensor:
+    """The view of one image, uint8 [3, H, W] to [3, side, side]."""
     height, width = image.shape[1:]
     scale = round(side * _MARGIN) / min(height, width)
     height, width = round(height * scale), round(width * scale)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
+from njepa.data import parquet
 from njepa.data.decode import fault
 from njepa.data.errors import SourceError
 from njepa.data.listing import EXPECTED, Entries, Source, list_entries
@@ -41,9 +42,11 @@ class ImageIndex:
     """Class numbers, [n]; for evaluation only. None: no labels, or a single class."""
     classes: list[str]
     shards: list[str]
-    """Tar files relative to ``root``; empty for a folder or a list."""
+    """Tar or Parquet files relative to ``root``; empty for a folder or a list."""
     shard: Int64Array
+    """Which of ``shards``, [n]; -1: a file of its own."""
     offsets: Int64Array
+    """First byte in the tar file, or row in the Parquet file, [n]."""
     unreadable: list[str]
     """Images whose header could not be read, with the reason; they have no sample id."""
     digest: str
@@ -54,7 +57,8 @@ class ImageIndex:
         return len(self.names)
 
     def name(self, i: int) -> str:
-        """Name of sample ``i`` relative to the source; for a shard ``file.tar/member``."""
+        """Name of sample ``i`` relative to the source; for a shard ``file.tar/member``,
+        for Parquet ``file.parquet/row``."""
         return self.names[i]
 
     def path(self, i: int) -> Path | None:
@@ -72,6 +76,8 @@ class ImageIndex:
                 return file.read(limit)
         shard = self.root / self.shards[self.shard[i]]
         size = int(self.sizes[i])
+        if shard.suffix.lower() == ".parquet":
+            return parquet.read_row(shard, int(self.offsets[i]))[: None if limit < 0 else limit]
         return _read_at(shard, int(self.offsets[i]), size if limit < 0 else min(size, limit))
 
     def labels_in(self, classes: list[str]) -> Int64Array | None:
@@ -92,28 +98,9 @@ def build_index(source: Source, progress: bool) -> ImageIndex:
         SourceError: none is readable.
     """
     quiet = None if progress else True  # tqdm: None is quiet where stderr is no terminal
-    shards = source.files if source.kind == "shards" else []
-    none = quiet if shards else True
-    bar = tqdm(range(len(shards)), "reading tar headers", unit="shard", disable=none)
-    entries = list_entries(source, bar)
+    entries, read = (_parquet if source.kind == "parquet" else _headers)(source, quiet)
     total = len(entries.names)
-
-    def header(i: int) -> tuple[int, int, str]:
-        shard, offset = int(entries.shard[i]), int(entries.offsets[i])
-        try:
-            if shard < 0:
-                return *_upright_size(source.root / entries.names[i]), ""
-            size, file = int(entries.sizes[i]), source.root / shards[shard]
-            try:
-                return *_upright_size(_read_at(file, offset, min(_HEAD, size))), ""
-            except Exception:  # cut inside the header?
-                return *_upright_size(_read_at(file, offset, size)), ""
-        except Exception as error:  # damaged files make Pillow raise almost anything
-            return 0, 0, fault(error, int(entries.sizes[i]))
-
-    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        results = pool.map(header, range(total), chunksize=64)
-        read = list(tqdm(results, "reading image sizes", total, unit="img", disable=quiet))
+    shards = source.files if source.kind in ("shards", "parquet") else []
     widths = np.array([w for w, _, _ in read], dtype=np.int32)
     heights = np.array([h for _, h, _ in read], dtype=np.int32)
     good = np.flatnonzero(widths)
@@ -130,6 +117,54 @@ def build_index(source: Source, progress: bool) -> ImageIndex:
         shards, entries.shard[good], entries.offsets[good], unreadable,
         _digest(names, entries.sizes[good], widths[good], heights[good], labels, classes),
     )  # fmt: skip
+
+
+_Size = tuple[int, int, str]  # width, height, why it is unreadable
+
+
+def _headers(source: Source, quiet: bool | None) -> tuple[Entries, list[_Size]]:
+    shards = source.files if source.kind == "shards" else []
+    none = quiet if shards else True
+    bar = tqdm(range(len(shards)), "reading tar headers", unit="shard", disable=none)
+    entries = list_entries(source, bar)
+    total = len(entries.names)
+
+    def header(i: int) -> _Size:
+        shard, offset, size = (int(a[i]) for a in (entries.shard, entries.offsets, entries.sizes))
+        if shard < 0:
+            return _measure(source.root / entries.names[i], size)
+        try:
+            file = source.root / shards[shard]
+            head = _measure(_read_at(file, offset, min(_HEAD, size)), size)
+            if not head[2] or size <= _HEAD:
+                return head
+            return _measure(_read_at(file, offset, size), size)  # cut inside the header?
+        except OSError as error:
+            return 0, 0, fault(error, size)
+
+    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
+        results = pool.map(header, range(total), chunksize=64)
+        read = list(tqdm(results, "reading image sizes", total, unit="img", disable=quiet))
+    return entries, read
+
+
+def _parquet(source: Source, quiet: bool | None) -> tuple[Entries, list[_Size]]:
+    parquet.check(source.path, source.root, source.files)
+    rows = parquet.read_rows(
+        source.root, source.files, lambda data: _measure(data, len(data)), quiet
+    )
+    labels = [row.label for row in rows if row.label is not None]
+    numbers = np.array([(r.size, r.file, r.row) for r in rows], dtype=np.int64)
+    sizes, files, places = np.ascontiguousarray(numbers.T)
+    entries = Entries([row.name for row in rows], labels or None, sizes, files, places)
+    return entries, [(row.width, row.height, row.fault) for row in rows]
+
+
+def _measure(file: Path | bytes, size: int) -> _Size:
+    try:
+        return *_upright_size(file), ""
+    except Exception as error:  # damaged files make Pillow raise almost anything
+        return 0, 0, fault(error, size)
 
 
 def _upright_size(file: Path | bytes) -> tuple[int, int]:

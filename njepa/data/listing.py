@@ -1,4 +1,4 @@
-"""Where images come from: a folder, a list file or tar shards. Names only; nothing is decoded here.
+"""Where images come from: a folder, a list file, tar shards or Parquet. Nothing is decoded here.
 
 A source is listed in two steps: ``find_source`` looks at names, sizes and times (cheap: done at
 every start to see whether a cached index is still valid), ``list_entries`` finds the images in it.
@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,26 +23,32 @@ import numpy as np
 import numpy.typing as npt
 
 from njepa.data.errors import SourceError
+from njepa.data.folders import THREADS, Watch, walk
+from njepa.data.parquet_layout import require_pyarrow
 
 Int64Array = npt.NDArray[np.int64]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 EXPECTED = (
     "data.path takes a folder of images (nested or not), a list file (.txt, one path per line), "
-    "or tar shards (a .tar file, a folder of .tar files, or a pattern such as "
-    "train-{0000..0099}.tar); image names end in " + " ".join(EXTENSIONS)
+    "or tar shards or Parquet (a .tar or .parquet file, a folder of them, or a pattern such as "
+    "train-{0000..0099}.tar or train-*.parquet); image names end in "
+    + " ".join(EXTENSIONS)
+    + ". A zip or MNIST's idx files are converted first: njepa convert SOURCE OUT"
 )
-_THREADS = 16  # they wait for the disk or the network, not for a core
+_CONTAINERS = {"shards": "tar shards", "parquet": "Parquet files"}
+_SPLIT = re.compile(r"^(.+?)-\d+(-of-\d+)?\.parquet$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Source:
     """What can be known without opening a file.
 
-    ``files`` are images (folder, list) or shards, relative to ``root`` where they lie under it.
+    ``files`` are images (folder, list), tar shards or Parquet files, relative to ``root`` where
+    they lie under it.
     """
 
-    kind: Literal["folder", "list", "shards"]
+    kind: Literal["folder", "list", "shards", "parquet"]
     path: Path
     root: Path
     files: list[str]
@@ -50,6 +57,8 @@ class Source:
     times: Int64Array
     """Modification times in ns."""
     labels: list[str] | None = None
+    watch: Watch | None = None
+    """What shows without a look at every file that nothing has changed; None: few files."""
 
     def fingerprint(self) -> str:
         """Changes when a file is added, removed, renamed, touched or resized."""
@@ -71,33 +80,36 @@ class Entries:
     offsets: Int64Array
 
 
-def find_source(path: Path) -> Source:
+def find_source(path: Path, progress: bool = False) -> Source:
     """List a source.
+
+    Args:
+        progress: count the files of a folder on stderr, where it is a terminal.
 
     Raises:
         SourceError: nothing at ``path``, or nothing in it that could be an image.
     """
     try:
-        return _find(path)
+        return _find(path, progress)
     except OSError as error:
         raise SourceError(f"data: {path} cannot be listed: {error}") from error
 
 
-def _find(path: Path) -> Source:
+def _find(path: Path, progress: bool) -> Source:
     text = os.fspath(path)
     if re.search(r"[{*?\[]", text) and not path.exists():
-        return _shards(path, _expand(text))
+        return _containers(path, _expand(text))
     if not path.exists():
         parent = next((p for p in path.absolute().parents if p.exists()), None)
         hint = f" (the nearest that exists is {parent})" if parent else ""
         raise SourceError(f"data: {path} does not exist{hint}. {EXPECTED}")
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, progress)
     suffix = path.suffix.lower()
     if suffix == ".txt":
         return _list_file(path)
-    if suffix == ".tar" or re.search(r"\.tar\.\w+$|\.tgz$", path.name.lower()):
-        return _shards(path, [text])
+    if suffix in (".tar", ".parquet") or re.search(r"\.tar\.\w+$|\.tgz$", path.name.lower()):
+        return _containers(path, [text])
     raise SourceError(f"data: {path} is a file whose name ends in {suffix!r}. {EXPECTED}")
 
 
@@ -128,13 +140,13 @@ def list_entries(source: Source, progress: Iterable[int] | None = None) -> Entri
     )
 
 
-def _folder(path: Path) -> Source:
+def _folder(path: Path, progress: bool) -> Source:
     root = path.absolute()
-    files = _walk(root)
+    files, watch = walk(root, progress)
     images = [f for f in files if _is_image(f[0])]
-    tars = [f[0] for f in files if f[0].lower().endswith(".tar")]
-    if not images and tars:
-        return _shards(root, [str(root / name) for name in tars])
+    shards = [f[0] for f in files if f[0].lower().endswith((".tar", ".parquet"))]
+    if not images and shards:
+        return _containers(root, [str(root / name) for name in shards])
     if not images:
         kinds = Counter(os.path.splitext(name)[1] or "no extension" for name, _, _ in files)
         got = ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common(5)) or "no file at all"
@@ -149,49 +161,14 @@ def _folder(path: Path) -> Source:
         np.array([size for _, size, _ in images], dtype=np.int64),
         np.array([time for _, _, time in images], dtype=np.int64),
         [name.split("/", 1)[0] for name in names] if labelled else None,
+        watch,
     )
-
-
-_Found = tuple[str, int, int]  # relative posix name, bytes, modification time in ns
-_Folder = tuple[str, str, frozenset[tuple[int, int]]]  # path, prefix of names, inodes above
-
-
-def _walk(root: Path) -> list[_Found]:
-    """All files below ``root`` in the order of their names; links are followed, loops are cut."""
-    files: list[_Found] = []
-    level: list[_Folder] = [(str(root), "", frozenset())]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        while level:
-            scanned = list(pool.map(_scan, level))
-            files += [f for found, _ in scanned for f in found]
-            level = [d for _, below in scanned for d in below]
-    return sorted(files, key=lambda f: os.fsencode(f[0]))
-
-
-def _scan(folder: _Folder) -> tuple[list[_Found], list[_Folder]]:
-    path, prefix, above = folder
-    here = os.stat(path)
-    above = above | {(here.st_dev, here.st_ino)}
-    files: list[_Found] = []
-    below: list[_Folder] = []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
-            try:
-                stat = entry.stat()
-            except OSError:  # a broken link, or a file that has just been removed
-                continue
-            if entry.is_dir() and (stat.st_dev, stat.st_ino) not in above:
-                below.append((entry.path, f"{prefix}{entry.name}/", above))
-            elif entry.is_file():
-                files.append((prefix + entry.name, stat.st_size, stat.st_mtime_ns))
-    return files, below
 
 
 def _list_file(path: Path) -> Source:
     root = path.absolute().parent
     rows: list[tuple[str, str | None]] = []
+    listed = time.time_ns()
     text = path.read_text(encoding="utf-8", errors="surrogateescape")
     for number, line in enumerate(text.split("\n"), start=1):
         name, tab, label = line.rstrip("\r").partition("\t")
@@ -200,32 +177,56 @@ def _list_file(path: Path) -> Source:
         rows.append((Path(name).as_posix(), label.strip() if tab else None))
         if (rows[0][1] is None) != (rows[-1][1] is None):
             raise SourceError(
-                f"data: {path}, line {number}: labels must stand on every line or on none; "
+                f"data: {path}, line {number}: either every line has a label or none; "
                 f"expected a path, or a path, a tab and a label, got {line!r}"
             )
     if not rows:
         raise SourceError(f"data: the list file {path} is empty. {EXPECTED}")
     rows.sort(key=lambda row: os.fsencode(row[0]))
     names = [name for name, _ in rows]
-    sizes, times = _stat([str(root / name) for name in names])
+    paths = [os.path.join(root, name) for name in names]
+    watch = Watch.of([str(path.absolute()), *{os.path.dirname(p): None for p in paths}], listed)
+    sizes, times = _stat(paths)
     labels = [label for _, label in rows if label is not None]
-    return Source("list", path.absolute(), root, names, sizes, times, labels or None)
+    return Source("list", path.absolute(), root, names, sizes, times, labels or None, watch)
 
 
-def _shards(path: Path, shards: list[str]) -> Source:
-    if not shards:
+def _containers(path: Path, files: list[str]) -> Source:
+    """Tar shards or Parquet files; ``path`` is what the user named."""
+    if not files:
         raise SourceError(f"data: no file matches {path}. {EXPECTED}")
-    sizes, times = _stat(shards)
-    missing = [shard for shard, size in zip(shards, sizes, strict=True) if size < 0]
+    parquet = [file for file in files if file.lower().endswith(".parquet")]
+    if parquet and len(parquet) < len(files):
+        raise SourceError(
+            f"data: {path} holds {len(parquet)} Parquet files and {len(files) - len(parquet)} tar "
+            f"shards, expected one kind; give data.path a pattern such as {path}/*.parquet"
+        )
+    kind: Literal["shards", "parquet"] = "parquet" if parquet else "shards"
+    sizes, times = _stat(files)
+    missing = [file for file, size in zip(files, sizes, strict=True) if size < 0]
     if missing:
         raise SourceError(
-            f"data: {len(missing)} of the {len(shards)} tar shards of {path} do not exist, "
+            f"data: {len(missing)} of the {len(files)} {_CONTAINERS[kind]} of {path} do not exist, "
             f"the first is {missing[0]}"
         )
-    whole = [os.path.abspath(shard) for shard in shards]
-    root = Path(os.path.commonpath([os.path.dirname(shard) for shard in whole]))
-    names = [Path(shard).relative_to(root).as_posix() for shard in whole]
-    return Source("shards", path.absolute(), root, names, sizes, times)
+    whole = [os.path.abspath(file) for file in files]
+    root = Path(os.path.commonpath([os.path.dirname(file) for file in whole]))
+    names = [Path(file).relative_to(root).as_posix() for file in whole]
+    if parquet:
+        require_pyarrow(path)
+        _check_splits(path, names)
+    return Source(kind, path.absolute(), root, names, sizes, times)
+
+
+def _check_splits(path: Path, names: list[str]) -> None:
+    """Hugging Face keeps train and test files in one folder; training on both would be a leak."""
+    splits = Counter(m[1] for name in names if (m := _SPLIT.match(name.rpartition("/")[2])))
+    if len(splits) > 1 and path.is_dir():
+        found = ", ".join(f"{split} ({n} files)" for split, n in sorted(splits.items()))
+        raise SourceError(
+            f"data: {path} holds the Parquet files of several splits: {found}; name one: "
+            f"data.path={path}/{next(iter(splits))}-*.parquet"
+        )
 
 
 def _stat(paths: list[str]) -> tuple[Int64Array, Int64Array]:
@@ -238,7 +239,7 @@ def _stat(paths: list[str]) -> tuple[Int64Array, Int64Array]:
             return -1, -1
         return stat.st_size, stat.st_mtime_ns
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         both = np.array(list(pool.map(one, paths, chunksize=256)), dtype=np.int64).reshape(-1, 2)
     return both[:, 0].copy(), both[:, 1].copy()
 

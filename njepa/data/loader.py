@@ -133,7 +133,7 @@ class Loader:
         if not np.array_equal(pixels.ids, plan.ids):
             raise RuntimeError(
                 f"the pixels of micro-step {micro_step} are of samples {pixels.ids.tolist()}, its "
-                f"masks of {plan.ids.tolist()}: a fault of the {self.backend.name} loader"
+                f"masks of {plan.ids.tolist()}: a bug in the {self.backend.name} loader"
             )
         mine = slice(order.rank * order.micro_batch, (order.rank + 1) * order.micro_batch)
         if self._config.mask.compat == "fixed":  # sizes follow the global batch

@@ -27,7 +27,7 @@ class ScanReport:
 
     path: Path
     out: Path | None
-    """The list of good images; None where none was written (tar shards)."""
+    """The list of good images; None where none was written (tar shards, Parquet)."""
     good: int
     bad: list[str]
     """Names of unreadable images with the reason."""
@@ -40,7 +40,10 @@ class ScanReport:
         if self.out is not None:
             lines.append(f"the good ones are listed in {self.out}: use data.path={self.out}")
         elif self.bad:
-            lines.append("tar shards take no list: write them anew without the bad images")
+            lines.append(
+                "a list cannot select images inside tar shards or Parquet files; write new ones "
+                "without the bad images"
+            )
         return "\n".join(lines)
 
 
@@ -50,9 +53,9 @@ def scan(
     """Decode every image in full and write the readable ones, with their labels, to ``out``.
 
     Args:
-        path: folder, list file or tar shards, as ``data.path``.
+        path: folder, list file, tar shards or Parquet, as ``data.path``.
         out: list file to write, usable as ``data.path``; paths are relative to it where the images
-            lie below its folder, absolute otherwise. Not written for tar shards.
+            lie below its folder, absolute otherwise. Not written for shards or Parquet.
         workers: processes; None: one per core.
         progress: show bars, where stderr is a terminal.
 

@@ -2,7 +2,7 @@
 
 Every image is one repeated pattern (the class: stripes, rings, bricks, ...) of two shades, seen
 through a mosaic of small tiles whose colours are drawn independently of each other and add nothing
-to the brightness. The pattern runs through the whole image, so any part of it can be foretold from
+to the brightness. The pattern runs through the whole image, so any part of it can be predicted from
 the rest; no tile's colour can. The colours carry nearly all of the contrast and nothing of the
 label; the position, size and skew of the pattern vary from image to image.
 

@@ -1,4 +1,4 @@
-"""Open ``data.path``: the cached index of a folder, a list file, tar shards or the embedded set."""
+"""Open ``data.path``: the cached index of files, lists, shards, Parquet or the embedded set."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from njepa.data import parquet
+from njepa.data.folders import Watch
 from njepa.data.index import ImageIndex, build_index
 from njepa.data.listing import Source, find_source
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # of the cached file; another number makes it be built again
+_FORMAT = 2  # of the cached file; another number makes it be built again
 
 
 def cache_dir(configured: Path | None) -> Path:
@@ -34,7 +37,8 @@ def open_source(path: Path | None, cache: Path | None = None, progress: bool = T
     Several processes may call it at once: the first builds, the others wait and read the cache.
 
     Args:
-        path: folder, list file or tar shards; None: the training side of the embedded set.
+        path: folder, list file, tar shards or Parquet; None: the training side of the embedded
+            set.
         cache: ``data.cache_dir``.
         progress: show a progress bar while headers are read.
 
@@ -46,18 +50,17 @@ def open_source(path: Path | None, cache: Path | None = None, progress: bool = T
         from njepa.data.shapes import ensure_shapes  # renders images: only where needed
 
         path, _ = ensure_shapes(folder, progress)
-    source = find_source(Path(path).expanduser())
-    key = hashlib.sha256(os.fsencode(str(source.path))).hexdigest()[:16]
+    path = Path(path).expanduser()
+    key = hashlib.sha256(os.fsencode(str(path.absolute()))).hexdigest()[:16]
     cached = folder / f"index-{key}.npz"
+    # Before the lock where nothing is cached: a path that is wrong leaves no cache folder.
+    source = None if cached.exists() else find_source(path, progress)
     with _lock(cached):
-        index = _load(cached, source)
-        if index is None:
-            index = build_index(source, progress)
-            _save(cached, source, index)
+        index = _current(cached, path, source, progress)
     if index.unreadable:
         logger.warning(
             "%s: left out %d of %d images whose header cannot be read: %s%s",
-            source.path,
+            path.absolute(),
             len(index.unreadable),
             len(index.unreadable) + index.n,
             "; ".join(index.unreadable[:5]),
@@ -66,19 +69,62 @@ def open_source(path: Path | None, cache: Path | None = None, progress: bool = T
     return index
 
 
-def _load(cached: Path, source: Source) -> ImageIndex | None:
-    """The cached index; None where there is none, or the source or the format has changed."""
+@dataclass(frozen=True)
+class _Stored:
+    """A cached index, and what tells whether it is still that of the source."""
+
+    fingerprint: str
+    index: ImageIndex
+    watch: Watch | None
+
+    def unchanged(self) -> bool:
+        """Whether no folder of the source has changed; False: every file must be looked at.
+
+        With unreadable images it always is: one may have been copied again in place.
+        """
+        index = self.index
+        return (
+            self.watch is not None
+            and not index.unreadable
+            and self.watch.holds(index.root, index.names, index.sizes)
+        )
+
+
+def _current(cached: Path, path: Path, source: Source | None, progress: bool) -> ImageIndex:
+    stored = _load(cached)
+    if stored is not None and stored.unchanged():
+        logger.info("%s: the cached index is used, no folder has changed", path)
+        return stored.index
+    source = source or find_source(path, progress)
+    if stored is not None and stored.fingerprint == source.fingerprint():
+        index = stored.index
+        if source.watch is None or index.unreadable:
+            return index
+    else:
+        if source.kind == "parquet":
+            parquet.check(source.path, source.root, source.files)
+            parquet.check_random_reads(source.path, source.root, source.files)
+        index = build_index(source, progress)
+    _save(cached, source, index)
+    return index
+
+
+def _load(cached: Path) -> _Stored | None:
+    """What is cached; None where there is nothing or the format has changed."""
     try:
         with np.load(cached, allow_pickle=False) as file:
-            if str(file["key"]) != f"{_FORMAT} {source.fingerprint()}":
+            if "format" not in file or int(file["format"]) != _FORMAT:
                 return None
-            labels = file["labels"]
-            return ImageIndex(
-                source.root, _unpack(file["names"]), file["widths"], file["heights"],
+            labels, watched = file["labels"], _unpack(file["watched"])
+            (root,) = _unpack(file["root"])
+            index = ImageIndex(
+                Path(root), _unpack(file["names"]), file["widths"], file["heights"],
                 file["sizes"], labels if len(labels) else None, _unpack(file["classes"]),
-                source.files if source.kind == "shards" else [], file["shard"], file["offsets"],
+                _unpack(file["shards"]), file["shard"], file["offsets"],
                 _unpack(file["unreadable"]), str(file["digest"]),
             )  # fmt: skip
+            watch = Watch(watched, file["watched_times"], int(file["listed"])) if watched else None
+            return _Stored(str(file["fingerprint"]), index, watch)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -87,13 +133,20 @@ def _load(cached: Path, source: Source) -> ImageIndex | None:
 
 
 def _save(cached: Path, source: Source, index: ImageIndex) -> None:
+    watch = source.watch or Watch([], np.empty(0, np.int64), 0)
     arrays = {
-        "key": np.array(f"{_FORMAT} {source.fingerprint()}"),
+        "format": np.array(_FORMAT),
+        "fingerprint": np.array(source.fingerprint()),
         "digest": np.array(index.digest),
+        "root": _pack([str(index.root)]),
         "names": _pack(index.names),
         "classes": _pack(index.classes),
+        "shards": _pack(index.shards),
         "unreadable": _pack(index.unreadable),
         "labels": index.labels if index.labels is not None else np.empty(0, np.int64),
+        "watched": _pack(watch.paths),
+        "watched_times": watch.times,
+        "listed": np.array(watch.listed),
         **{k: getattr(index, k) for k in ("widths", "heights", "sizes", "shard", "offsets")},
     }
     try:
@@ -111,11 +164,11 @@ def _save(cached: Path, source: Source, index: ImageIndex) -> None:
 
 def _pack(lines: list[str]) -> npt.NDArray[np.uint8]:
     """Strings as one array of bytes; a file name holds no NUL."""
-    return np.frombuffer(b"".join(os.fsencode(line) + b"\0" for line in lines), dtype=np.uint8)
+    return np.frombuffer(os.fsencode("".join(f"{line}\0" for line in lines)), dtype=np.uint8)
 
 
 def _unpack(packed: npt.NDArray[np.uint8]) -> list[str]:
-    return [os.fsdecode(line) for line in packed.tobytes().split(b"\0")[:-1]]
+    return os.fsdecode(packed.tobytes()).split("\0")[:-1]
 
 
 @contextlib.contextmanager

@@ -43,17 +43,18 @@ class MaskSampler:
 
     ``compat="fixed"``: a block may lie anywhere; contexts are cut to the shortest one of the given
     ids (pass the global batch) by a uniformly random choice of patches; an image whose context has
-    no more than ``min_keep`` patches gets all its blocks anew.
+    no more than ``min_keep`` patches gets all its blocks drawn again.
     ``compat="upstream"``: the published behaviour. Blocks are at most (H-1, W-1) and their last
     admissible offset is never drawn; contexts keep their first patches, which prefers the top rows;
-    only the context block is drawn anew. Pass the ids of one rank.
+    only the context block is drawn again. Pass the ids of one rank.
     With ``ragged`` nothing is cut: every image keeps its whole context, whatever the others have.
     Both: after 20 failures of an image its context need not avoid the last target block, after 40
     the last two, and so on, so the sampler always ends. The first time is logged as a warning.
 
-    With ``static_shapes`` the two sizes of a step fix Kc beforehand (``context_counts``), so that
-    (Kc, Kt) takes one value for each pair of sizes. An image with a shorter context, about one in a
-    batch, gets all its blocks anew; places of the others are those without ``static_shapes``.
+    With ``static_shapes`` the two sizes of a step fix Kc in advance (``context_counts``), so that
+    (Kc, Kt) takes one value for each pair of sizes. An image with a shorter context, about one
+    in two batches, gets all its blocks drawn again; places of the others are those without
+    ``static_shapes``.
 
     Args:
         batch: how many ids a call will get; needed by ``static_shapes`` only.
@@ -155,9 +156,9 @@ class MaskSampler:
         kept: BoolArray,
         least: int,
     ) -> None:
-        """Draw the images with fewer than ``least`` context patches anew, in place."""
+        """Draw the images with fewer than ``least`` context patches again, in place."""
         n_targets = self.config.n_targets
-        # The first block that is drawn anew. A new context block alone may not help: upstream, the
+        # The first block that is drawn again. A new context block alone may not help: upstream, the
         # usual one has a single place. Published is what follows from min_keep only.
         first = 0 if self.config.compat == "fixed" or self.counts else n_targets
         failed = np.flatnonzero(kept.sum(axis=1) < least)

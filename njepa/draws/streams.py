@@ -20,7 +20,9 @@ Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
 
 #: The streams that exist; a misspelt name would silently be another stream. ``init/<module>`` too.
-STREAMS = ("order", "crop", "flip", "mask_size", "mask_place", "mask_count", "sigma", "noise")
+STREAMS = (
+    "order", "crop", "flip", "mask_size", "mask_place", "mask_count", "sigma", "noise", "scene",
+)  # fmt: skip
 _MASK32 = 0xFFFFFFFF  # Philox counts in words
 _CHUNK = 1 << 14  # counters at a time: Philox runs inside the cache
 

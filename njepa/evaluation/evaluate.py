@@ -12,15 +12,13 @@ from torch import Tensor
 from njepa.config import Config, ConfigError
 from njepa.data.index import ImageIndex
 from njepa.data.sources import open_source
-from njepa.evaluation.features import (
-    LabelledImages,
-    align_classes,
-    load_split,
-    pooled_features,
-    raw_pixels,
-)
-from njepa.evaluation.knn import Accuracy, knn_accuracy
-from njepa.evaluation.linear import linear_accuracy
+from njepa.evaluation.accuracy import Accuracy, report
+from njepa.evaluation.features import pooled_features, raw_pixels
+from njepa.evaluation.images import LabelledImages, align_classes, load_split
+from njepa.evaluation.knn import knn_accuracy
+from njepa.evaluation.logistic import logistic_accuracy
+
+__all__ = ["Evaluator", "open_test_side", "report"]
 
 
 def open_test_side(config: Config, train: ImageIndex) -> ImageIndex | None:
@@ -59,7 +57,7 @@ class Evaluator:
     def floors(self, untrained: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """kNN of the untrained network and of raw pixels, linear probe of the former."""
         features = self._features(untrained)
-        pixels = self._knn(*(raw_pixels(split) for split in self._decoded()))
+        pixels = self._knn(*(raw_pixels(split.images) for split in self._decoded()))
         return {
             **report("knn_top1_init", self._knn(*features)),
             **report("knn_top1_pixels", pixels),
@@ -87,7 +85,7 @@ class Evaluator:
 
     def _linear(self, train: Tensor, test: Tensor) -> Accuracy:
         labels = [split.labels for split in self._decoded()]
-        return linear_accuracy(train, labels[0], test, labels[1])
+        return logistic_accuracy(train, labels[0], test, labels[1])
 
     def _decoded(self) -> tuple[LabelledImages, LabelledImages]:
         if self._splits is None:
@@ -99,11 +97,3 @@ class Evaluator:
                 load_split(test, config.eval.max_test, size, seed, align_classes(train, test)),
             )
         return self._splits
-
-
-def report(name: str, accuracy: Accuracy) -> dict[str, Any]:
-    """``{name: percent, name_ci95: [low, high]}``, rounded to hundredths."""
-    return {
-        name: round(accuracy.top1, 2),
-        f"{name}_ci95": [round(accuracy.low, 2), round(accuracy.high, 2)],
-    }

@@ -1,78 +1,151 @@
-"""Frozen features of labelled images: an encoder's tokens, mean-pooled."""
+"""Frozen features of images: an encoder's tokens, pooled; computed once and kept on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from njepa.config import Config, ConfigError
-from njepa.data.eval_views import eval_images
-from njepa.data.index import ImageIndex
-from njepa.draws.streams import permutation
+from njepa.config import Config
+from njepa.evaluation.images import LabelledImages
+from njepa.models.encoder import Encoder
+
+logger = logging.getLogger(__name__)
+
+#: Features of a batch of images, uint8 [B, S, S, 3], by the name of their view: [B, F] each.
+Views = Callable[[Tensor], dict[str, Tensor]]
+
+_FORMAT = 1  # of a cached file, and of what the views mean; another number computes them anew
+_LAST = 4
 
 
-@dataclass(frozen=True)
-class LabelledImages:
-    """Decoded centre views, kept as bytes so that several networks can be compared on them."""
-
-    images: Tensor
-    """uint8 [n, 3, S, S]."""
-    labels: Tensor
-    """int64 [n]."""
-
-    def __len__(self) -> int:
-        return len(self.labels)
+def pool(tokens: Tensor) -> Tensor:
+    """Mean over the tokens, [B, N, D] to float32 [B, D]."""
+    return tokens.float().mean(1)
 
 
-def load_split(
-    index: ImageIndex, limit: int, image_size: int, seed: int, labels: np.ndarray
-) -> LabelledImages:
-    """At most ``limit`` images of an index, a fixed random subset beyond that."""
-    ids = np.arange(index.n)
-    if index.n > limit:
-        ids = np.sort(permutation(seed, 0, index.n)[:limit])
-    images = eval_images(index, ids, image_size)
-    return LabelledImages(torch.as_tensor(images), torch.as_tensor(labels[ids]).long())
+def pooled_views(encoder: Encoder) -> Views:
+    """``mean``: mean of the last layer's tokens; ``last4``: those of the last four blocks, joined.
 
-
-def align_classes(train: ImageIndex, test: ImageIndex) -> np.ndarray:
-    """Labels of ``test`` in the numbering of ``train``'s classes.
-
-    Raises:
-        ConfigError: no labels, or a class that the training side does not have.
+    The final norm is applied to each of the four, as to the last one. I-JEPA reports the better of
+    the two (arXiv 2301.08243, appendix A); a shallower network joins all of its blocks.
     """
-    labels = test.labels_in(train.classes)
-    if labels is None or (labels < 0).any():
-        unknown = ", ".join(sorted(set(test.classes) - set(train.classes))[:5])
-        raise ConfigError(
-            f"the classes of the test images in {test.root} must be among those of {train.root}, "
-            f"got {unknown or 'images without class folders'}; set data.eval_path to a folder "
-            f"with the same class folders, or unset it"
-        )
-    return labels
+    blocks = list(encoder.blocks)[-_LAST:-1]
+
+    def views(images: Tensor) -> dict[str, Tensor]:
+        earlier: list[Tensor] = []
+
+        def keep(module: nn.Module, args: object, out: Tensor) -> None:
+            earlier.append(pool(encoder.norm(out)))
+
+        with _hooked(blocks, keep):
+            mean = pool(encoder(images))
+        return {"mean": mean, "last4": torch.cat([*earlier, mean], dim=1)}
+
+    return views
+
+
+@contextmanager
+def _hooked(blocks: Iterable[nn.Module], keep: Callable[..., None]) -> Iterator[None]:
+    handles = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
+def extract(
+    views: Views, batches: Iterable[Tensor], device: torch.device | str
+) -> dict[str, Tensor]:
+    """Features of all images, float32 [n, F] on the CPU for each view.
+
+    Args:
+        batches: uint8 [B, 3, S, S].
+    """
+    rows: dict[str, list[Tensor]] = {}
+    for batch in batches:
+        for name, value in views(batch.to(device).permute(0, 2, 3, 1)).items():
+            rows.setdefault(name, []).append(value.float().cpu())
+    return {name: torch.cat(values) for name, values in rows.items()}
+
+
 def pooled_features(
     encode: Callable[[Tensor], Tensor], data: LabelledImages, config: Config, device: torch.device
 ) -> Tensor:
     """Mean over tokens of ``encode(images)`` ([B, N, D]): float32 [n, D] on the CPU."""
-    rows = [encode(x).float().mean(1).cpu() for x in _batches(data, config, device)]
-    return torch.cat(rows)
+    batches = data.batches(config.eval.batch_size)
+    return extract(lambda images: {"mean": pool(encode(images))}, batches, device)["mean"]
 
 
-def raw_pixels(data: LabelledImages, side: int = 16) -> Tensor:
-    """The floor to beat: images shrunk to ``side`` x ``side``, flattened, float32."""
+def raw_pixels(images: Tensor, side: int = 16) -> Tensor:
+    """The floor to beat: images [B, 3, S, S] shrunk to ``side`` x ``side``, float32 [B, F]."""
     small = nn.functional.interpolate(
-        data.images.float(), size=(side, side), mode="bilinear", antialias=True
+        images.float(), size=(side, side), mode="bilinear", antialias=True
     )
     return (small / 255 - 0.5).flatten(1)
 
 
-def _batches(data: LabelledImages, config: Config, device: torch.device) -> Iterator[Tensor]:
-    for chunk in data.images.split(config.eval.batch_size):
-        yield chunk.to(device).permute(0, 2, 3, 1)
+def pixel_views(images: Tensor) -> dict[str, Tensor]:
+    """``raw_pixels`` as views."""
+    return {"pixels": raw_pixels(images.permute(0, 3, 1, 2))}
+
+
+def cached(
+    folder: Path, facts: dict[str, object], compute: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """``compute()``, or what it gave before for the same ``facts``.
+
+    Args:
+        folder: files ``features-<key>.safetensors``; created if missing.
+        facts: all that decides the result (digests of encoder and source, view), as JSON values.
+    """
+    text = json.dumps({"format": _FORMAT, **facts}, sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    file = folder / f"features-{key}.safetensors"
+    found = _load(file, text)
+    if found is None:
+        found = compute()
+        _save(file, found, text)
+    return found
+
+
+def _load(file: Path, facts: str) -> dict[str, Tensor] | None:
+    try:
+        with safe_open(file, framework="pt") as stored:
+            if (stored.metadata() or {}).get("facts") != facts:
+                return None
+            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError) as error:
+        logger.warning("%s is damaged and will be computed again: %s", file, error)
+        return None
+
+
+def _save(file: Path, features: dict[str, Tensor], facts: str) -> None:
+    """A reader or a crash never sees half of a file; a full or read-only disk costs the cache."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+        os.close(handle)
+        try:
+            tensors = {name: value.contiguous() for name, value in features.items()}
+            save_file(tensors, temporary, metadata={"facts": facts})
+            os.replace(temporary, file)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except (OSError, SafetensorError) as error:
+        logger.warning("features are not kept in %s: %s", file.parent, error)

@@ -6,21 +6,40 @@ votes for its class with exp(cosine / T).
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from njepa.evaluation.accuracy import Accuracy, wilson
 
-class Accuracy(NamedTuple):
-    """Share of correct answers in percent, with its 95 % Wilson interval."""
 
-    top1: float
-    low: float
-    high: float
-    n: int
+def knn_accuracies(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    ks: Sequence[int],
+    temperature: float,
+) -> dict[int, Accuracy]:
+    """Top-1 accuracy of the vote for each k, from one search.
+
+    Args:
+        train, test: features [n, D], [m, D]; L2-normalised here.
+        ks: neighbours, each at most n (fewer training images: all of them vote).
+        temperature: T > 0.
+    """
+    bank, largest = F.normalize(train, dim=1), min(max(ks), len(train))
+    classes = int(train_labels.max()) + 1
+    correct = dict.fromkeys(ks, 0)
+    for x, y in zip(test.split(1024), test_labels.split(1024), strict=True):
+        cosine, nearest = (F.normalize(x, dim=1) @ bank.T).topk(largest, dim=1)
+        weights, labels = (cosine / temperature).exp(), train_labels[nearest]
+        for k in ks:
+            votes = weights.new_zeros(len(x), classes)
+            votes.scatter_add_(1, labels[:, :k], weights[:, :k])
+            correct[k] += int((votes.argmax(1) == y).sum())
+    return {k: wilson(n, len(test_labels)) for k, n in correct.items()}
 
 
 def knn_accuracy(
@@ -31,27 +50,5 @@ def knn_accuracy(
     k: int,
     temperature: float,
 ) -> Accuracy:
-    """Top-1 accuracy of the vote.
-
-    Args:
-        train, test: features [n, D], [m, D]; L2-normalised here.
-        k: neighbours, at most n (fewer training images: all of them vote).
-        temperature: T > 0.
-    """
-    bank, k = F.normalize(train, dim=1), min(k, len(train))
-    classes = int(train_labels.max()) + 1
-    correct = 0
-    for x, y in zip(test.split(1024), test_labels.split(1024), strict=True):
-        cosine, nearest = (F.normalize(x, dim=1) @ bank.T).topk(k, dim=1)
-        votes = torch.zeros(len(x), classes)
-        votes.scatter_add_(1, train_labels[nearest], (cosine / temperature).exp())
-        correct += int((votes.argmax(1) == y).sum())
-    return wilson(correct, len(test_labels))
-
-
-def wilson(correct: int, n: int, z: float = 1.959964) -> Accuracy:
-    """Wilson's score interval for ``correct`` out of ``n``, in percent."""
-    p = correct / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Accuracy(100 * p, 100 * (centre - half), 100 * (centre + half), n)
+    """``knn_accuracies`` for one k."""
+    return knn_accuracies(train, train_labels, test, test_labels, (k,), temperature)[k]

@@ -144,7 +144,8 @@ def probe(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_width: 
             allowed = 4 * ((near.double() - true).abs().max() + torch.finfo(dtype).eps * scale)
             if not bool(error <= allowed):  # also where it is not a number
                 raise RuntimeError(
-                    f"{name} is wrong by {error.item():.2g}, allowed are {allowed.item():.2g}"
+                    f"{name} differs from SDPA by {error.item():.2g}, at most {allowed.item():.2g} "
+                    f"is allowed"
                 )
 
 
@@ -214,7 +215,7 @@ def choose_attention(
                     probe(kernel, device, dtype, width)
             except Exception as error:
                 if isinstance(error, NotImplementedError) and "No operator found" in str(error):
-                    kind = device.type.upper()  # xformers goes on with one reason per operator
+                    kind = device.type.upper()  # xformers then lists one reason per operator
                     return f"no {kind} operator for {_short(dtype)} and heads of width {width}"
                 return f"the probe failed: {_first_line(error)}"
         return kernel

@@ -1,7 +1,7 @@
 """What a step costs, computed from the configuration: FLOPs, bytes held and sent, time.
 
-Pure functions; no GPU, no weights. tests/trainer/test_planning.py compares them with torch's
-counters, with built models, with saved tensors and with real engines.
+Pure functions; no GPU, no weights. tests/trainer/planning/test_planning.py compares them with
+torch's counters, with built models, with saved tensors and with real engines.
 """
 
 from njepa.planning.flops import Flops, mean_flops, recomputed_flops, step_flops

@@ -1,6 +1,6 @@
 """Useful FLOPs of a step: one multiply-add is two, and only matrix products count.
 
-As in ``torch.utils.flop_counter``, with which tests/trainer/test_planning.py compares.
+As in ``torch.utils.flop_counter``, with which tests/trainer/planning/test_planning.py compares.
 """
 
 from __future__ import annotations

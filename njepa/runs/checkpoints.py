@@ -101,18 +101,21 @@ def load_checkpoint(
     if state["data_digest"] != digest:
         raise ConfigError(
             f"{path} was written on other data (index digest {state['data_digest'][:12]}, now "
-            f"{digest[:12]}): sample ids would mean other images; restore the data or start anew"
+            f"{digest[:12]}): the sample ids would refer to other images; restore the data, or "
+            f"start a new run in another run.dir"
         )
     stage = engine.stage
     if state["zero_stage"] != stage or (stage > 0 and state["world"] != ranks.world):
         raise ConfigError(
             f"{path} was written by {state['world']} ranks with ZeRO stage {state['zero_stage']}, "
-            f"now there are {ranks.world} with stage {stage}; start the run as it was started"
+            f"now there are {ranks.world} with stage {stage}; restart with {state['world']} ranks "
+            f"and ZeRO stage {state['zero_stage']}"
         )
     if state["global_batch"] != global_batch:
         raise ConfigError(
             f"{path} was written with an effective batch of {state['global_batch']}, now it is "
-            f"{global_batch}: steps would mean other images; restore the DeepSpeed file"
+            f"{global_batch}: each step would use other images; restore the batch size in the "
+            f"DeepSpeed file"
         )
     engine.load(path)
     target.load_state_dict(load_file(path / "target_encoder.safetensors"))

@@ -82,7 +82,7 @@ class MetricMeans:
             self._host[name] = self._host.get(name, 0) + number
 
     def read(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """Means over micro-batches and ranks; starts anew. All steps bad: host numbers only."""
+        """Means over micro-batches and ranks; starts again. All steps bad: host numbers only."""
         if self._count is None:
             return {}
         names, host = list(self._sums), {k: v / self.steps for k, v in self._host.items()}

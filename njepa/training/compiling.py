@@ -52,14 +52,14 @@ def choose_compilation(config: Config, zero_stage: int, device: torch.device) ->
         )
     if config.mask.ragged:
         if wanted == "auto":
-            return Choice("off", "mask.ragged: other lengths every step")
+            return Choice("off", "mask.ragged: sequence lengths change at every step")
         raise ConfigError(
-            "run.compile=blocks does not work with mask.ragged=true, whose sequences have other "
-            "lengths every step; set run.compile=off, or mask.ragged=false"
+            "run.compile=blocks does not work with mask.ragged=true: sequence lengths change at "
+            "every step; set run.compile=off, or mask.ragged=false"
         )
     if wanted == "auto":
         if device.type != "cuda":
-            return Choice("off", "a CPU run rarely earns the time of compiling back")
+            return Choice("off", "compiling rarely pays off on a CPU")
         if not config.mask.static_shapes:
             return Choice("off", "mask.static_shapes=false: too many shapes")
         return Choice("blocks", "CUDA, and mask.static_shapes")

@@ -47,7 +47,7 @@ class BadSteps:
     def read(self) -> tuple[int, int]:
         """Bad steps since the last reading, and the most in a row; a host sync.
 
-        A row that goes on counts from its beginning.
+        A row that continues counts from its beginning.
         """
         new, longest = torch.stack((self._new, self._longest)).tolist()
         self._new, self._longest = torch.zeros_like(self._new), self._row

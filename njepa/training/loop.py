@@ -60,7 +60,7 @@ class Loop:
             if self.step < total:
                 say(
                     f"stopped after step {self.step} of {total}; the checkpoint is in "
-                    f"{run_dir(self._config)}; go on with run.resume=true"
+                    f"{run_dir(self._config)}; continue with run.resume=true"
                 )
                 return None
             images = (self.step - first_step) * self.setup.plan.sizes.total
@@ -105,6 +105,8 @@ class Loop:
                 seen.metrics, result.update.bad, **counts, context_cut_frac=seen.cut_frac
             )
             self._features.add(seen.features)
+            if self.setup.online_probe is not None:
+                self.setup.online_probe.add(seen.features, seen.sample_ids)
         self._norm = result.update.norm
         return result
 
@@ -125,6 +127,7 @@ class Loop:
                 "ema": rates.momentum,
                 **self._gradient_norm(),
                 **self._features.read(),
+                **(self.setup.online_probe.read() if self.setup.online_probe else {}),
                 **self._new_compilations(),
                 **({"bad_steps": bad} if bad else {}),
                 "images_per_s": round(steps * self.setup.plan.sizes.total / seconds, 2),

@@ -54,7 +54,7 @@ def adamw(module: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
 def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW groups: {params, weight_decay, decayed}, the decayed one first.
 
-    Decayed: more or fewer than one dimension and no "bias" in the name, hence the mask token too.
+    Decayed: more or fewer than one dimension and no "bias" in the name, so the mask token too.
     The rule of facebookresearch/ijepa, src/helper.py, whose four groups these two merge; frozen
     position tables are left out. Call it before ZeRO-3 flattens the parameters.
     """

@@ -22,6 +22,7 @@ from njepa.data.sources import open_source
 from njepa.draws.masks import MaskSampler
 from njepa.draws.order import SampleOrder
 from njepa.evaluation.evaluate import Evaluator, open_test_side
+from njepa.evaluation.online import OnlineProbe, follow_run
 from njepa.exchange.initial import InitialWeights, read_initial_weights
 from njepa.models.architecture import Architecture, architecture
 from njepa.models.attention import Attention
@@ -85,6 +86,8 @@ class Setup:
     first_step: int
     weights: str
     """What the network started from, for people."""
+    online_probe: OnlineProbe | None
+    """With ``eval.online``, on every rank; rank 0 logs its own."""
 
     def close(self) -> None:
         """End the loader's workers, release the run folder; may be called twice."""
@@ -113,6 +116,7 @@ def set_up(
     try:
         progress = config.run.progress and ranks.main
         index = open_source(config.data.path, config.data.cache_dir, progress=progress)
+        online_probe = follow_run(config, index, ranks.device)
         scorers: list[Evaluator] = []  # of rank 0
         ranks.on_main(lambda: scorers.extend(_open_evaluator(config, index, ranks, evaluator)))
         order = SampleOrder(
@@ -134,7 +138,9 @@ def set_up(
         recorder.close()
         raise
     weights = f"from {initial.told}" if initial is not None else "from the seed"
-    return Setup(plan, index, length, engine, state, scoring, recorder, loader, first, weights)
+    return Setup(
+        plan, index, length, engine, state, scoring, recorder, loader, first, weights, online_probe
+    )
 
 
 def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:

@@ -51,6 +51,7 @@ class MicroBatch(NamedTuple):
     metrics: dict[str, Tensor]
     features: Tensor
     """[B, D], fp32: target features, averaged over the patches."""
+    sample_ids: Tensor
 
 
 class StepResult(NamedTuple):
@@ -72,7 +73,8 @@ def training_step(state: TrainState, batches: Iterable[Batch], rates: Rates) -> 
             h = state.encode(batch.images)
             loss, metrics = engine.forward(batch, h)
             engine.backward(loss)
-            seen.append(MicroBatch(batch.masks, batch.cut_frac, metrics, h.float().mean(1)))
+            pooled = h.float().mean(1)
+            seen.append(MicroBatch(batch.masks, batch.cut_frac, metrics, pooled, batch.sample_ids))
         update = engine.update(rates)
     for buffer, old in zip(buffers, before, strict=True):
         buffer.copy_(torch.where(update.bad, old, buffer))

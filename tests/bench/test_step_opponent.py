@@ -112,7 +112,7 @@ def test_steps_stay_together():
     pairs = zip(theirs.target.named_parameters(), ours.target.parameters(), before, strict=True)
     for (name, expected), got, old in pairs:
         moved, wanted = got - old, expected - old
-        if name == "pos_embed":  # equal on both sides; the published average rounds all the same
+        if name == "pos_embed":  # equal on both sides; the published average still rounds
             assert moved.abs().max() == 0
             continue
         if name.endswith("qkv.bias"):

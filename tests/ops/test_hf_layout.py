@@ -154,7 +154,7 @@ def test_values_beside_the_installed_package(folder: Path, backend: str) -> None
                     torch.testing.assert_close(
                         value, want[name], rtol=0, atol=0, equal_nan=True, msg=case.name + name
                     )
-            # and the installed package goes on working
+            # and the installed package still works
             evaluate(case, case.function, inputs)
             checked.add(case.op)
         for name in checked:

@@ -165,7 +165,7 @@ def test_saved_tensors_that_move_or_are_made_again(impl: Any) -> None:
 
 @each_fused
 def test_targets_and_predictions_may_change_after_the_forward(impl: Any) -> None:
-    """The backward needs none of them: buffers may be filled anew, features come from anywhere."""
+    """The backward needs none of them: buffers may be filled again, features come from anywhere."""
     both = gradients_of(make_inputs(two=True), impl=impl)
     inputs = make_inputs(two=True)
     leaves = leaves_of(inputs)

@@ -160,7 +160,7 @@ def test_inputs_that_are_not_outputs_are_left_alone(case: OpCase, impl: str) -> 
 OPS_AND_IMPLS = sorted({(case.op, impl) for case, impl in PAIRS})
 
 
-@pytest.mark.parametrize(("op", "impl"), OPS_AND_IMPLS, ids="-".join)
+@pytest.mark.parametrize(("op", "impl"), OPS_AND_IMPLS, ids=map("-".join, OPS_AND_IMPLS))
 def test_compiles_as_one_graph(op: str, impl: str) -> None:
     torch.compiler.reset()
     for case in [case for case in CASES if case.op == op][:2]:

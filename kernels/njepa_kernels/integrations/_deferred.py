@@ -37,7 +37,7 @@ class DeferredTargets(torch.Tensor):
 
     ``F.smooth_l1_loss(pred, targets)`` becomes one ``jepa_loss``. Shape, type and device can be
     read; anything else computes the tensor first, with the functions the script itself has and
-    under the autocast of that moment, and goes on with the result, which is kept.
+    under the autocast of that moment, and continues with the result, which is kept.
     """
 
     _h: torch.Tensor
@@ -87,7 +87,7 @@ class DeferredTargets(torch.Tensor):
             )
 
     def computed(self) -> torch.Tensor:
-        """The tensor the published code has here, computed anew."""
+        """The tensor the published code has here, computed again."""
         self.check_unchanged()
         enabled, dtype = self._autocast
         with torch.no_grad(), torch.autocast(self._h.device.type, dtype, enabled=enabled):

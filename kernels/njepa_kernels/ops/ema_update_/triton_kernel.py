@@ -51,7 +51,7 @@ def _write_row_kernel(row_ptr, values, COUNT: tl.constexpr):
 
 
 def _encoded(value: int) -> int:
-    """An odd number of 64 bits: Triton compiles anew for 1, for multiples of 16 and for 32 bits."""
+    """An odd number of 64 bits: Triton recompiles for 1, for multiples of 16 and for 32 bits."""
     return (1 << 62) + 2 * value + 1
 
 

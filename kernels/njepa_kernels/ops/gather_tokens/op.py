@@ -100,7 +100,7 @@ def gather_tokens(
     ``x`` by the reference) and ``pos`` (fp32 sums); only ``idx`` is saved. Deterministic, except
     the reference on an accelerator.
 
-    The fused implementations take their inputs contiguous (others are copied) and pay no heed to
+    The fused implementations take their inputs contiguous (others are copied) and ignore
     autocast, as the reference: the types are those of the arguments. No fp64, no second derivative.
 
     Raises:

@@ -201,7 +201,7 @@ def jepa_loss(
     The last backward of a graph returns these buffers, scaled in place, or as they are where the
     gradient of the loss is 1; under ``retain_graph=True``, ``create_graph=True`` and
     ``torch.compile`` it writes new ones. Inputs are taken contiguous (others are copied) and
-    autocast is not heeded, as in the reference: the types are those of the arguments. No fp64, no
+    autocast is ignored, as in the reference: the types are those of the arguments. No fp64, no
     second derivative. Deterministic.
 
     Raises:

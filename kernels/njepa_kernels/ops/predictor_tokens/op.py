@@ -204,7 +204,7 @@ def predictor_tokens(
     Gradients: ``context`` (summed over M), ``mask_token``, ``pos``, ``sigma``, summed in fp32; the
     noise is drawn again, not stored. Deterministic, except the reference on an accelerator.
 
-    The fused implementations take their inputs contiguous (others are copied) and pay no heed to
+    The fused implementations take their inputs contiguous (others are copied) and ignore
     autocast, as the reference: the types are those of the arguments. No fp64, no second derivative.
     A captured CUDA graph keeps the seed and step of its capture.
 

@@ -1,0 +1,202 @@
+"""``njepa probe``: what a frozen encoder is worth on labelled images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, get_args
+
+from njepa.config import ConfigError, did_you_mean
+
+DESCRIPTION = """Probe a frozen encoder on labelled images, beside raw pixels and the same network
+before training. Every setting is chosen on a split of --train; --test is used once."""
+EPILOG = """SUBJECT is a run folder or a checkpoint in one. SOURCE is a folder of class folders, a
+list file with labels, or tar shards with labels. For example:
+
+  njepa probe runs/photos --train photos/train --test photos/test --kind knn,linear
+
+docs/evaluation.md says what each kind does.
+"""
+KINDS = ("knn", "linear", "logistic", "lowshot", "attentive", "finetune", "dense")
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Print a table, write JSON; returns the exit status (0 done, 2 bad input)."""
+    args = _parser(prog).parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        _run(args)
+    except ConfigError as error:
+        print(f"njepa: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("subject", metavar="SUBJECT", help="see below")
+    add("--train", type=Path, metavar="SOURCE", help="labelled training images (dense: none)")
+    add("--test", type=Path, metavar="SOURCE", help="labelled test images (dense: none)")
+    add("--kind", default="knn,linear", help=f"of {', '.join(KINDS)} (default: %(default)s)")
+    add("--which", default="target", choices=("target", "context", "both"), help="encoder of a run")
+    add("--json", type=Path, metavar="FILE", help="write the results there")
+    add("--k", default="10,20,100,200", help="neighbours of kNN (default: %(default)s)")
+    add("--shots", default="1,2,5,10", help="labels a class of lowshot (default: %(default)s)")
+    add("--finetune-epochs", type=int, default=100, metavar="N", help="(default: 100)")
+    add("--max-train", type=int, metavar="N", help="a fixed random subset of --train")
+    add("--max-test", type=int, metavar="N", help="a fixed random subset of --test")
+    add("--seed", type=int, default=0, help="of subsets, lists and batches (default: 0)")
+    add("--batch-size", type=int, default=256, metavar="N", help="images a forward pass")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
+    add("--cache", type=Path, metavar="DIR", help="features and indices (default: ~/.cache/njepa)")
+    add("--no-floors", action="store_true", help="leave out pixels and the untrained network")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    kinds = _kinds(args.kind)
+    on_sources = [kind for kind in kinds if kind != "dense"]
+    for side in ("train", "test"):
+        if on_sources and getattr(args, side) is None:
+            raise ConfigError(f"--kind {','.join(on_sources)} needs --{side} SOURCE, got none")
+    ks, shots = _positive("--k", args.k), _positive("--shots", args.shots)
+    for option in ("max_train", "max_test", "batch_size", "finetune_epochs"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{option.replace('_', '-')} must be positive, got {value}")
+    if args.seed < 0:
+        raise ConfigError(f"--seed must be 0 or more, got {args.seed}")
+    if args.json is not None:
+        _check_writable(args.json)
+    # Only now what takes seconds to import.
+    from njepa.evaluation.finetune import require_timm
+    from njepa.evaluation.probe import Settings, dense_probes, probe
+    from njepa.evaluation.subject import Which, init_of_run, open_subject, untrained
+    from njepa.evaluation.task import open_task
+
+    if "finetune" in kinds:
+        require_timm()
+    settings = Settings(
+        ks, shots=shots, finetune_epochs=args.finetune_epochs, seed=args.seed,
+        batch_size=args.batch_size, device=_device(args.device), cache=args.cache,
+    )  # fmt: skip
+    which = get_args(Which) if args.which == "both" else (args.which,)
+    subjects = {name: open_subject(args.subject, name) for name in which}
+    task = None
+    if on_sources:
+        limits = args.max_train, args.max_test
+        task = open_task(args.train, args.test, args.cache, limits, args.seed)
+    results: dict[str, Any] = {}
+    for name, subject in subjects.items():
+        second = args.which == "both" and name == "context"
+        suffix = "_context" if second else ""
+        floor = None  # both encoders of a run have the same
+        if not (args.no_floors or second):
+            floor = untrained(subject, *(init_of_run(args.subject) or ()))
+        found = probe(subject, floor, task, on_sources, settings) if task else iter(())
+        if "dense" in kinds:
+            found = chain(found, dense_probes(subject, floor, settings))
+        for kind, result in found:
+            results[f"{kind}{suffix}"] = result
+            print("\n".join(_lines(f"{kind}{suffix}", result)), flush=True)
+    if args.json is not None:
+        _write(args.json, results | _facts(args, subjects, task))
+
+
+def _facts(args: argparse.Namespace, subjects: dict[str, Any], task: Any) -> dict[str, Any]:
+    """What the numbers belong to."""
+    first = next(iter(subjects.values()))
+    facts: dict[str, Any] = {
+        "subject": {
+            "source": args.subject,
+            "which": args.which,
+            "origin": {name: subject.weights.origin for name, subject in subjects.items()},
+            "digest": {name: subject.digest for name, subject in subjects.items()},
+        },
+        "settings": {"seed": args.seed, "image_size": first.image_size},
+    }
+    if task is not None:
+        for side in ("train", "test"):
+            part = getattr(task, side)
+            facts[side] = {"source": str(getattr(args, side)), "images": len(part.ids),
+                           "digest": part.index.digest}  # fmt: skip
+        facts["classes"] = len(task.names)
+    return facts
+
+
+def _kinds(text: str) -> list[str]:
+    kinds = list(dict.fromkeys(text.split(",")))
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ConfigError(
+                f"--kind: unknown probe {kind!r}{did_you_mean(kind, list(KINDS))}; known: "
+                f"{', '.join(KINDS)}, several with commas"
+            )
+    return kinds
+
+
+def _positive(option: str, text: str) -> tuple[int, ...]:
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = (0,)
+    if min(values) < 1:
+        raise ConfigError(f"{option} must be positive integers like 10,20, got {text!r}")
+    return values
+
+
+def _device(name: str) -> str:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if name == "cuda" and not cuda:
+        raise ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    return "cuda" if cuda and name != "cpu" else "cpu"
+
+
+def _check_writable(file: Path) -> None:
+    """Before the work rather than after it."""
+    folder = file.parent
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        found = "is a folder" if file.is_dir() else f"cannot be written in {folder}"
+        raise ConfigError(f"--json {file} {found}; name a file in a folder that exists")
+
+
+def _write(file: Path, results: dict[str, Any]) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(results, indent=2) + "\n")
+        temporary.replace(file)
+    except OSError as error:
+        raise ConfigError(f"--json {file} cannot be written: {error}") from None
+
+
+def _lines(kind: str, result: dict[str, Any]) -> Iterator[str]:
+    """Rows of the table: top-1 in percent with its 95 % interval, floors, what it consists of."""
+    cells = [_cell(result)]
+    cells += [f"{name} {_cell(floor)}" for name, floor in result.get("floors", {}).items()]
+    yield f"{kind:16}{'   '.join(cells)}"
+    for part, unit in (("k", "neighbours"), ("shots", "labels a class")):
+        for number, value in result.get(part, {}).items():
+            yield f"    {number + ' ' + unit:20}{_cell(value)}"
+    if "head" in result:
+        chosen = ", ".join(f"{name} {value}" for name, value in result["head"].items())
+        split = "".join(f", {name} {value}" for name, value in result.get("split", {}).items())
+        yield f"    {chosen}" + (f"; on the split of train{split[1:]}" if split else "")
+
+
+def _cell(value: dict[str, Any]) -> str:
+    low, high = value["ci95"]
+    return f"{value['top1']:5.2f} [{low:.2f}, {high:.2f}]"

@@ -1,0 +1,81 @@
+"""The labelled images that subjects are probed on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from njepa.config import ConfigError
+from njepa.data.index import ImageIndex
+from njepa.data.sources import open_source
+from njepa.evaluation.images import Int64Array, subset
+
+
+@dataclass(frozen=True)
+class Side:
+    """Labelled images of a source: which of them, and their classes."""
+
+    index: ImageIndex
+    ids: Int64Array
+    labels: Tensor
+    """int64 [n], in the numbering of the training side."""
+
+    def facts(self) -> dict[str, object]:
+        return {"source": self.index.digest, "n": len(self.ids)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Images and classes that every subject of a call is probed on."""
+
+    train: Side
+    test: Side
+
+    @property
+    def names(self) -> list[str]:
+        return self.train.index.classes
+
+
+def open_task(
+    train: Path, test: Path, cache: Path | None, limits: tuple[int | None, int | None], seed: int
+) -> Task:
+    """Open both sources.
+
+    Raises:
+        ConfigError: no images, no labels, one class only, or classes on the test side
+            that the training side does not have.
+    """
+    sides, classes = [], None
+    for option, path, limit in (("--train", train, limits[0]), ("--test", test, limits[1])):
+        index = open_source(path, cache)
+        labels = index.labels_in(index.classes if classes is None else classes)
+        if labels is None:
+            raise ConfigError(f"{option} {path}: {_no_labels(index)}")
+        if (labels < 0).any():
+            unknown = sorted(set(index.classes) - set(classes or []))
+            raise ConfigError(
+                f"--test {path}: its classes must be among the {len(classes or [])} of --train "
+                f"{train}, got {len(unknown)} others: {', '.join(unknown[:5])}; give both sides "
+                f"the same class folders"
+            )
+        classes = classes or index.classes
+        ids = subset(index, limit, seed)
+        sides.append(Side(index, ids, torch.as_tensor(labels[ids]).long()))
+    return Task(*sides)
+
+
+def _no_labels(index: ImageIndex) -> str:
+    folders = {name.split("/", 1)[0] for name in index.names if "/" in name}
+    if len(folders) == 1 and not index.shards:
+        only = folders.pop()
+        return (
+            f"a probe needs two classes or more, got one, {only!r}, with all {index.n} images; "
+            f"give a folder of class folders (perhaps {index.root / only})"
+        )
+    return (
+        f"a probe needs labels, got {index.n} images without any; give a folder of class folders, "
+        f"a list file with a tab and a label on every line, or shards with .cls members"
+    )
