@@ -89,13 +89,7 @@ def read_initial_weights(config: Config) -> InitialWeights | None:
     )
 
 
-<<<<<<< HEAD
-def _encoder(
-    weights: Weights, wanted: Literal["both", "target", "context"], own: Which
-) -> EncoderWeights:
-=======
 def _encoder(weights: Weights, wanted: Which | Literal["both"], own: Which) -> EncoderWeights:
->>>>>>> main
     """The one for encoder ``own`` of the run. ``both``: its own where the source has both."""
     if wanted != "both":
         return weights.encoder(wanted)
