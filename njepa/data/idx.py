@@ -66,7 +66,7 @@ class IdxImages:
                 yield buffer.getvalue(), self.labels[k]
             if _read(self.path, file, 1):
                 raise SourceError(
-                    f"data: {self.path} goes on after the {self.n} images of its header; it is "
+                    f"data: {self.path} continues after the {self.n} images of its header; it is "
                     f"damaged: copy it again"
                 )
 

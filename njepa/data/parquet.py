@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 class _Footer(NamedTuple):
     stamp: tuple[int, int]
-    """Bytes and time of the file: one that is written anew has other row groups."""
+    """Bytes and time of the file: one that is written again has other row groups."""
     metadata: Any
     layout: Layout
     starts: list[int]
@@ -258,7 +258,7 @@ def _group_rows(
         try:
             label = None if labels is None else layout.name_of(labels[i].as_py())
         except ValueError as error:
-            raise SourceError(f"data: {name} has {error}; write the file anew") from None
+            raise SourceError(f"data: {name} has {error}; write the file again") from None
         try:
             data = _encoded(images[i].as_py())
         except OSError as error:

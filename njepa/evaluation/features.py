@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 #: Features of a batch of images, uint8 [B, S, S, 3], by the name of their view: [B, F] each.
 Views = Callable[[Tensor], dict[str, Tensor]]
 
-_FORMAT = 1  # of a cached file, and of what the views mean; another number computes them anew
+_FORMAT = 1  # of a cached file, and of what the views mean; another number computes them again
 _LAST = 4
 
 

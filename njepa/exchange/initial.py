@@ -68,7 +68,7 @@ def read_initial_weights(config: Config) -> InitialWeights | None:
         return None
     if model.init_from == UNSET:
         raise ConfigError(
-            "model.init_from is not set, and this recipe goes on from weights; add "
+            "model.init_from is not set, and this recipe continues from weights; add "
             "model.init_from=PATH: a run, an official .pth.tar, or a folder of timm or transformers"
         )
     weights, parts = open_weights(model.init_from), architecture(config)

@@ -201,7 +201,7 @@ def build_state(plan: Plan, initial: InitialWeights | None = None) -> tuple[Zero
 
 
 def _initial_weights(config: Config) -> InitialWeights | None:
-    """Those of ``model.init_from``; a run that goes on from its own checkpoint needs none."""
+    """Those of ``model.init_from``; a run that continues from its own checkpoint needs none."""
     if config.run.resume and latest_checkpoint(run_dir(config)) is not None:
         return None
     return read_initial_weights(config)

@@ -133,7 +133,7 @@ def test_idx_files_that_cannot_be_used(tmp_path):
     path.write_bytes(gzip.compress(whole)[:-300])
     assert "cannot be unpacked" in refused(path, out)
     path, _ = idx(folder, more=b"x")
-    assert "goes on after the 5 images" in refused(path, out)
+    assert "continues after the 5 images" in refused(path, out)
     path, _ = idx(folder, count=4)
     assert "has 5 labels and says 4, expected 5" in refused(path, out)
     path.write_bytes(struct.pack(">4I", 0x803, 5, 1 << 30, 28))

@@ -1,4 +1,4 @@
-"""The cached index: used while the source is the same, built anew when it is not."""
+"""The cached index: used while the source is the same, built again when it is not."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor

@@ -86,7 +86,7 @@ def test_a_step_that_is_not_finite_is_left_out():
     probe.add(bad, torch.arange(50, 100))
     assert probe.read() == {}
     readings = []
-    for p in (clean, probe):  # the momentum goes on, so the heads differ, but neither is lost
+    for p in (clean, probe):  # the momentum continues, so the heads differ, but neither is lost
         for start in range(100, 1000, 50):
             p.add(x[start : start + 50], torch.arange(start, start + 50))
         readings.append(p.read())
