@@ -58,6 +58,7 @@ def test_it_finds_the_token_that_tells(monkeypatch):
 
     result = probe(labels[512:])
     assert result.test.top1 > 90
+    assert result.chosen[result.setting] > 90  # the heads that choose are trained too
     wrong = probe((labels[512:] + 1) % 4)  # the test images choose nothing
     assert (wrong.setting, wrong.chosen) == (result.setting, result.chosen)
     assert wrong.test.top1 < 10

@@ -61,8 +61,9 @@ def test_segmentation_of_tokens_that_know_their_pattern():
 
 
 def test_a_mask_follows_its_tokens():
-    """Tokens that say object or background; the object moves one patch a frame."""
-    side, frames = 8, 4
+    """Tokens that say object or background; the object moves one patch a frame, farther than the
+    window reaches from where it was at first."""
+    side, frames = 12, 7
     truth = torch.zeros(frames, side, side)
     for t in range(frames):
         truth[t, 2:5, 1 + t : 4 + t] = 1

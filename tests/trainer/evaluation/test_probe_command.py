@@ -188,6 +188,19 @@ def test_every_kind_gives_a_number(world, monkeypatch, capsys):
     assert result["lowshot"]["top1"] == result["lowshot"]["shots"]["3"]["top1"]
 
 
+def test_the_main_view_is_the_mean_of_the_last_layer(world, tmp_path):
+    """Computed, and read from the cache again."""
+    subject = open_subject(str(world / "run"))
+    task = open_task(world / "train", world / "test", world / "cache", (None, None), 0)
+    settings = probe_module.Settings(cache=tmp_path)
+    images = eval_images(task.test.index, task.test.ids, 32).permute(0, 2, 3, 1)
+    expected = subject.encoder(images).mean(1)
+    for _ in range(2):
+        views = probe_module.pooled_views(subject.encoder)
+        found = probe_module.features_of(views, subject.digest, 32, task, settings)
+        torch.testing.assert_close(found.main[1], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_tokens_are_the_same_where_they_are_not_kept(world, monkeypatch):
     subject = open_subject(str(world / "run"))
     task = open_task(world / "train", world / "test", world / "cache", (None, None), 0)
