@@ -1,5 +1,6 @@
 """The attentive probe against PyTorch's own attention, and on a task that a mean cannot solve."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -36,6 +37,7 @@ def test_the_head_is_cross_attention():
     torch.testing.assert_close(head(tokens), expected)
 
 
+@pytest.mark.slow
 def test_it_finds_the_token_that_tells(monkeypatch):
     """One token in four carries the class and a mark; the others carry classes at random."""
     monkeypatch.setattr(attentive, "BATCH", 64)

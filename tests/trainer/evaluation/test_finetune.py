@@ -34,6 +34,7 @@ def test_timms_network_starts_from_our_features(world):
     torch.testing.assert_close(found, subject.encoder(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_learns_and_touches_neither_subject_nor_generators(world, monkeypatch):
     subject, task = world
     monkeypatch.setattr(module, "BASE_LR", 2e-2)

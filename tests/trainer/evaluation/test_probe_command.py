@@ -166,6 +166,7 @@ def test_a_damaged_image_is_named_and_counts_as_an_error(world, capsys, caplog):
     assert "class0/0000.jpg" in caplog.text
 
 
+@pytest.mark.slow
 def test_every_kind_gives_a_number(world, monkeypatch, capsys):
     monkeypatch.setattr(probe_module.dense, "TRAIN", 40)
     monkeypatch.setattr(probe_module.dense, "TEST", 20)

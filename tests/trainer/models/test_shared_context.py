@@ -221,6 +221,7 @@ def test_operations_are_those_of_the_formula(n_blocks: int):
             assert forward_flops(config_of(context, depth=depth), n_blocks) == expected
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph():
     config = config_of("shared", "njepa")
     predictor, batch, z = build(config), make_batch(config), context_of().requires_grad_()
