@@ -188,7 +188,7 @@ def _lines(kind: str, result: dict[str, Any]) -> Iterator[str]:
     """Rows of the table: top-1 in percent with its 95 % interval, floors, what it consists of."""
     cells = [_cell(result)]
     cells += [f"{name} {_cell(floor)}" for name, floor in result.get("floors", {}).items()]
-    yield f"{kind:16}{'   '.join(cells)}"
+    yield f"{kind:24}{'   '.join(cells)}"
     for part, unit in (("k", "neighbours"), ("shots", "labels a class")):
         for number, value in result.get(part, {}).items():
             yield f"    {number + ' ' + unit:20}{_cell(value)}"
