@@ -32,9 +32,12 @@ class TrainState:
     """What runs instead of the target's forward, such as its CUDA graph."""
     online: list[nn.Parameter] = field(init=False)
     """What the target follows."""
+    buffers: list[Tensor] = field(init=False)
+    """Statistics of batch norm, the only thing that a forward pass changes."""
 
     def __post_init__(self) -> None:
         self.online = ema_parameters(self.engine.module.jepa.encoder)
+        self.buffers = list(self.engine.module.buffers())
 
     def encode(self, images: Tensor) -> Tensor:
         """Target features [B, N, D], without gradient."""
@@ -66,8 +69,7 @@ def training_step(state: TrainState, batches: Iterable[Batch], rates: Rates) -> 
     moments, buffers and target keep their bits, and ``update.bad`` says so.
     """
     engine, seen = state.engine, list[MicroBatch]()
-    buffers = list(engine.module.buffers())  # statistics of batch norm
-    before = [buffer.clone() for buffer in buffers]
+    before = [buffer.clone() for buffer in state.buffers]
     with state.attention.ordered():
         for batch in batches:
             h = state.encode(batch.images)
@@ -76,7 +78,7 @@ def training_step(state: TrainState, batches: Iterable[Batch], rates: Rates) -> 
             pooled = h.float().mean(1)
             seen.append(MicroBatch(batch.masks, batch.cut_frac, metrics, pooled, batch.sample_ids))
         update = engine.update(rates)
-    for buffer, old in zip(buffers, before, strict=True):
+    for buffer, old in zip(state.buffers, before, strict=True):
         buffer.copy_(torch.where(update.bad, old, buffer))
     momentum = torch.full((), rates.momentum, dtype=torch.float64, device=update.bad.device)
     with engine.whole(state.online) as online:
