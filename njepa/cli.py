@@ -36,7 +36,7 @@ commands:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status.
+    """Run a command; returns the exit status: 0 done, 2 bad input, else as the command says.
 
     A reader that closes the pipe early (``njepa info --keys | head``) ends it without a word and
     with the status of a program that SIGPIPE ended, 141.
@@ -77,8 +77,14 @@ def _command(arguments: list[str]) -> int:
         )
         return 2
     # Imported here: some take seconds for torch, which a typing error or --help should not.
+    from njepa.config import ConfigError
+
     command = importlib.import_module(COMMANDS[arguments[0]])
-    status: int = command.main(arguments[1:], prog=f"njepa {arguments[0]}")
+    try:
+        status: int = command.main(arguments[1:], prog=f"njepa {arguments[0]}")
+    except ConfigError as error:
+        print(f"njepa: {error}", file=sys.stderr)
+        return 2
     return status
 
 

@@ -11,7 +11,7 @@ from njepa.data.convert import convert
 
 
 def main(argv: list[str], prog: str) -> int:
-    """Write them and print the report; returns the exit status (0 done, 2 bad input)."""
+    """Write them and print the report; returns the exit status (130: interrupted)."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Copy images, encoded as they are, into a new folder that data.path takes. "
@@ -38,15 +38,12 @@ def main(argv: list[str], prog: str) -> int:
         help="images of one shard, in millions of bytes (default: %(default)s)",
     )
     args = parser.parse_args(argv)
+    if not args.shard_size > 0:
+        raise ConfigError(f"--shard-size must be a number over 0, got {args.shard_size:g}")
     try:
-        if not args.shard_size > 0:
-            raise ConfigError(f"--shard-size must be a number over 0, got {args.shard_size:g}")
         report = convert(
             args.source.expanduser(), args.out.expanduser(), args.to, int(args.shard_size * 1e6)
         )
-    except ConfigError as error:
-        print(f"njepa: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(f"njepa: interrupted; {args.out} is not written", file=sys.stderr)
         return 130

@@ -6,8 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from njepa.config import ConfigError
-
 DESCRIPTION = """Write an encoder for another library into a new folder, with a model card.
 Where that library is installed, its features are compared with ours."""
 EPILOG = """formats:
@@ -22,7 +20,7 @@ For example:  njepa export runs/shapes-tiny exported --format timm
 
 
 def main(argv: list[str], prog: str) -> int:
-    """Write it and print what was written; returns the exit status (0 done, 2 bad input)."""
+    """Write it, say what was written; returns the exit status (1: the library reads it wrong)."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description=DESCRIPTION,
@@ -46,7 +44,7 @@ def main(argv: list[str], prog: str) -> int:
 
     try:
         print(export(args.source, args.out, args.format, args.which))
-    except (ConfigError, RuntimeError) as error:
+    except RuntimeError as error:
         print(f"njepa: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return 1
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from njepa import planning as plan
@@ -22,13 +21,9 @@ SCALES = [2**i for i in range(11)]
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    """Print the plan; returns the exit status (0 done, 2 bad input)."""
+    """Print the plan; returns the exit status."""
     args = _parser(prog).parse_intermixed_args(argv)
-    try:
-        print(_plan(args))
-    except ConfigError as error:
-        print(f"njepa: {error}", file=sys.stderr)
-        return 2
+    print(_plan(args))
     return 0
 
 

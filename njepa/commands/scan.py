@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from njepa.config import ConfigError
@@ -11,7 +10,7 @@ from njepa.data.scan import scan
 
 
 def main(argv: list[str], prog: str) -> int:
-    """Write the list and print the report; returns the exit status (0 done, 2 bad input)."""
+    """Write the list and print the report; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Decode every image once, write a list of the good ones (usable as data.path) "
@@ -26,12 +25,7 @@ def main(argv: list[str], prog: str) -> int:
     )
     parser.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
     args = parser.parse_args(argv)
-    try:
-        if args.workers is not None and args.workers < 1:
-            raise ConfigError(f"--workers must be at least 1, got {args.workers}")
-        report = scan(args.path, args.out, args.workers)
-    except ConfigError as error:
-        print(f"njepa: {error}", file=sys.stderr)
-        return 2
-    print(report)
+    if args.workers is not None and args.workers < 1:
+        raise ConfigError(f"--workers must be at least 1, got {args.workers}")
+    print(scan(args.path, args.out, args.workers))
     return 0
