@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from bench.evidence.tables import IJEPA, RECIPE, Settings, Table
-from njepa.runs.folder import write_atomically
+from njepa.atomic import write_atomically
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "bench" / "results" / "evidence"

@@ -6,12 +6,12 @@ import argparse
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
+from njepa.atomic import write_atomically
 from njepa.config import ConfigError, did_you_mean
 
 DESCRIPTION = """Probe a frozen encoder on labelled images, beside raw pixels and the same network
@@ -28,14 +28,10 @@ KINDS = ("knn", "linear", "logistic", "lowshot", "attentive", "finetune", "dense
 
 
 def main(argv: list[str], prog: str) -> int:
-    """Print a table, write JSON; returns the exit status (0 done, 2 bad input)."""
+    """Print a table, write JSON; returns the exit status."""
     args = _parser(prog).parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    try:
-        _run(args)
-    except ConfigError as error:
-        print(f"njepa: {error}", file=sys.stderr)
-        return 2
+    _run(args)
     return 0
 
 
@@ -176,10 +172,8 @@ def _check_writable(file: Path) -> None:
 
 
 def _write(file: Path, results: dict[str, Any]) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
-        temporary.replace(file)
+        write_atomically(file, json.dumps(results, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"--json {file} cannot be written: {error}") from None
 

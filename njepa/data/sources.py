@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from njepa.atomic import replacing
 from njepa.data import parquet
 from njepa.data.folders import Watch
 from njepa.data.index import ImageIndex, build_index
@@ -102,7 +102,6 @@ def _current(cached: Path, path: Path, source: Source | None, progress: bool) ->
             return index
     else:
         if source.kind == "parquet":
-            parquet.check(source.path, source.root, source.files)
             parquet.check_random_reads(source.path, source.root, source.files)
         index = build_index(source, progress)
     _save(cached, source, index)
@@ -150,14 +149,8 @@ def _save(cached: Path, source: Source, index: ImageIndex) -> None:
         **{k: getattr(index, k) for k in ("widths", "heights", "sizes", "shard", "offsets")},
     }
     try:
-        handle, temporary = tempfile.mkstemp(dir=cached.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, **arrays)
-            os.replace(temporary, cached)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(cached) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
     except OSError as error:
         logger.warning("the index of %s is not cached in %s: %s", source.path, cached, error)
 

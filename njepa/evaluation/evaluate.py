@@ -51,7 +51,7 @@ class Evaluator:
         self._splits: tuple[LabelledImages, LabelledImages] | None = None
 
     def knn(self, encode: Callable[[Tensor], Tensor]) -> Accuracy:
-        """kNN top-1 of an encoder that maps [B, 3, S, S] to [B, N, D]."""
+        """kNN top-1 of an encoder that maps uint8 [B, S, S, 3] to [B, N, D]."""
         return self._knn(*self._features(encode))
 
     def floors(self, untrained: Callable[[Tensor], Tensor]) -> dict[str, Any]:

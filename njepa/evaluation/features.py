@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from njepa.atomic import replacing
 from njepa.config import Config
 from njepa.evaluation.images import LabelledImages
 from njepa.models.encoder import Encoder
@@ -89,6 +88,12 @@ def pooled_features(
     return extract(lambda images: {"mean": pool(encode(images))}, batches, device)["mean"]
 
 
+def standardised(train: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both [n, F] with the mean 0 and the deviation 1 that each feature has over ``train``."""
+    mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
+    return (train - mean) / std, (other - mean) / std
+
+
 def raw_pixels(images: Tensor, side: int = 16) -> Tensor:
     """The floor to beat: images [B, 3, S, S] shrunk to ``side`` x ``side``, float32 [B, F]."""
     small = nn.functional.interpolate(
@@ -135,17 +140,11 @@ def _load(file: Path, facts: str) -> dict[str, Tensor] | None:
 
 
 def _save(file: Path, features: dict[str, Tensor], facts: str) -> None:
-    """A reader or a crash never sees half of a file; a full or read-only disk costs the cache."""
+    """A full or read-only disk costs the cache and nothing else."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        os.close(handle)
-        try:
-            tensors = {name: value.contiguous() for name, value in features.items()}
+        tensors = {name: value.contiguous() for name, value in features.items()}
+        with replacing(file) as temporary:
             save_file(tensors, temporary, metadata={"facts": facts})
-            os.replace(temporary, file)
-        except BaseException:
-            os.unlink(temporary)
-            raise
     except (OSError, SafetensorError) as error:
         logger.warning("features are not kept in %s: %s", file.parent, error)

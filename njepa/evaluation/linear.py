@@ -23,6 +23,7 @@ from torch import Tensor
 
 from njepa.draws.streams import permutation
 from njepa.evaluation.accuracy import Accuracy, spread, wilson
+from njepa.evaluation.features import standardised
 
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 WEIGHT_DECAYS = (0.0, 1e-3, 1e-2)
@@ -95,8 +96,7 @@ def linear_probe(
 def _normalised(norm: str, train: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Both with a column of ones, which carries the bias."""
     if norm == "standardise":
-        mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
-        train, other = (train - mean) / std, (other - mean) / std
+        train, other = standardised(train, other)
     with_ones = (torch.nn.functional.pad(x, (0, 1), value=1.0) for x in (train, other))
     return next(with_ones), next(with_ones)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from njepa.evaluation.accuracy import Accuracy, wilson
+from njepa.evaluation.features import standardised
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -22,8 +23,7 @@ def logistic_accuracy(
     Features are standardised with the statistics of ``train``; the L2 penalty is chosen on a tenth
     of the training images, so the test images decide nothing.
     """
-    mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
-    train, test = (train - mean) / std, (test - mean) / std
+    train, test = standardised(train, test)
     held_out = torch.arange(len(train)) % 10 == 0  # every tenth: splits are stored class by class
     best = max(
         PENALTIES,

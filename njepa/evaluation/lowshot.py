@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from njepa.evaluation.features import standardised
 from njepa.evaluation.logistic import correct, fit
 from njepa.evaluation.splits import few_labels
 
@@ -55,8 +56,7 @@ def lowshot_probe(
     Raises:
         ConfigError: a class has fewer training images than that.
     """
-    mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
-    train, test = (train - mean) / std, (test - mean) / std
+    train, test = standardised(train, test)
     chosen = {  # all of them first: a class that is too small should not cost the others' time
         n: [few_labels(labels.cpu(), names, n, seed + k).to(labels.device) for k in range(LISTS)]
         for n in shots

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from njepa.atomic import write_atomically
 from njepa.config import ConfigError
-from njepa.runs.folder import write_atomically
 from njepa.runs.ranks import Ranks
 
 _NAME = re.compile(r"step-(\d{8})$")

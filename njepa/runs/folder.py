@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from njepa.atomic import write_atomically
 from njepa.config import Config, ConfigError, dump_config, free_on_resume
 from njepa.config.deepspeed_file import DeepSpeedFile
 
@@ -75,16 +75,6 @@ class RunFolder:
 def run_dir(config: Config) -> Path:
     """``run.dir``, by default ``runs/<recipe>``."""
     return config.run.dir or Path("runs") / config.recipe
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file as a whole: a reader or a crash never sees half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _check_same_run(file: Path, config: Config) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from njepa.runs.folder import write_atomically
+from njepa.atomic import write_atomically
 
 
 class Tracker:
