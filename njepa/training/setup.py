@@ -275,6 +275,7 @@ def start_table(run: Setup) -> str:
         "predictor": f"{parts.predictor.depth} blocks of width {parts.predictor.width}, "
         f"context {config.model.predictor.context}",
         "device": device_name(plan.ranks.device),
+        "threads": str(plan.ranks.threads),
         "ops": "; ".join(f"{choice}: {', '.join(ops)}" for choice, ops in by_choice.items()),
         "attention": str(plan.attention),
         "compile": str(plan.compilation),
