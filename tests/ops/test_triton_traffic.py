@@ -64,7 +64,7 @@ def test_pieces_end_at_labels_and_branches() -> None:
 
 
 def test_the_table_names_both_counts(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--size", "vitl16-224-b8"]) == 0
+    assert main(["--size", "vits16-224-b8"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split()[0] == "jepa_loss_fwd" for line in lines)
     patchify = next(line for line in lines if line.startswith("patchify")).split()

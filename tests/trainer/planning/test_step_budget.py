@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from njepa_kernels import Impl, available_impls
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
@@ -27,7 +28,7 @@ from njepa.training.engine import PlainEngine
 from njepa.training.module import TrainModule
 from njepa.training.schedules import Rates
 from njepa.training.step import TrainState, training_step
-from tests.support.tiny import N_BLOCKS, N_CONTEXT, N_TARGETS, make_batch, tiny_config
+from tests.support.tiny import N_CONTEXT, N_TARGETS, make_batch, tiny_config
 
 SHAPE, BATCH = plan.Shape(N_CONTEXT, N_TARGETS), 4
 RATES = Rates(lr=1e-4, weight_decay=0.04, momentum=0.996)
@@ -41,12 +42,12 @@ def traced(method: str, low: bool, checkpoint: bool = False) -> list[Operator]:
         return trace_step(config, SHAPE, BATCH, low, SDPA)
 
 
-def prepared(method: str, low: bool) -> Any:
+def prepared(method: str, low: bool, impl: Impl = "reference") -> Any:
     """A real step, to be called; its moments are there already."""
-    config = tiny_config(method, impl={"default": "reference"})
+    config = tiny_config(method, impl={"default": impl})
     module = TrainModule(config)
     engine = PlainEngine(module, config.optim, torch.device("cpu"), low=low)
-    state = TrainState(engine, make_target(module.jepa.encoder), impl="reference")
+    state = TrainState(engine, make_target(module.jepa.encoder), impl=impl)
 
     def step() -> None:
         with sdpa_kernel(SDPBackend.MATH):
@@ -101,29 +102,26 @@ class _Written(TorchDispatchMode):
         given = torch.utils._pytree.tree_leaves((args, kwargs))
         known = {t.untyped_storage().data_ptr() for t in given if isinstance(t, Tensor)}
         name = str(func._overloadpacket)
-        if name == "aten._to_copy" and args[0].dtype == torch.uint8:
-            return out  # pixels, in the reference of patchify
         for tensor in torch.utils._pytree.tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known:
                 self.bytes[name] += tensor.untyped_storage().nbytes()
         return out
 
 
+@pytest.mark.skipif(
+    available_impls()["jepa_loss"]["native"] != "yes", reason="references move more"
+)
 @pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
 def test_written_bytes_are_the_memory_of_a_real_step(low: bool) -> None:
-    step = prepared("ijepa", low)
+    step = prepared("ijepa", low, "native")
     with _Written() as real:
         step()
     ours: Counter[str] = Counter()
     for o in traced("ijepa", low):
         ours[o.name] += o.cost.written
-    targets = BATCH * N_BLOCKS * N_TARGETS  # rows of the norm in the loss's reference
-    real.bytes["aten.native_layer_norm"] -= 4 * targets * (32 + 2)
-    for name in SEEN:
-        assert ours[f"aten.{name}"] == real.bytes[f"aten.{name}"] > 0, name
-    if low:  # the fused ops cast within, their references with operators: 1 % here
-        casts = ours["aten._to_copy"], real.bytes["aten._to_copy"]
-        assert casts[0] == pytest.approx(casts[1], rel=0.02)
+    for name in (*SEEN, "_to_copy", "stack", "embedding", "sum"):
+        assert ours[f"aten.{name}"] == real.bytes[f"aten.{name}"], name
+        assert ours[f"aten.{name}"] > 0 or name == "stack", name
 
 
 def test_a_block_under_autocast_moves_104_bytes_a_token_and_channel() -> None:
