@@ -109,7 +109,7 @@ def _flops(
         u = given["u"]
         views, n, width = u.shape if u.dim() == 3 else (1, *u.shape)
         product = 2 * views * n * width * min(n, width)
-        return product * (2 if name == "vicreg_backward" else 1)
+        return int(product * (2 if name == "vicreg_backward" else 1))
     count = flop_registry.get(func._overloadpacket)
     return 0 if count is None else int(count(*args, **kwargs, out_val=out))
 

@@ -50,7 +50,8 @@ class Sum(NamedTuple):
     """Seconds of the FLOPs and of the bytes that must be moved, whichever is longer."""
 
     def plus(self, other: Sum) -> Sum:
-        return Sum(*(a + b for a, b in zip(self, other, strict=True)))
+        launches, *numbers = (a + b for a, b in zip(self, other, strict=True))
+        return Sum(int(launches), *numbers)
 
 
 NOTHING = Sum(0, 0.0, 0.0, 0.0, 0.0, 0.0)

@@ -151,8 +151,8 @@ def trace_step(
     with gpu_ops, lists, FakeTensorMode(allow_non_fake_inputs=True), recorder:
         module = TrainModule(config, attention=attention)
         target = build_encoder(config, attention).eval().requires_grad_(False)
-        module.to = lambda _: module  # type: ignore[method-assign]  # a fake one cannot be moved
-        engine = _Engine(module, config.optim, torch.device("cpu"), low=low)
+        with mock.patch.object(module, "to", return_value=module):  # a fake one cannot be moved
+            engine = _Engine(module, config.optim, torch.device("cpu"), low=low)
         for parameter in module.parameters():  # the moments are there from the second step on
             engine.optimizer.state[parameter] = {
                 "step": torch.zeros(()),

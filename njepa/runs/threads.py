@@ -32,11 +32,10 @@ def set_threads(control: dist.ProcessGroup | None) -> Choice:
     cores = os.sched_getaffinity(0)
     sharing = 1
     if control is not None:
-        own, places = (socket.gethostname(), sorted(cores)), [None] * control.size()
+        own = (socket.gethostname(), sorted(cores))
+        places = [own] * control.size()
         dist.all_gather_object(places, own, group=control)
-        sharing = sum(
-            host == own[0] and not cores.isdisjoint(theirs) for host, theirs in filter(None, places)
-        )
+        sharing = sum(host == own[0] and not cores.isdisjoint(its) for host, its in places)
     given = [f"{name}={os.environ[name]}" for name in _VARIABLES if os.environ.get(name)]
     if given:
         return Choice(str(torch.get_num_threads()), ", ".join(given))
