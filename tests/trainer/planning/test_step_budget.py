@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections import Counter
 from functools import cache
@@ -11,6 +12,10 @@ from typing import Any
 import pytest
 import torch
 from njepa_kernels import Impl, available_impls
+from njepa_kernels.ops.jepa_loss.cases import _case as loss_case
+from njepa_kernels.ops.patchify.cases import _case as patchify_case
+from njepa_kernels.ops.predictor_tokens.cases import _case as tokens_case
+from njepa_kernels.tools import resources
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
@@ -21,7 +26,7 @@ from njepa import planning as plan
 from njepa.cli import main
 from njepa.models.attention import SDPA
 from njepa.planning import step_budget as budget
-from njepa.planning.operators import Cost, operator_cost
+from njepa.planning.operators import KERNELS, Cost, operator_cost
 from njepa.planning.step_trace import Operator, trace_step
 from njepa.training.ema import make_target
 from njepa.training.engine import PlainEngine
@@ -191,6 +196,50 @@ def test_rules_by_hand() -> None:
     assert cost(aten.embedding.default, x, torch.zeros(2, dtype=torch.int64)) == Cost(48, 32, 0, 1)
     assert cost(aten.mm.default, x, x.t()) == Cost(192, 144, 2 * 6 * 6 * 4, 1)
     assert cost(aten.empty_like.default, x) == Cost(0, 0, 0, 0)
+
+
+def test_a_norms_backward_reads_its_inputs_twice_where_its_weight_learns() -> None:
+    x, gradient, statistics = torch.ones(6, 4), torch.ones(6, 4), torch.ones(6, 1)
+    backward = torch.ops.aten.native_layer_norm_backward.default
+    given = (gradient, x, [4], statistics, statistics, torch.ones(4), torch.ones(4))
+    once = 2 * 96 + 2 * 24 + 2 * 16
+    assert cost(backward, *given, [True, False, False]) == Cost(once, 96, 0, 1)
+    assert cost(backward, *given, [True, True, True]) == Cost(once + 2 * 96, 96 + 32, 0, 2)
+
+
+def test_fused_ops_move_the_bytes_of_their_cases() -> None:
+    def moved(phase: str, *names: str) -> int:
+        return sum(
+            o.cost.read + o.cost.written for o in traced("ijepa", False)
+            if o.phase == phase and o.name.removeprefix("njepa.") in names
+        )  # fmt: skip
+
+    tokens = "predictor_tokens", "predictor_tokens_backward"
+    params = plan.network(tiny_config("ijepa")).encoder_parameters
+    fp32 = torch.float32
+    for got, formula in (
+        (moved("target encoder", "patchify"), patchify_case("", 4, (6, 6), 8).bytes(fp32, "fwd")),
+        (moved("context encoder", "patchify"),
+         patchify_case("", 4, (6, 6), 8, N_CONTEXT).bytes(fp32, "fwd")),
+        (moved("loss", "jepa_loss", "jepa_loss_backward"),
+         loss_case("", 4, 4, N_TARGETS, 36, 32).bytes(fp32, "fwdbwd")),
+        (moved("predictor", *tokens),
+         tokens_case("", 4, 4, N_CONTEXT, N_TARGETS, 36, 24, noise=None).bytes(fp32, "fwdbwd")),
+        (moved("EMA", "ema_update_"), 12 * params),
+    ):  # fmt: skip
+        assert got == pytest.approx(formula, rel=0.07)  # the positions' table has no gradient here
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_fused_ops_launch_what_is_counted() -> None:
+    for op, size, backward in (
+        ("jepa_loss", "vitl16-224-b8", "bwd"), ("vicreg", "m4-n128-d384", "bwd"),
+        ("predictor_tokens", "vits16-224-b8", "fwd"),
+    ):  # fmt: skip
+        (case,) = [case for case in resources.cases(op, size) if case.size == size]
+        found = {x.kernel.__name__ for x in resources.launches(case, torch.bfloat16, 90)}
+        mine = {name for name in found if name.startswith(f"_{op}") and backward not in name}
+        assert len(mine) == KERNELS[op if backward == "bwd" else f"{op}_backward"], mine
 
 
 def test_a_kernel_takes_the_longer_of_its_times() -> None:
