@@ -117,6 +117,9 @@ def test_the_trial_takes_turns_drops_the_first_pair_and_ends_in_time():
     got = interleaved(clock.work(0.4, 0.03, 0.01, 0.02), clock.work(0.3, 0.01), clock)
     assert got == pytest.approx((0.02, 0.01))
     assert clock.now == pytest.approx(0.4 + 0.3 + 0.03 + 0.01 + 5 * 0.02 + 7 * 0.01)
+    clock = Clock()  # the time is up after the second pair, which counts alone
+    got = interleaved(clock.work(0.7, 0.2), clock.work(0.6, 0.1), clock)
+    assert got == pytest.approx((0.2, 0.1))
     clock = Clock()  # 2 s are the bound for what takes less than a fifth of a second
     interleaved(clock.work(0.2), clock.work(0.2), clock)
     assert clock.now <= 2.0
