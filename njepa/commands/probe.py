@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace) -> None:
         _check_writable(args.json)
     # Only now what takes seconds to import.
     from njepa.evaluation.finetune import require_timm
-    from njepa.evaluation.probe import Settings, dense_probes, probe
+    from njepa.evaluation.probe import Settings, check_enough, dense_probes, probe
     from njepa.evaluation.subject import Which, init_of_run, open_subject, untrained
     from njepa.evaluation.task import open_task
 
@@ -91,11 +91,18 @@ def _run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     which = get_args(Which) if args.which == "both" else (args.which,)
     subjects = {name: open_subject(args.subject, name) for name in which}
+    if args.which == "both" and subjects["target"].weights.which == "only":
+        raise ConfigError(
+            f"--which both: {args.subject} holds one encoder and does not say which it is, "
+            f"expected two, target and context; leave out --which"
+        )
     task = None
     if on_sources:
         limits = args.max_train, args.max_test
         task = open_task(args.train, args.test, args.cache, limits, args.seed)
+        check_enough(task, on_sources, settings)
     results: dict[str, Any] = {}
+    print("\n".join(_head(subjects, task)), flush=True)
     for name, subject in subjects.items():
         second = args.which == "both" and name == "context"
         suffix = "_context" if second else ""
@@ -110,6 +117,16 @@ def _run(args: argparse.Namespace) -> None:
             print("\n".join(_lines(f"{kind}{suffix}", result)), flush=True)
     if args.json is not None:
         _write(args.json, results | _facts(args, subjects, task))
+
+
+def _head(subjects: dict[str, Any], task: Any) -> Iterator[str]:
+    """What was read, assumptions about it included, and what the columns mean."""
+    for subject in subjects.values():
+        yield f"{subject.weights.origin}; images of {subject.image_size} px"
+    if task is not None:
+        train, test = len(task.train.ids), len(task.test.ids)
+        yield f"{train:,} training and {test:,} test images, {len(task.names)} classes"
+    yield "top-1 in % [95 % interval], then its floors"
 
 
 def _facts(args: argparse.Namespace, subjects: dict[str, Any], task: Any) -> dict[str, Any]:
@@ -187,9 +204,11 @@ def _lines(kind: str, result: dict[str, Any]) -> Iterator[str]:
         for number, value in result.get(part, {}).items():
             yield f"    {number + ' ' + unit:20}{_cell(value)}"
     if "head" in result:
-        chosen = ", ".join(f"{name} {value}" for name, value in result["head"].items())
-        split = "".join(f", {name} {value}" for name, value in result.get("split", {}).items())
-        yield f"    {chosen}" + (f"; on the split of train{split[1:]}" if split else "")
+        chosen, split = (
+            ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in part.items())
+            for part in (result["head"], result.get("split", {}))
+        )
+        yield f"    chosen: {chosen}" + (f"; on the split of train: {split}" if split else "")
 
 
 def _cell(value: dict[str, Any]) -> str:

@@ -24,6 +24,10 @@ def open_path(path: Path) -> Weights:
     if path.is_dir():
         return _open_folder(path)
     if path.suffix == ".safetensors":
+        # What stands beside it says heads, mean and std, which its tensors do not.
+        described = any((path.parent / name).is_file() for name in (FACTS, "config.json"))
+        if path.name == "model.safetensors" and described:
+            return _open_folder(path.parent)
         return _open_safetensors(path)
     if path.suffix in (".tar", ".pth", ".pt", ".bin"):
         return _open_published(path)
@@ -63,10 +67,13 @@ def _open_folder(path: Path) -> Weights:
         return _open_hugging_face(path, read_json(path / "config.json"))
     if (path / "model.safetensors").is_file():  # timm caches no more of its own models
         return _open_safetensors(path / "model.safetensors")
+    published = list(path.glob("*.pth.tar"))
+    if len(published) == 1:
+        return _open_published(published[0])
     inside = sorted(p.name for p in path.iterdir())
     raise ConfigError(
         f"{path} holds no weights: expected a run (config.yaml), a checkpoint (state.json), an "
-        f"export ({FACTS}), or a folder of timm or transformers (config.json), got "
+        f"export ({FACTS}), a folder of timm or transformers (config.json) or of one .pth.tar, got "
         f"{', '.join(inside[:8]) or 'an empty folder'}"
     )
 
