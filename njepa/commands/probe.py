@@ -17,12 +17,24 @@ from njepa.config import ConfigError, did_you_mean
 DESCRIPTION = """Probe a frozen encoder on labelled images, beside raw pixels and the same network
 before training. Every setting is chosen on a split of --train; --test is used once."""
 EPILOG = """SUBJECT is a run folder, a checkpoint, a folder of `njepa export`, an official I-JEPA
-file, or a folder of timm or transformers. SOURCE is what data.path takes, with labels: class
-folders, a list file, tar shards or Parquet. For example:
+file, a folder of timm or transformers, or the name of one in Hugging Face's cache. SOURCE is
+what data.path takes, with labels: class folders, a list file, tar shards or Parquet.
+
+kinds:
+  knn        nearest neighbours on the mean of the last layer's tokens
+  linear     60 linear heads at once; the one that is best on a split of train is tested
+  logistic   logistic regression, the linear probe of a run's summary.json
+  lowshot    logistic regression on a few labelled images of each class
+  attentive  a learnt query over all tokens, then one block and a linear layer
+  finetune   the whole network (needs timm); on a CPU only for small sets
+  dense      patches: segmentation and propagation on drawn scenes; takes no SOURCE
+
+For example:
 
   njepa probe runs/photos --train photos/train --test photos/test --kind knn,linear
 
-docs/evaluation.md says what each kind does.
+Printed: top-1 in percent with its 95 % interval, then the same of the untrained network and of
+raw pixels. docs/evaluation.md says how each is measured.
 """
 KINDS = ("knn", "linear", "logistic", "lowshot", "attentive", "finetune", "dense")
 
@@ -43,19 +55,34 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("subject", metavar="SUBJECT", help="see below")
-    add("--train", type=Path, metavar="SOURCE", help="labelled training images (dense: none)")
-    add("--test", type=Path, metavar="SOURCE", help="labelled test images (dense: none)")
-    add("--kind", default="knn,linear", help=f"of {', '.join(KINDS)} (default: %(default)s)")
-    add("--which", default="target", choices=("target", "context", "both"), help="encoder of a run")
-    add("--json", type=Path, metavar="FILE", help="write the results there")
-    add("--k", default="10,20,100,200", help="neighbours of kNN (default: %(default)s)")
-    add("--shots", default="1,2,5,10", help="labels a class of lowshot (default: %(default)s)")
-    add("--finetune-epochs", type=int, default=100, metavar="N", help="(default: 100)")
-    add("--max-train", type=int, metavar="N", help="a fixed random subset of --train")
-    add("--max-test", type=int, metavar="N", help="a fixed random subset of --test")
-    add("--seed", type=int, default=0, help="of subsets, lists and batches (default: 0)")
-    add("--batch-size", type=int, default=256, metavar="N", help="images a forward pass")
+    add("subject", metavar="SUBJECT", help="the encoder, see below")
+    add("--train", type=Path, metavar="SOURCE", help="labelled training images, see below")
+    add("--test", type=Path, metavar="SOURCE", help="labelled test images")
+    add("--kind", default="knn,linear", metavar="KIND,..", help="see below (default: %(default)s)")
+    add(
+        "--which",
+        default="target",
+        choices=("target", "context", "both"),
+        help="which encoder, where SUBJECT holds two (default: target)",
+    )
+    add("--json", type=Path, metavar="FILE", help="write the results there, too")
+    add(
+        "--k",
+        default="10,20,100,200",
+        metavar="K,..",
+        help="neighbours of knn, whose main number is that of 20 (default: %(default)s)",
+    )
+    add(
+        "--shots",
+        default="1,2,5,10",
+        metavar="N,..",
+        help="labelled images of a class for lowshot (default: %(default)s)",
+    )
+    add("--finetune-epochs", type=int, default=100, metavar="N", help="(default: %(default)s)")
+    add("--max-train", type=int, metavar="N", help="use N images of --train, the same each time")
+    add("--max-test", type=int, metavar="N", help="the same for --test")
+    add("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
+    add("--batch-size", type=int, default=256, metavar="N", help="of features (default: 256)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
     add("--cache", type=Path, metavar="DIR", help="features and indices (default: ~/.cache/njepa)")
     add("--no-floors", action="store_true", help="leave out pixels and the untrained network")
