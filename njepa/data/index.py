@@ -171,8 +171,8 @@ def _headers(
 
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
         results = pool.map(header, unknown)
-        bar = tqdm(results, "reading image sizes", len(unknown), unit="img", disable=quiet)
-        for i, size in zip(unknown, bar, strict=True):
+        results = tqdm(results, "reading image sizes", len(unknown), unit="img", disable=quiet)
+        for i, size in zip(unknown, results, strict=True):
             read[i] = size
     return entries, read
 

@@ -53,7 +53,7 @@ def open_task(
         index = open_source(path, cache)
         labels = index.labels_in(index.classes if classes is None else classes)
         if labels is None:
-            raise ConfigError(f"{option} {path}: {_no_labels(index)}")
+            raise ConfigError(f"{option} {path}: {_no_labels(index, path)}")
         if (labels < 0).any():
             unknown = sorted(set(index.classes) - set(classes or []))
             raise ConfigError(
@@ -67,9 +67,9 @@ def open_task(
     return Task(*sides)
 
 
-def _no_labels(index: ImageIndex) -> str:
+def _no_labels(index: ImageIndex, path: Path) -> str:
     folders = {name.split("/", 1)[0] for name in index.names if "/" in name}
-    if len(folders) == 1 and not index.shards:
+    if len(folders) == 1 and path.is_dir() and not index.shards:
         only = folders.pop()
         nested = all(name.count("/") > 1 for name in index.names)
         way_out = (
