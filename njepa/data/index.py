@@ -23,6 +23,7 @@ Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
 
 _HEAD = 1 << 16  # bytes of a shard member that hold the header of almost every image
+_CHUNK = 32  # headers that a thread reads at a time: a million tasks would cost more than the work
 _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
@@ -169,11 +170,16 @@ def _headers(
         except OSError as error:
             return 0, 0, fault(error, size)
 
-    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        results = pool.map(header, unknown)
-        results = tqdm(results, "reading image sizes", len(unknown), unit="img", disable=quiet)
-        for i, size in zip(unknown, results, strict=True):
-            read[i] = size
+    def headers(chunk: list[int]) -> list[_Size]:
+        return [header(i) for i in chunk]
+
+    chunks = [unknown[i : i + _CHUNK] for i in range(0, len(unknown), _CHUNK)]
+    shown = tqdm(desc="reading image sizes", total=len(unknown), unit="img", disable=quiet)
+    with shown, ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
+        for chunk, sizes in zip(chunks, pool.map(headers, chunks), strict=True):
+            for i, size in zip(chunk, sizes, strict=True):
+                read[i] = size
+            shown.update(len(chunk))
     return entries, read
 
 
