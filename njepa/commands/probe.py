@@ -128,14 +128,15 @@ def _run(args: argparse.Namespace) -> None:
         limits = args.max_train, args.max_test
         task = open_task(args.train, args.test, args.cache, limits, args.seed)
         check_enough(task, on_sources, settings)
+    floor = None
+    if not args.no_floors:  # both encoders of a run have the same: the first brings it
+        floor = untrained(subjects[which[0]], *(init_of_run(args.subject) or ()))
     results: dict[str, Any] = {}
-    print("\n".join(_head(subjects, task)), flush=True)
+    print("\n".join(_head(subjects, task, floor is not None)), flush=True)
     for name, subject in subjects.items():
-        second = args.which == "both" and name == "context"
-        suffix = "_context" if second else ""
-        floor = None  # both encoders of a run have the same
-        if not (args.no_floors or second):
-            floor = untrained(subject, *(init_of_run(args.subject) or ()))
+        suffix = ""
+        if name != which[0]:
+            suffix, floor = "_context", None
         found = probe(subject, floor, task, on_sources, settings) if task else iter(())
         if "dense" in kinds:
             found = chain(found, dense_probes(subject, floor, settings))
@@ -146,14 +147,14 @@ def _run(args: argparse.Namespace) -> None:
         _write(args.json, results | _facts(args, subjects, task))
 
 
-def _head(subjects: dict[str, Any], task: Any) -> Iterator[str]:
+def _head(subjects: dict[str, Any], task: Any, floors: bool) -> Iterator[str]:
     """What was read, assumptions about it included, and what the columns mean."""
     for subject in subjects.values():
         yield f"{subject.weights.origin}; images of {subject.image_size} px"
     if task is not None:
         train, test = len(task.train.ids), len(task.test.ids)
         yield f"{train:,} training and {test:,} test images, {len(task.names)} classes"
-    yield "top-1 in % [95 % interval], then its floors"
+    yield "top-1 in % [95 % interval]" + (", then those of its floors" if floors else "")
 
 
 def _facts(args: argparse.Namespace, subjects: dict[str, Any], task: Any) -> dict[str, Any]:

@@ -180,6 +180,13 @@ def test_subjects_that_cannot_be_read(world, capsys):
     assert "has no complete checkpoint yet" in refusal(capsys, arguments(world, subject="missing"))
 
 
+def test_a_damaged_configuration(world, capsys):
+    """It says how the untrained network was drawn."""
+    (make_run(world / "no-yaml") / "config.yaml").write_text("model: [")
+    err = refusal(capsys, arguments(world, "--kind", "knn", subject="no-yaml"))
+    assert "no-yaml/config.yaml is not YAML" in err
+
+
 def test_a_damaged_image_is_named_and_counts_as_an_error(world, capsys, caplog):
     shutil.copytree(world / "test", world / "damaged", dirs_exist_ok=True)
     file = world / "damaged" / "class0" / "0000.jpg"
