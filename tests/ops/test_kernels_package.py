@@ -89,6 +89,8 @@ def test_available_impls_gives_yes_or_a_reason() -> None:
         "jepa_loss",
         "vicreg",
         "ema_update_",
+        "add_layer_norm",
+        "bias_gelu",
     ]
     for op, impls in table.items():
         assert set(impls) == {"reference", "triton", "native"}

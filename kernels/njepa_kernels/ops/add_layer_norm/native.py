@@ -19,9 +19,7 @@ def forward(
     out = torch.empty_like(x, dtype=out_dtype)
     total = x.new_empty(0) if residual is None else torch.empty_like(residual)
     stats = x.new_empty(2, x.shape[0], dtype=torch.float32)
-    ops().add_layer_norm_forward(
-        x, residual, weight.float(), bias.float(), eps, out, total, stats
-    )
+    ops().add_layer_norm_forward(x, residual, weight.float(), bias.float(), eps, out, total, stats)
     return out, total, stats
 
 

@@ -34,7 +34,5 @@ def add_layer_norm_reference(
         dtype = compute_dtype(x, residual)
         total = (x.to(dtype) + residual.to(dtype)).to(residual.dtype)
     dtype = compute_dtype(total, weight, bias)
-    out = F.layer_norm(
-        total.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps
-    )
+    out = F.layer_norm(total.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps)
     return AddLayerNorm(out.to(x.dtype if out_dtype is None else out_dtype), total)

@@ -95,11 +95,11 @@ def bias_gelu(
         [..., D] in the type of ``x``; u and everything behind it is fp32 (fp64 if an input is), and
         rounded once. The fused ones compute Phi within 2e-7, from one exponential; for "tanh" too.
 
-    Gradients of x and of bias. The backward computes u and Phi(u) again from x, which is all that is
-    kept beside the bias, and sums the bias's gradient in the same pass: over blocks of rows, then
-    over the blocks, in a fixed order and without atomics. Deterministic; no host sync. Inputs are
-    taken contiguous (others are copied), autocast is ignored. No fp64 and no second derivative in
-    the fused implementations.
+    Gradients of x and of bias. The backward computes u and Phi(u) again from x, which is all that
+    is kept beside the bias, and sums the bias's gradient in the same pass: over blocks of rows,
+    then over the blocks, in a fixed order and without atomics. Deterministic; no host sync. Inputs
+    are taken contiguous (others are copied), autocast is ignored. No fp64 and no second derivative
+    in the fused implementations.
 
     A product can add the bias for free, so the forward moves what GELU alone would; it is the
     backward that saves a pass, the one over the gradient that sums it. Transformer Engine and

@@ -73,7 +73,7 @@ def _bias_gelu_bwd_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program takes ``rows_each`` rows, a multiple of ROWS, and leaves the sums of its columns."""
+    """A program takes ``rows_each`` rows, a multiple of ROWS, and leaves their column sums."""
     first = tl.program_id(0) * rows_each
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     bias = tl.load(bias_ptr + col, mask=col < D, other=0.0).to(tl.float32)
