@@ -41,9 +41,12 @@ def test_values_against_loops(impl: Any) -> None:
 
 
 @each_kind
-@each_impl
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "reference"])
 def test_all_of_the_line_in_value_and_slope(impl: Any, kind: Any) -> None:
-    """Against fp64, from where one side is zero to where the other is the identity."""
+    """Against fp64, from where one side is zero to where the other is the identity.
+
+    The reference is torch's, whose slope for tanh is off by 1e-6.
+    """
     x = torch.linspace(-20, 20, 16_001).view(1, -1)
     bias = torch.zeros(x.shape[1])
     got, exact = x.clone().requires_grad_(), x.double().requires_grad_()
