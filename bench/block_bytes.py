@@ -12,6 +12,7 @@ No time is measured.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from typing import Any
 
@@ -73,18 +74,30 @@ def count(tokens: int, width: int, fused: bool, compiled: bool) -> dict[str, flo
 
 def _compiled(block: nn.Module, x: Tensor) -> dict[str, int]:
     import torch._dynamo
-    from torch._inductor import config, metrics
+    from torch._functorch import config as functorch_config
+    from torch._inductor import compile_fx, config, metrics
 
     torch._dynamo.reset()
     metrics.reset()
     moved = {"products": 0, "rest": 0}
-    with config.patch(force_disable_caches=True):
-        block.compile(fullgraph=True)
-        _step(block, x)
+    log = compile_fx.inductor_metrics_log
+    level = log.level
+    log.setLevel(logging.INFO)  # it counts for its log only, and a graph out of a cache not at all
+    log.disabled, log.propagate = False, False
+    try:
+        with (
+            config.patch(fx_graph_cache=False),
+            functorch_config.patch(enable_autograd_cache=False),
+        ):
+            block.compile(fullgraph=True)
+            _step(block, x)
+    finally:
+        log.setLevel(level)
     for node, elements in metrics.nodes_num_elem:  # in units of four bytes
         kernel = getattr(node, "node", None)
-        name = str(getattr(kernel, "python_kernel_name", "") or getattr(kernel, "op_overload", ""))
+        name = str(getattr(kernel, "op_overload", "") or getattr(kernel, "python_kernel_name", ""))
         moved[_kind(name)] += 4 * elements
+    assert sum(moved.values()), "torch._inductor counted nothing"
     return moved
 
 

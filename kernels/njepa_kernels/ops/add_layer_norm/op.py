@@ -187,7 +187,7 @@ def add_layer_norm(
     of its input, and residual + RMSNorm; FLA (after flash-attention and mamba) the same formula as
     here, its tiles found by timing and as many partial sums as the GPU has multiprocessors; QuACK
     RMSNorm with residual, and LayerNorm forward only, in CuTe DSL for H100 and B200; Transformer
-    Engine LayerNorm with the following product, as modules on its CUDA library. None runs on a
+    Engine LayerNorm with the following product, as modules on its CUDA library. None is made for a
     CPU, and each brings dependencies; this package stays on torch, and on triton where it is.
 
     Raises:

@@ -103,9 +103,9 @@ def bias_gelu(
 
     A product can add the bias for free, so the forward moves what GELU alone would; it is the
     backward that saves a pass, the one over the gradient that sums it. Transformer Engine and
-    flash-attention fuse bias and GELU into the products themselves, with CUDA libraries of their
-    own; Liger-Kernel and FLA have the gated forms only. This package needs torch, and triton where
-    it is.
+    flash-attention put bias and GELU into the products themselves, with CUDA libraries of their
+    own; FLA has the tanh form, left to ``torch.compile``; Liger-Kernel the gated one. This package
+    needs torch, and triton where it is.
 
     Raises:
         TypeError, ValueError: wrong type, shape, device or ``approximate``.
