@@ -238,7 +238,7 @@ def choose_impls(config: Config, device: torch.device) -> dict[str, Choice]:
     wanted = config.impl.default
     reason = "the first that runs here" if wanted == "auto" else "as configured"
     try:
-        ops = (*OPS, "vicreg") if config.vicreg.weight > 0 else OPS
+        ops = [*OPS, *(("vicreg",) if config.vicreg.weight > 0 else ())]
         ops += BLOCK_OPS if config.model.fused_block else ()
         return {op: Choice(choose(op, wanted, device), reason) for op in ops}
     except RuntimeError as error:
