@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from njepa_kernels import choose
@@ -35,6 +35,13 @@ from njepa.runs.summary import device_name
 from njepa.training.compiling import GraphedForward, choose_compilation, compile_blocks
 from njepa.training.ema import make_target
 from njepa.training.module import TrainModule
+from njepa.training.precision import (
+    as_precision,
+    block_trial,
+    choose_precision,
+    matrix_units,
+    recorded_precision,
+)
 from njepa.training.schedules import Schedules
 from njepa.training.scoring import Scoring
 from njepa.training.step import TrainState
@@ -54,9 +61,11 @@ class Plan:
 
     config: Config
     ds: DeepSpeedFile
+    """With the precision that was chosen."""
     ranks: Ranks
     sizes: BatchSizes
     parts: Architecture
+    precision: Choice
     impl: dict[str, Choice]
     """By op."""
     attention: Attention
@@ -155,6 +164,8 @@ def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
     check_vicreg_batch(config, sizes)
     parts = architecture(config)
     choose_backend(config.data.backend, device)
+    precision = ranks.on_main(lambda: _precision(config, ds, device, parts, sizes.micro))
+    ds = replace(ds, precision=as_precision(precision))
     # Kc is the minimum over all ranks, or, as published, over each on its own.
     together = ranks.world if config.mask.compat == "fixed" else 1
     return Plan(
@@ -163,6 +174,7 @@ def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
         ranks=ranks,
         sizes=sizes,
         parts=parts,
+        precision=precision,
         impl=choose_impls(config, device),
         attention=choose_attention(
             config.model,
@@ -173,6 +185,17 @@ def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
         ),
         compilation=choose_compilation(config, ds.stage, device),
         masks=MaskSampler(config.mask, config.grid, config.run.seed, sizes.micro * together),
+    )
+
+
+def _precision(
+    config: Config, ds: DeepSpeedFile, device: torch.device, parts: Architecture, micro: int
+) -> Choice:
+    """That of the run in the folder, or of a new one; rank 0 decides for all."""
+    saved = latest_checkpoint(run_dir(config)) if config.run.resume else None
+    recorded = None if saved is None else recorded_precision(saved, device.type)
+    return choose_precision(
+        ds, device.type, lambda: block_trial(parts, micro), recorded, matrix_units()
     )
 
 
@@ -278,6 +301,8 @@ def start_table(run: Setup) -> str:
         "predictor": f"{parts.predictor.depth} blocks of width {parts.predictor.width}, "
         f"context {config.model.predictor.context}",
         "device": device_name(plan.ranks.device),
+        "threads": str(plan.ranks.threads),
+        "precision": str(plan.precision),
         "ops": "; ".join(f"{choice}: {', '.join(ops)}" for choice, ops in by_choice.items()),
         "attention": str(plan.attention),
         "compile": str(plan.compilation),
