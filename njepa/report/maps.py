@@ -45,7 +45,7 @@ def pca_colours(tokens: Tensor) -> Colours:
 
 
 class Packed(NamedTuple):
-    """Unit tokens for the page: int8 [n, N, k] in base64, and how well they stand for all of them."""
+    """Unit tokens for the page: int8 [n, N, k] in base64, and how well they stand for all."""
 
     data: str
     dimensions: int
