@@ -23,6 +23,8 @@ class Chart:
     scale: float = 1.0
     sparse: bool = False
     """Few points: dots are drawn."""
+    span: float = 0.0
+    """What the axis covers at least: no mountains of noise."""
 
 
 CHARTS = (
@@ -39,18 +41,18 @@ CHARTS = (
     Chart("Feature std", "over images", {"feature_std": "target encoder"}),
     Chart(
         "kNN while training", "top-1, %",
-        {"knn_top1": "kNN", "knn_top1_context": "kNN, context encoder"}, sparse=True,
+        {"knn_top1": "kNN", "knn_top1_context": "kNN, context encoder"}, sparse=True, span=10,
     ),
     Chart(
         "Online probes", "top-1, %",
-        {"online_linear_top1": "linear", "online_knn_top1": "kNN"},
+        {"online_linear_top1": "linear", "online_knn_top1": "kNN"}, span=10,
     ),
     Chart("Gradient norm", "before clipping", {"grad_norm": "last step"}, log=True),
     Chart("Learning rate", "AdamW", {"lr": "learning rate"}),
     Chart("Weight decay", "AdamW", {"wd": "weight decay"}),
     Chart("EMA momentum", "target encoder", {"ema": "momentum"}),
     Chart("Speed", "images/s, all ranks", {"images_per_s": "images/s"}),
-    Chart("Waiting for images", "% of the time", {"data_wait_frac": "wait"}, scale=100),
+    Chart("Waiting for images", "% of the time", {"data_wait_frac": "wait"}, scale=100, span=1),
     Chart("Model FLOPs utilisation", "%", {"mfu": "MFU"}, scale=100),
     Chart("Tokens", "a block or image", {"k_context": "context", "k_target": "target block"}),
     Chart(
@@ -103,6 +105,7 @@ def _chart(
         # A logarithm only where it is needed and there is one.
         "log": chart.log and least > 0 and most > 20 * least,
         "dots": chart.sparse or len(x) < 12,
+        "span": chart.span,
         "x": x,
         "series": [
             what | {"y": [_rounded(points.get(step)) for step in x]} for what, points in series

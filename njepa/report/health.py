@@ -11,7 +11,7 @@ Mood = Literal["good", "watch", "bad", "unknown"]
 
 #: ``feature_std`` as a share of its largest value in the run, and ``rankme``: below one of them
 #: the run is collapsed, or is close to it.
-COLLAPSED_STD, COLLAPSED_RANK = 0.05, 2.0
+COLLAPSED_STD, COLLAPSED_RANK = 0.1, 3.0
 LOW_STD, LOW_RANK = 0.2, 5.0
 #: Below this share of their largest value, and not growing, they are worth watching.
 SHRUNK = 0.5

@@ -83,7 +83,7 @@ def step_views(run: RunRecord, config: Config, index: ImageIndex, count: int) ->
         sample_ids = torch.from_numpy(plan.ids.copy())
         shared = config.noise.draw == "shared"
         key = NoiseKey(stream_seed(seed, "noise"), micro_step, sample_ids, shared)
-        noise = Noise(torch.from_numpy(sigma), key)
+        noise = Noise(torch.from_numpy(sigma.copy()), key)
     names = [index.name(int(i)) for i in plan.ids]
     unreadable = [f"{index.name(sample)} ({reason})" for sample, reason in pixels.unreadable]
     return StepViews(pixels.images, masks, noise, step, names, config.grid[1], unreadable)

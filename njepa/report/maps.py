@@ -51,6 +51,8 @@ class Packed(NamedTuple):
     dimensions: int
     energy: float
     """Mean squared length of what is kept of a unit token."""
+    likeness: float
+    """Mean cosine of two tokens."""
 
 
 def packed_tokens(tokens: Tensor) -> Packed:
@@ -60,13 +62,14 @@ def packed_tokens(tokens: Tensor) -> Packed:
     """
     unit = F.normalize(tokens.float(), dim=-1)
     rows = unit.flatten(0, 1)
+    likeness = float(rows.mean(0).square().sum())
     if rows.shape[1] > KEPT:
         _, _, directions = torch.linalg.svd(rows, full_matrices=False)
         rows = rows @ directions[:KEPT].T
     energy = float(rows.square().sum(1).mean())
     whole = (127 * rows / rows.abs().amax(1, keepdim=True).clamp_min(1e-12)).round().char()
     data = base64.b64encode(whole.contiguous().numpy().tobytes()).decode()
-    return Packed(data, rows.shape[1], energy)
+    return Packed(data, rows.shape[1], energy, likeness)
 
 
 def nearest(queries: Tensor, bank: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -47,16 +47,28 @@
       dash: dashes[((several ? series.part : 0) + turn) % dashes.length] || undefined,
       spanGaps: true,
       points: { show: dots, size: 5, fill: () => colour(`--c${number}`) },
-      value: (_, value) => (value == null ? "–" : digits(value, 4)),
+      // Without a cursor: the last one.
+      value: (_, value, __, at) => {
+        const known = at == null ? series.y.findLast((one) => one != null) : value;
+        return known == null ? "–" : digits(known, 4);
+      },
     };
   }
+
+  const atLeast = (span) => (_, low, high) => {
+    const extra = Math.max(0, span - (high - low)) / 2;
+    return uPlot.rangeNum(low - extra, high + extra, 0.1, true);
+  };
 
   function draw(place, chart) {
     const shades = chart.series.map(shade);
     const options = {
       width: place.clientWidth,
       height: HEIGHT,
-      scales: { x: { time: false }, y: { distr: chart.log ? 3 : 1 } },
+      scales: {
+        x: { time: false },
+        y: chart.span ? { range: atLeast(chart.span) } : { distr: chart.log ? 3 : 1 },
+      },
       axes: [
         axis({
           values: (_, ticks) => ticks.map(steps), space: 56, size: 26,
@@ -69,15 +81,15 @@
         }),
       ],
       series: [
-        { label: "step", value: (_, value) => (value == null ? "–" : value.toLocaleString("en")) },
+        { label: "step", value: (_, value) => (value == null ? "last" : value.toLocaleString("en")) },
         ...chart.series.map((series) => line(series, chart.dots)),
       ],
+      hooks: { ready: [(u) => u.setLegend({ idx: null })] },
       cursor: { sync: { key: "steps" }, points: { size: 6 } },
       legend: { markers: { width: 0, fill: (_, i) => `var(--c${shades[i - 1] ?? 0})` } },
     };
     const points = [chart.x, ...chart.series.map((series) => series.y)];
     const plot = new uPlot(options, points, place);
-    plot.setLegend({ idx: chart.x.length - 1 });
     drawn.push(plot);
     new ResizeObserver(() => {
       if (place.clientWidth && place.clientWidth !== plot.width) {

@@ -104,14 +104,15 @@ def test_equal_features_are_grey():
 @pytest.mark.parametrize("width", [5, KEPT + 40])
 def test_packed_features_keep_cosines(width):
     torch.manual_seed(0)
-    low = torch.randn(2, 9, 4) @ torch.randn(4, width) + 0.02 * torch.randn(2, 9, width)
+    low = torch.randn(4, 36, 4) @ torch.randn(4, width) + 0.02 * torch.randn(4, 36, width)
     packed = packed_tokens(low)
     assert packed.dimensions == min(width, KEPT)
     assert packed.energy > 0.999
-    rows = np.frombuffer(base64.b64decode(packed.data), np.int8).reshape(18, packed.dimensions)
+    unit = F.normalize(low.flatten(0, 1), dim=1)
+    assert packed.likeness == pytest.approx(float((unit @ unit.T).mean()), abs=1e-5)
+    rows = np.frombuffer(base64.b64decode(packed.data), np.int8).reshape(144, packed.dimensions)
     got = F.normalize(torch.tensor(rows).float(), dim=1)
-    wanted = F.normalize(low.flatten(0, 1), dim=1)
-    assert (got @ got.T - wanted @ wanted.T).abs().max() < 0.02
+    assert (got @ got.T - unit @ unit.T).abs().max() < 0.02
 
 
 def test_nearest():
