@@ -39,8 +39,8 @@ def verdict(run: RunRecord) -> Verdict:
     ended = _end(run)
     if ended is not None:
         found.remarks.insert(0, ended)
-        if found.mood in ("good", "unknown"):
-            found.title = f"Cut short, {found.title[0].lower()}{found.title[1:]}"
+        if found.mood != "bad":
+            found.title = f"Unfinished, {found.title[0].lower()}{found.title[1:]}"
             found.mood = "watch"
     broken = _not_finite(run)
     if broken is not None:

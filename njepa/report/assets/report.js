@@ -56,8 +56,9 @@
   }
 
   const atLeast = (span) => (_, low, high) => {
-    const extra = Math.max(0, span - (high - low)) / 2;
-    return uPlot.rangeNum(low - extra, high + extra, 0.1, true);
+    const extra = Math.max(0, span - (high - low));
+    const bottom = low < 0 ? low - extra / 2 : Math.max(0, low - extra / 2);
+    return uPlot.rangeNum(bottom, Math.max(high, bottom + span), 0.1, true);
   };
 
   function draw(place, chart) {

@@ -52,9 +52,9 @@ def test_too_early():
     assert judged(content, {"steps": 40}).title == "Too early to tell"
 
 
-def test_cut_short():
+def test_unfinished():
     found = judged(lines(n=10), {}, [NO_SUMMARY])
-    assert (found.title, found.mood) == ("Cut short, healthy", "watch")
+    assert (found.title, found.mood) == ("Unfinished, healthy", "watch")
     assert "step 180 of 580" in found.remarks[0]
     found = judged(lines(n=10, std=0.01), {}, [NO_SUMMARY])
     assert (found.title, found.mood) == ("Collapsed", "bad")
@@ -101,6 +101,7 @@ def test_on_measured_runs():
     Curves and scores of ``python -m bench.evidence``; the untrained network has 29 to 37 %.
     """
     titles: dict[str, list[float]] = {}
+    halves: dict[str, set[str]] = {}
     for file in sorted((ROOT / "bench" / "results" / "evidence").glob("*.json")):
         found = json.loads(file.read_text())
         curve = found.get("curve") or {}
@@ -109,9 +110,12 @@ def test_on_measured_runs():
                 dict(zip(curve, row, strict=True)) for row in zip(*curve.values(), strict=True)
             ]
             title = judged(content).title
+            halves.setdefault(title, set()).add(judged(content[: len(content) // 2]).title)
             titles.setdefault(title, []).append(found["scores"]["knn_top1"])
     assert sum(map(len, titles.values())) > 60
     assert len(titles["Collapsing"]) >= 5
     assert max(titles["Collapsing"]) < 31
     assert min(titles["Healthy"]) > 37
     assert set(titles) <= {"Healthy", "Recovering", "Collapsing"}
+    assert halves["Collapsing"] == {"Collapsing"}  # and nobody else, at half of the length
+    assert "Collapsing" not in halves["Healthy"] | halves["Recovering"]
