@@ -18,8 +18,8 @@ from njepa.report.images import StepViews
 from njepa.report.record import RunRecord
 
 #: Multiply-adds, roughly, that a page may spend on the neighbours' features.
-_EFFORT = {"cpu": 1e12, "cuda": 2e14}
-_BANK = (48, 1000)
+_EFFORT = {"cpu": 4e11, "cuda": 2e14}
+_BANK = (32, 1000)
 _BATCH = 32
 
 

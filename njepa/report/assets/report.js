@@ -61,6 +61,11 @@
     return uPlot.rangeNum(bottom, Math.max(high, bottom + span), 0.1, true);
   };
 
+  // In the legend, by style sheets' own colours: they follow the theme.
+  const sample = (number, dash) => (dash
+    ? `repeating-linear-gradient(90deg, var(--c${number}) 0 4px, transparent 4px 7px)`
+    : `var(--c${number})`);
+
   function draw(place, chart) {
     const shades = chart.series.map(shade);
     const options = {
@@ -87,7 +92,7 @@
       ],
       hooks: { ready: [(u) => u.setLegend({ idx: null })] },
       cursor: { sync: { key: "steps" }, points: { size: 6 } },
-      legend: { markers: { width: 0, fill: (_, i) => `var(--c${shades[i - 1] ?? 0})` } },
+      legend: { markers: { width: 0, fill: (u, i) => sample(shades[i - 1] ?? 0, u.series[i].dash) } },
     };
     const points = [chart.x, ...chart.series.map((series) => series.y)];
     const plot = new uPlot(options, points, place);

@@ -175,6 +175,15 @@ def refused(capsys, *arguments):
     return err
 
 
+def test_a_full_disk(whole, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(write, "write_atomically", full)
+    told = refused(capsys, whole[0], "--out", tmp_path / "a.html")
+    assert "a.html cannot be written: [Errno 28] No space left on device" in told
+
+
 def test_what_cannot_be(whole, tmp_path, capsys):
     run, _ = whole
     assert "holds no run" in refused(capsys, tmp_path, "--out", tmp_path / "a.html")
