@@ -19,6 +19,8 @@ SHRUNK = 0.5
 GROWTH = 1.1
 #: Share of the time spent waiting for images that is worth a word.
 WAIT = 0.05
+#: ``run.max_bad_steps`` where the settings do not tell it.
+_BAD_STEPS = 10
 #: Steps in which nothing need have happened yet.
 EARLY = 100
 
@@ -103,11 +105,14 @@ def _not_finite(run: RunRecord) -> str | None:
     if run.summary or not training:
         return None
     last = training[-1]
-    if "loss" in last and number(last["loss"]) is not None:
+    bad, limit = number(last.get("bad_steps")) or 0, number(run.settings.get("run.max_bad_steps"))
+    if bad < (limit or _BAD_STEPS) and "loss" in last and number(last["loss"]) is not None:
         return None
     return (
-        f"No loss was finite in the last line, step {last['step']:,}"
-        f" ({int(number(last.get('bad_steps')) or 0)} skipped steps)."
+        f"{bad:.0f} steps before the last line, of step {last['step']:,}, had no finite loss or "
+        f"gradient and were skipped; that many may have ended the run."
+        if bad
+        else f"The loss of the last line, of step {last['step']:,}, is not finite."
     )
 
 

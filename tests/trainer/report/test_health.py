@@ -61,15 +61,20 @@ def test_unfinished():
 
 
 def test_not_finite():
-    """A run that ended because of it has a last line without a loss, or with NaN."""
+    """A last line without a loss, with NaN, or with as many bad steps as end a run."""
     content = lines(n=10)
+    content[-1]["bad_steps"] = 9
+    assert judged(content, {}, [NO_SUMMARY]).title == "Unfinished, healthy"
+    content[-1]["bad_steps"] = 10
+    assert judged(content, {}, [NO_SUMMARY]).title == "Not finite"
     del content[-1]["loss"]
     content[-1]["bad_steps"] = 20
     found = judged(content, {}, [NO_SUMMARY])
     assert (found.title, found.mood) == ("Not finite", "bad")
-    assert "step 180 (20 skipped steps)" in found.because[0]
-    content[-1] |= {"loss": float("nan")}
-    assert judged(content, {}, [NO_SUMMARY]).title == "Not finite"
+    assert "20 steps before the last line, of step 180, had no finite" in found.because[0]
+    content[-1] |= {"loss": float("nan"), "bad_steps": 0}
+    found = judged(content, {}, [NO_SUMMARY])
+    assert "The loss of the last line, of step 180, is not finite." in found.because[0]
     assert judged(content).title != "Not finite"  # complete after all
 
 
