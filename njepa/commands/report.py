@@ -53,6 +53,6 @@ def main(argv: list[str], prog: str) -> int:
     shown = write_report(records, out, device, pictures=not args.no_pictures)
     print(f"{out}: {out.stat().st_size / 1000:.0f} kB")
     for run in shown:
-        missing = f"; {len(run.missing)} things are missing" if run.missing else ""
+        missing = f"; missing, as the page says: {len(run.missing)}" if run.missing else ""
         print(f"{run.record.name}: {run.verdict.title}{missing}")
     return 0

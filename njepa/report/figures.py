@@ -71,8 +71,8 @@ class ErrorFigure:
 @dataclass(frozen=True)
 class ErrorPanel:
     figures: list[ErrorFigure]
-    low: float
     high: float
+    """End of the scale, which begins at 0."""
     means: dict[str, float]
     """Of each branch, over all target patches shown."""
     constant: float
@@ -81,21 +81,21 @@ class ErrorPanel:
 def error_panel(views: StepViews, errors: Errors) -> ErrorPanel:
     """The errors of both branches on one scale, which ends at the 99th percentile."""
     values = np.concatenate([one.numpy().ravel() for one in errors.maps.values()])
-    low, high = 0.0, float(np.nanquantile(values, 0.99))
+    high = float(np.nanquantile(values, 0.99))
     side, pictures = views.grid_side, views.images.numpy()
     figures = [
         ErrorFigure(
             name,
             data_uri(pictures[i]),
             {
-                branch: data_uri(coloured(one[i].numpy().reshape(side, side), low, high))
+                branch: data_uri(coloured(one[i].numpy().reshape(side, side), 0.0, high))
                 for branch, one in errors.maps.items()
             },
         )
         for i, name in enumerate(views.names)
     ]
     means = {branch: errors.mean(branch) for branch in errors.maps}
-    return ErrorPanel(figures, low, high, means, errors.constant)
+    return ErrorPanel(figures, high, means, errors.constant)
 
 
 @dataclass(frozen=True)

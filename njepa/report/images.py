@@ -12,7 +12,7 @@ from torch import Tensor
 from njepa.config import Config
 from njepa.config.deepspeed_file import parse_deepspeed
 from njepa.data.batch import Lengths, Masks, Noise
-from njepa.data.eval_views import eval_images
+from njepa.data.eval_views import GREY, eval_images
 from njepa.data.index import ImageIndex
 from njepa.data.torch_loader import PlannedImages
 from njepa.draws.masks import MaskSampler
@@ -101,7 +101,7 @@ class Gallery:
     @property
     def grey(self) -> list[str]:
         """Those that could not be read (``eval_images``)."""
-        same = (self.images == self.images[:, :1, :1, :1]).flatten(1).all(1)
+        same = (self.images == GREY).flatten(1).all(1)
         return [name for name, one in zip(self.names, same.tolist(), strict=True) if one]
 
 

@@ -1,7 +1,7 @@
 """The folder of a run: claimed by one run at a time, never overwritten by another.
 
-Holds ``config.yaml``, ``ds.json``, ``metrics.jsonl``, ``summary.json``, ``checkpoints/`` and
-``tensorboard/``.
+Holds ``config.yaml``, ``ds.json``, ``metrics.jsonl``, ``summary.json``, ``report.html``,
+``checkpoints/`` and ``tensorboard/``.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from njepa.draws.masks import MaskSampler
 from njepa.draws.order import SampleOrder
 from njepa.objectives import prediction_loss
 from njepa.report.drawing import VIRIDIS, coloured
+from njepa.report.figures import mask_figures
 from njepa.report.images import some_ids, step_views
 from njepa.report.maps import KEPT, nearest, packed_tokens, pca_colours
 from njepa.report.network import open_network, prediction_errors
@@ -78,6 +79,19 @@ def test_errors_are_the_loss_by_patch(tmp_path, method):
         mean = (one.nan_to_num() * times).sum() / times.sum()
         torch.testing.assert_close(mean, terms[names[branch]], rtol=1e-4, atol=1e-6)
     assert 0 < errors.constant < 1
+
+
+def test_masks_are_drawn_where_they_are(tmp_path):
+    views = step_views(*opened(tmp_path, mask={"ragged": True, "min_keep": 2}), 6)
+    for i, figure in enumerate(mask_figures(views)):
+        count = views.masks.context_lengths.counts[i]
+        context = set(views.masks.context_idx[i, :count].tolist())
+        assert {6 * y + x for x, y in figure.hidden} == set(range(36)) - context
+        assert figure.context == count
+        for block, patches in zip(figure.blocks, views.masks.target_idx[i].tolist(), strict=True):
+            rows, columns = range(block.y, block.y + block.height), range(block.width)
+            assert [6 * y + block.x + x for y in rows for x in columns] == patches
+            assert block.sigma == "0.5"
 
 
 def test_a_sharded_checkpoint_has_no_predictors(tmp_path):
