@@ -383,6 +383,8 @@ class EvalConfig(Section):
     online: bool = False
     """Follow the training with a linear head and kNN on the target features of its steps
     (docs/evaluation.md); ``data.path`` then needs labels. Changes nothing of the run."""
+    report: bool = True
+    """Draw ``report.html`` into the run folder at the end (docs/report.md); takes seconds."""
 
 
 class ImplConfig(Section):
