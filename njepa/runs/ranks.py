@@ -52,6 +52,14 @@ class Ranks:
         dist.all_reduce(total, group=self.control)
         return int(total)
 
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, on all ranks."""
+        if self.control is None:
+            return [value]
+        values: list[T] = [value] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def on_main(self, action: Callable[[], T]) -> T:
         """Run ``action`` on rank 0 and give its result to all; its error is raised on all."""
         if self.control is None:

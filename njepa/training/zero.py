@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from njepa.training.engine import Update, gradient_norm
 from njepa.training.health import gate, skip_where
 from njepa.training.module import TrainModule, adamw
 from njepa.training.schedules import Rates
+from njepa.training.sharding import Sharding
 
 
 class ZeroEngine:
@@ -111,13 +111,9 @@ class ZeroEngine:
         else:
             yield list(parameters)
 
-    def save(self, folder: Path) -> None:
-        """Write weights and moments into ``folder``. Collective."""
-        self.inner.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-
-    def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote under the same stage. Collective."""
-        self.inner.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=True)
+    def sharding(self) -> Sharding:
+        """What of the weights and moments lies on this rank: for checkpoints."""
+        return Sharding(self.inner, self.module, self.stage)
 
     def close(self) -> None:
         """Remove DeepSpeed's hooks: what a process needs that trains again."""

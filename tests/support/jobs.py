@@ -2,9 +2,9 @@
 
     python -m tests.support.jobs JOBS.json OUT.pt     with RANK, WORLD_SIZE, ... in the environment
 
-Every job is {name, overrides, ds, grads, watch, features, moved, reduce, broken}; all jobs of a
-call share the processes, because starting them costs more than training does. OUT.pt (rank 0) maps
-the name to what was recorded.
+Every job is {name, overrides, ds, grads, watch, features, moved, reduce, broken, save}; all jobs
+of a call share the processes, because starting them costs more than training does. OUT.pt (rank 0)
+maps the name to what was recorded.
 """
 
 from __future__ import annotations
@@ -87,6 +87,9 @@ def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
     config = load_config("shapes-tiny", TINY + job["overrides"])
     setup = set_up(config, parse_deepspeed(job["ds"]), ranks)
     loop = Loop(setup)
+    if job.get("save"):  # what was loaded, before anything is trained
+        loop._save()
+        setup.writer.finish()
     if job.get("watch"):  # instead of a whole run
         watched = watch(loop, steps=2)
         setup.engine.close()
