@@ -10,13 +10,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from njepa.runs.checkpoint_files import TARGET, CheckpointFiles
+from njepa.runs.checkpoint_files import TARGET as TARGET_FILE
+from njepa.runs.checkpoint_files import CheckpointFiles
 from njepa.runs.checkpoints import latest_checkpoint
 from njepa.runs.ranks import Ranks
 from njepa.runs.saving import CheckpointWriter
 from njepa.runs.snapshot import Piece
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"), None)
+#: Of the checkpoints of ``save``.
+TARGET = {"w": torch.arange(6.0).reshape(2, 3)}
 STATE = {"data_digest": "d" * 64, "global_batch": 8, "micro": 8, "accumulation": 1, "shared": {}}
 
 
@@ -45,6 +48,23 @@ def write_checkpoint(
     return path
 
 
+def save(run: Path, step: int, writer: CheckpointWriter | None = None, **state: Any) -> Path:
+    """A small checkpoint whose values tell its step."""
+    tensors = {"weight/a": torch.full((300,), float(step)), "step/a": torch.tensor(float(step))}
+    return write_checkpoint(run, step, tensors, TARGET, writer, **state)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(p.name for p in (run / "checkpoints").iterdir())
+
+
+def flip(path: Path, at: int = -3) -> None:
+    """Change a bit."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
 def differences(a: Path, b: Path) -> list[str]:
     """Tensors of two checkpoints that are not the same bit for bit, whoever wrote which range."""
     first, second = CheckpointFiles(a), CheckpointFiles(b)
@@ -53,7 +73,7 @@ def differences(a: Path, b: Path) -> list[str]:
         key for key in sorted(keys)
         if key not in first or key not in second or not _same(first.whole(key), second.whole(key))
     ]  # fmt: skip
-    targets = [load_file(path / TARGET) for path in (a, b)]
+    targets = [load_file(path / TARGET_FILE) for path in (a, b)]
     names = targets[0].keys() | targets[1].keys()
     found += [
         f"target {name}" for name in sorted(names)

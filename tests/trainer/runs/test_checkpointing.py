@@ -1,13 +1,11 @@
-"""Checkpoints are whole or not there, survive a bad disk, and damage is found and named."""
+"""Checkpoints are whole or not there; damage is found and named; what comes back is what went."""
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
 import re
-import resource
 import threading
 import time
 
@@ -18,25 +16,8 @@ from njepa.config import ConfigError
 from njepa.config.deepspeed_file import BatchSizes
 from njepa.runs import checkpoints, saving, snapshot
 from njepa.runs.checkpoint_files import CheckpointFiles, DamagedCheckpoint
-from njepa.runs.saving import CheckpointFailed, CheckpointWriter
-from tests.support.written import ALONE, write_checkpoint
-
-TARGET = {"w": torch.arange(6.0).reshape(2, 3)}
-
-
-def save(run, step, writer=None, **state):
-    tensors = {"weight/a": torch.full((300,), float(step)), "step/a": torch.tensor(float(step))}
-    return write_checkpoint(run, step, tensors, TARGET, writer, **state)
-
-
-def names(run):
-    return sorted(p.name for p in (run / "checkpoints").iterdir())
-
-
-def flip(path, at=-3):
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(content)
+from njepa.runs.saving import CheckpointWriter
+from tests.support.written import ALONE, TARGET, flip, names, save, write_checkpoint
 
 
 def test_old_checkpoints_go_when_newer_ones_are_complete(tmp_path):
@@ -145,93 +126,6 @@ def test_pickles_of_an_older_version_are_refused(tmp_path):
     (old / "mp_rank_00_model_states.pt").write_bytes(b"PK")
     with pytest.raises(ConfigError, match=r"older njepa \(version 0.0.9\), as DeepSpeed's pickles"):
         checkpoints.find_checkpoint(tmp_path, ALONE)
-
-
-def fails(tmp_path, writer, step, told, caplog):
-    """A save that cannot work: a warning, one message at the end, the last good one as it was."""
-    caplog.clear()
-    with caplog.at_level(logging.WARNING), pytest.raises(CheckpointFailed, match=told) as caught:
-        save(tmp_path, step, writer)
-    assert f"The last good one is {tmp_path}/checkpoints/step-00000001" in str(caught.value)
-    assert "Training goes on, and the next save tries again" in caplog.text
-    assert len(caplog.records) == 1
-    good = checkpoints.find_checkpoint(tmp_path, ALONE)
-    assert float(good.whole("step/a")) == 1
-
-
-def test_a_full_disk(tmp_path, caplog, monkeypatch):
-    """Full at every byte of the way, by a file whose write fails."""
-    writer = CheckpointWriter(tmp_path, ALONE, keep=1)
-    save(tmp_path, 1, writer)
-    write, left = snapshot._write, [0]
-
-    def full(file, parts):
-        if left[0] == 0:
-            raise OSError(errno.ENOSPC, "No space left on device", file.name)
-        left[0] -= 1
-        return write(file, parts)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(snapshot, "_write", full)
-        for files in range(5):  # shard, target, state, note, index
-            left[0] = files
-            fails(tmp_path, writer, 2, "No space left on device.*free space, or", caplog)
-            assert names(tmp_path) == ["step-00000001"]  # nothing is left that fills the disk
-        left[0] = 5
-    save(tmp_path, 2, writer)  # there is room again
-    assert names(tmp_path) == ["step-00000002"]
-
-
-def test_a_limit_on_the_size_of_files(tmp_path, caplog):
-    """A real error of the system, in the middle of a file."""
-    writer = CheckpointWriter(tmp_path, ALONE, keep=1)
-    save(tmp_path, 1, writer)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # Python ignores SIGXFSZ
-    try:
-        fails(tmp_path, writer, 2, r"File too large.*ulimit -f", caplog)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_lost_permission(tmp_path, caplog):
-    writer = CheckpointWriter(tmp_path, ALONE, keep=1)
-    save(tmp_path, 1, writer)
-    (tmp_path / "checkpoints").chmod(0o500)
-    try:
-        fails(tmp_path, writer, 2, "Permission denied.*give this user write permission", caplog)
-    finally:
-        (tmp_path / "checkpoints").chmod(0o700)
-
-
-@pytest.mark.parametrize(
-    ("number", "hint"),
-    [(errno.EROFS, "read-only"), (errno.EACCES, "write permission"), (errno.EDQUOT, "quota")],
-)
-def test_a_disk_that_refuses(tmp_path, caplog, monkeypatch, number, hint):
-    writer = CheckpointWriter(tmp_path, ALONE, keep=1)
-    save(tmp_path, 1, writer)
-
-    def refuse(*_args, **_kwargs):
-        raise OSError(number, os.strerror(number), "checkpoints")
-
-    monkeypatch.setattr(saving.Path, "mkdir", refuse)
-    fails(tmp_path, writer, 2, f"{os.strerror(number)}.*{hint}", caplog)
-
-
-def test_a_disk_that_does_not_hold_what_was_written(tmp_path, caplog, monkeypatch):
-    writer = CheckpointWriter(tmp_path, ALONE, keep=1)
-    save(tmp_path, 1, writer)
-    read_back = snapshot.read_back
-
-    def damaged(path):
-        flip(path)
-        return read_back(path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(snapshot, "read_back", damaged)
-        fails(tmp_path, writer, 2, "does not hold what was written to it", caplog)
 
 
 def test_the_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
