@@ -36,6 +36,10 @@ class Ranks:
         return self.rank == 0
 
     @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
     def group(self) -> dist.ProcessGroup | None:
         """Group of the tensors, None for a single process."""
         return dist.group.WORLD if self.world > 1 else None

@@ -1,9 +1,10 @@
 """Writes checkpoints beside the training: whole, on the disk, verified, or not at all.
 
-Each rank copies what it holds to CPU memory (``Snapshot``), which is all that a step waits for, and
-a thread writes it into ``.step-00001200.tmp``. The ranks' threads agree through files: each leaves
-a note of what it wrote, and that of rank 0 waits for all notes, writes the index, renames the
-folder and removes old ones. Collectives stay on the main thread.
+A thread of each rank copies what it holds to CPU memory (``Snapshot``), while the next step runs
+forward and backward, and writes it into ``.step-00001200.tmp``. Only the next update waits for the
+copy (``await_copy``). The threads agree through files: each leaves a note of what it wrote; that of
+rank 0 waits for all notes, writes the index, renames the folder and removes old ones. Collectives
+stay on the main thread.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from njepa.data.fork_guard import at_work
 from njepa.runs.checkpoint_files import STATE, TARGET, shard_name, write_index
 from njepa.runs.checkpoints import all_checkpoints, checkpoint_step, latest_checkpoint
 from njepa.runs.ranks import Ranks
@@ -31,6 +34,7 @@ from njepa.runs.snapshot import Piece, Snapshot, Written, sync_folder, write_fil
 log = logging.getLogger(__name__)
 
 _POLL = 0.05  # seconds between two looks for the notes of the other ranks
+_DIED = "its thread ended by an error"
 _PATIENCE = 60.0  # seconds for the other ranks, where the run ends by an error
 
 
@@ -45,13 +49,19 @@ class _Job:
     step: int
     folder: Path
     state: str
+    pieces: list[Piece]
+    target: list[Piece]
+    """Of rank 0."""
+    after: torch.cuda.Event | None
+    """The step before on the GPU."""
+    copied: threading.Event = field(default_factory=threading.Event)
     wrote: threading.Event = field(default_factory=threading.Event)
     """This rank has done its own part, or could not."""
     abandoned: threading.Event = field(default_factory=threading.Event)
     """Rank 0 waits for nobody any more."""
-    own: str | None = "its thread ended by an error"
+    own: str | None = _DIED
     """Why this rank's part was not written; None: it was."""
-    outcome: str | None = "its thread ended by an error"
+    outcome: str | None = _DIED
     """Rank 0: why there is no checkpoint; None: there is one."""
 
 
@@ -91,9 +101,10 @@ class CheckpointWriter:
         target: Mapping[str, Tensor],
         state: dict[str, Any],
     ) -> None:
-        """Copy the state after ``step`` steps and begin to write it. Collective.
+        """Begin to copy and write the state after ``step`` steps. Collective.
 
-        Waits for the checkpoint before, where that is still in work.
+        Waits for the checkpoint before, where that is still in work. The values may change after
+        ``await_copy``.
 
         Args:
             pieces: what this rank writes of weights and moments.
@@ -121,17 +132,24 @@ class CheckpointWriter:
         except OSError as error:
             self._failed = self._fail(step, str(error), error.errno)
             return
-        self._shard.take(pieces)
-        if self._ranks.main:
-            self._target.take(
-                Piece(name, tensor.reshape(-1), 0, tuple(tensor.shape))
-                for name, tensor in target.items()
-            )
-        self._job = _Job(step, folder, facts)
+        listed = [Piece(name, t.view(-1), 0, tuple(t.shape)) for name, t in target.items()]
+        self._job = _Job(
+            step,
+            folder,
+            facts,
+            list(pieces),
+            listed if self._ranks.main else [],
+            torch.cuda.current_stream().record_event() if self._ranks.on_gpu else None,
+        )
         self._thread = threading.Thread(
             target=self._work, args=(self._job,), name="njepa-checkpoint", daemon=True
         )
         self._thread.start()
+
+    def await_copy(self) -> None:
+        """Wait until the values of the checkpoint in work may change: before every update."""
+        if self._job is not None:
+            self._job.copied.wait()
 
     def finish(self) -> None:
         """Wait for the checkpoint in work. Collective.
@@ -169,6 +187,8 @@ class CheckpointWriter:
 
         def ended() -> str | None:
             thread.join()
+            if job.outcome == _DIED:
+                job.outcome = self._fail(job.step, _DIED, None)
             if job.outcome is not None and failed:  # what the thread could not know
                 return f"{job.outcome} ({failed[0]})"
             return job.outcome
@@ -178,6 +198,7 @@ class CheckpointWriter:
 
     def _work(self, job: _Job) -> None:
         try:
+            self._copy(job)
             self._write(job)
             job.own = None
             job.wrote.set()
@@ -193,7 +214,15 @@ class CheckpointWriter:
             else:
                 self._note_failure(job, str(error))
         finally:
+            job.copied.set()
             job.wrote.set()
+
+    def _copy(self, job: _Job) -> None:
+        with at_work():  # torch holds locks
+            self._shard.take(job.pieces, job.after)
+            self._target.take(job.target, job.after)
+        job.copied.set()
+        job.pieces, job.target = [], []
 
     def _write(self, job: _Job) -> None:
         """This rank's part, and a note of it."""

@@ -1,4 +1,4 @@
-"""What one rank saves, copied to CPU memory at once and written to a safetensors file later.
+"""What one rank saves, copied to CPU memory and written from there to a safetensors file.
 
 The format is written here (a length, a JSON header, the bytes) and read by the safetensors library:
 a thread beside the training has to write in chunks, between which processes can be forked, with a
@@ -70,28 +70,30 @@ class Snapshot:
         """Memory held."""
         return self._memory.numel()
 
-    def take(self, pieces: Iterable[Piece]) -> None:
-        """Copy the values; when this returns they may change."""
+    def take(self, pieces: Iterable[Piece], after: torch.cuda.Event | None = None) -> None:
+        """Copy the values; when this returns they may change.
+
+        Args:
+            after: what a GPU has to do before; the copy then runs beside what follows that.
+        """
         # Wide types first: then each tensor lies on a multiple of its own width.
         ordered = sorted(pieces, key=lambda piece: (-piece.values.element_size(), piece.key))
         size = sum(piece.values.nbytes for piece in ordered)
-        on_gpu = any(piece.values.is_cuda for piece in ordered)
         if size != self.nbytes:
             self._memory = torch.empty(0, dtype=torch.uint8)  # never both
-            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=after is not None)
         header, end = dict[str, object](), 0
+        places = list[Tensor]()
         for piece in ordered:
             begin, end = end, end + piece.values.nbytes
-            place = self._memory[begin:end].view(piece.values.dtype)
-            place.copy_(piece.values.detach(), non_blocking=True)
+            places.append(self._memory[begin:end].view(piece.values.dtype))
             shape = piece.shape if piece.whole else (piece.values.numel(),)
             header[piece.key] = {
                 "dtype": _TYPES[piece.values.dtype],
                 "shape": list(shape),
                 "data_offsets": [begin, end],
             }
-        if on_gpu:
-            torch.cuda.synchronize()
+        _copy(places, [piece.values.detach() for piece in ordered], after)
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._header = len(text).to_bytes(8, "little") + text
@@ -110,6 +112,19 @@ class Snapshot:
         if read_back(path) != written:
             raise OSError(f"{path} does not hold what was written to it")
         return written
+
+
+def _copy(places: list[Tensor], values: list[Tensor], after: torch.cuda.Event | None) -> None:
+    if after is None:
+        for place, value in zip(places, values, strict=True):
+            place.copy_(value)
+        return
+    stream = torch.cuda.Stream(device=after.device)  # the training's own goes on
+    stream.wait_event(after)
+    with torch.cuda.stream(stream):
+        for place, value in zip(places, values, strict=True):
+            place.copy_(value, non_blocking=True)
+    stream.synchronize()
 
 
 def write_file(path: Path, text: str) -> Written:

@@ -137,6 +137,7 @@ def set_up(
         writer = CheckpointWriter(
             run_dir(config), ranks, config.run.keep_checkpoints, config.run.keep_every
         )
+        engine.before_update = writer.await_copy
         loader = build_loader(
             config, index, order, plan.masks, ranks.device, first, length.total_steps
         )

@@ -80,7 +80,8 @@ class Sharding:
                     yield Piece(f"step/{name}", state["step"].view(1), 0, ())
         if self._rank == 0:
             for name, buffer in self._buffers():
-                yield Piece(f"buffer/{name}", buffer.view(-1), 0, tuple(buffer.shape))
+                # A copy: the forward pass changes it, all others change in the update only.
+                yield Piece(f"buffer/{name}", buffer.reshape(-1).clone(), 0, tuple(buffer.shape))
 
     @torch.no_grad()
     def restore(self, saved: Reader) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ class ZeroEngine:
     Attributes:
         inner: DeepSpeed's own engine.
         stage: of ZeRO.
+        before_update: called before the weights change.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class ZeroEngine:
             torch.tensor(True, device=device), torch.tensor(float("inf"), device=device)
         )
         self._good = torch.tensor(False, device=device)
+        self.before_update: Callable[[], None] = lambda: None
 
     @property
     def between_steps(self) -> bool:
@@ -80,6 +82,7 @@ class ZeroEngine:
         ZeRO 1 to 3 hold no whole gradient, and look at its global norm on the host before they
         update; at stage 0 the verdict stays on the device.
         """
+        self.before_update()
         rates.write(self.inner.optimizer.param_groups)
         if self.stage > 0:
             self.inner.step()

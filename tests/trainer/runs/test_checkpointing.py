@@ -129,7 +129,7 @@ def test_pickles_of_an_older_version_are_refused(tmp_path):
 
 
 def test_the_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    """Values may change as soon as ``save`` returns, and one checkpoint at most is in work."""
+    """Values may change as soon as they are copied, and one checkpoint at most is in work."""
     writer, tensor = CheckpointWriter(tmp_path, ALONE, keep=3), torch.zeros(4)
     gate, write = threading.Event(), snapshot._write
 
@@ -143,6 +143,7 @@ def test_the_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatc
         writer.save(step, [snapshot.Piece("weight/a", tensor, 0, (4,))], TARGET, {})
 
     begin(1)
+    writer.await_copy()
     assert not (tmp_path / "checkpoints/step-00000001").exists()
     tensor.fill_(5)
     threading.Timer(0.3, gate.set).start()

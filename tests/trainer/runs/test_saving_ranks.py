@@ -30,6 +30,7 @@ class Ranks:
     rank: int
     meeting: Meeting
     world: int = 2
+    on_gpu: bool = False
 
     @property
     def main(self):
@@ -122,7 +123,7 @@ def test_one_rank_that_cannot_write(writers, tmp_path, monkeypatch, caplog, note
 def test_a_rank_that_is_gone_is_not_waited_for(writers, tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "_PATIENCE", 0.2)
     assert save(writers, 1) == [None, None]
-    monkeypatch.setattr(writers[1], "_work", lambda job: None)
+    monkeypatch.setattr(writers[1], "_work", lambda job: job.wrote.set())
 
     def act(rank):
         writers[rank].save(2, [], {}, STATE)

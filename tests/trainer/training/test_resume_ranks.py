@@ -43,7 +43,7 @@ def job(root, name, stage, world, *overrides, method=None, precision="fp32", sav
             "train_micro_batch_size_per_gpu": BATCH // world, "zero_optimization": zero,
             **PRECISIONS[precision],
         },
-        "save": save,
+        "save": save, "slow_copy": True,
     }  # fmt: skip
 
 
