@@ -255,11 +255,15 @@ class CheckpointWriter:
         sync_folder(job.folder)
         final = self._root / f"step-{job.step:08d}"
         if final.exists():
-            os.rename(final, self._root / f".{final.name}.old")
+            self._remove(final)
         os.rename(job.folder, final)
         sync_folder(self._root)
-        shutil.rmtree(self._root / f".{final.name}.old", ignore_errors=True)
-        self._remove_old()
+        try:
+            for path in all_checkpoints(self._run)[: -self._keep]:
+                if not self._keep_every or checkpoint_step(path) % self._keep_every:
+                    self._remove(path)
+        except OSError as error:  # the new one is whole
+            log.warning("an old checkpoint cannot be removed: %s", error)
 
     def _await_note(self, job: _Job, rank: int) -> dict[str, Any]:
         name = shard_name(rank)
@@ -272,10 +276,11 @@ class CheckpointWriter:
             if job.abandoned.wait(_POLL):
                 raise OSError(f"rank {rank} did not write its part")
 
-    def _remove_old(self) -> None:
-        for path in all_checkpoints(self._run)[: -self._keep]:
-            if not self._keep_every or checkpoint_step(path) % self._keep_every:
-                shutil.rmtree(path)
+    def _remove(self, path: Path) -> None:
+        """Gone at once, even where the process is killed meanwhile."""
+        aside = path.with_name(f".{path.name}.old")
+        os.rename(path, aside)
+        shutil.rmtree(aside)
 
     def _fail(self, step: int, why: str, number: int | None) -> str:
         """What is to be said of a checkpoint that failed; rank 0 warns at once."""

@@ -8,12 +8,14 @@ import os
 import re
 import threading
 import time
+import zlib
 
 import pytest
 import torch
 
 from njepa.config import ConfigError
 from njepa.config.deepspeed_file import BatchSizes
+from njepa.data.fork_guard import forking
 from njepa.runs import checkpoints, saving, snapshot
 from njepa.runs.checkpoint_files import CheckpointFiles, DamagedCheckpoint
 from njepa.runs.saving import CheckpointWriter
@@ -25,6 +27,19 @@ def test_old_checkpoints_go_when_newer_ones_are_complete(tmp_path):
         save(tmp_path, step)
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
     assert checkpoints.latest_checkpoint(tmp_path).name == "step-00000003"
+
+
+def test_what_cannot_be_removed_is_no_failed_checkpoint(tmp_path, monkeypatch, caplog):
+    save(tmp_path, 1)
+
+    def refuse(*_args, **_kwargs):
+        raise OSError(1, "not permitted")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(saving.CheckpointWriter, "_remove", refuse)
+        save(tmp_path, 2, CheckpointWriter(tmp_path, ALONE, keep=1))
+    assert "an old checkpoint cannot be removed" in caplog.text
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
 def test_keep_every(tmp_path):
@@ -155,6 +170,26 @@ def test_the_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatc
     )
     writer.finish()
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_processes_can_be_forked_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """Between two chunks: a fork never waits for a whole file."""
+    writer, crc32 = CheckpointWriter(tmp_path, ALONE, keep=1), zlib.crc32
+    monkeypatch.setattr(snapshot, "_CHUNK", 4000)
+    monkeypatch.setattr(
+        snapshot.zlib, "crc32", lambda *args: time.sleep(0.02) or crc32(*args)
+    )  # 100 chunks, written and read: 4 seconds
+    values = torch.zeros(100_000)
+    writer.save(1, [snapshot.Piece("weight/a", values, 0, (100_000,))], TARGET, {})
+    writer.await_copy()
+    began = time.perf_counter()
+    for _ in range(3):
+        with forking():
+            time.sleep(0.01)
+    assert time.perf_counter() - began < 2
+    assert names(tmp_path) == [".step-00000001.tmp"]
+    writer.finish()
+    assert names(tmp_path) == ["step-00000001"]
 
 
 def test_a_run_that_ends_by_an_error_keeps_what_is_in_work(tmp_path):
