@@ -235,6 +235,8 @@ def _resume(plan: Plan, index: ImageIndex, engine: ZeroEngine, state: TrainState
     found = load_checkpoint(
         saved, engine.sharding(), state.target, index.digest, plan.sizes, upstream
     )
+    with engine.whole(state.online):
+        pass  # as at the end of every step: ZeRO 3 gives up what it had gathered of them
     return int(found["step"])
 
 
