@@ -122,6 +122,9 @@ def test_a_damaged_one_is_named_and_the_one_before_it_is_used(tmp_path, caplog, 
     assert names(tmp_path) == ["step-00000001", "step-00000002.damaged"]
     save(tmp_path, 2)
     assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000002.damaged"]
+    harm(tmp_path / "checkpoints" / "step-00000002")  # again
+    assert checkpoints.find_checkpoint(tmp_path, ALONE).folder.name == "step-00000001"
+    assert names(tmp_path) == ["step-00000001", "step-00000002.damaged"]
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path):
