@@ -8,7 +8,7 @@ from pathlib import Path
 
 DESCRIPTION = """Write an encoder for another library into a new folder, with a model card.
 Where that library is installed, its features are compared with ours."""
-EPILOG = """formats:
+EPILOG = """formats, and how each is loaded:
   timm          timm.create_model("local-dir:OUT", pretrained=True)
   transformers  IJepaModel.from_pretrained("OUT"), versions 4 and 5
   ijepa         the layout of official files: both encoders and the predictor
@@ -29,10 +29,13 @@ def main(argv: list[str], prog: str) -> int:
     )
     formats = ("timm", "transformers", "ijepa", "safetensors", "onnx")
     parser.add_argument(
-        "source", help="run, checkpoint, export, official .pth.tar, folder of timm or transformers"
+        "source",
+        metavar="SOURCE",
+        help="run, checkpoint, export, official .pth.tar, folder of timm or transformers, or the "
+        "name of one in Hugging Face's cache",
     )
-    parser.add_argument("out", type=Path, help="folder to create")
-    parser.add_argument("--format", choices=formats, required=True)
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    parser.add_argument("--format", choices=formats, required=True, help="see below")
     parser.add_argument(
         "--which",
         choices=("target", "context"),

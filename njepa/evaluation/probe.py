@@ -24,7 +24,7 @@ from njepa.evaluation.linear import linear_probe
 from njepa.evaluation.logistic import logistic_accuracy
 from njepa.evaluation.lowshot import SHOTS, lowshot_probe
 from njepa.evaluation.scenes import FRAMES, scenes
-from njepa.evaluation.splits import held_out
+from njepa.evaluation.splits import few_labels, held_out
 from njepa.evaluation.subject import Subject
 from njepa.evaluation.task import Side, Task
 from njepa.evaluation.tokens import TokenStore
@@ -65,6 +65,24 @@ class Features:
         return self.train[name], self.test[name]
 
 
+def check_enough(task: Task, kinds: Sequence[str], settings: Settings) -> None:
+    """Before any image is decoded: there are as many training images as the kinds need.
+
+    Raises:
+        ConfigError: fewer than neighbours, than labelled images of a class, or none to choose on.
+    """
+    labels, names, k = task.train.labels, task.names, max(settings.ks)
+    if "knn" in kinds and k > len(labels):
+        raise ConfigError(
+            f"kNN with k={k} needs as many training images, got {len(labels)}; use --k with at "
+            f"most {len(labels)}"
+        )
+    if "lowshot" in kinds:
+        few_labels(labels, names, max(settings.shots), settings.seed)
+    if {"linear", "attentive"} & set(kinds):
+        held_out(labels, names)
+
+
 def features_of(
     views: Views, digest: str, image_size: int, task: Task, settings: Settings
 ) -> Features:
@@ -90,11 +108,6 @@ def features_of(
 def knn(features: Features, settings: Settings) -> Result:
     """kNN for each k; the k of ``top1`` is fixed beforehand."""
     train, test = features.main
-    if max(settings.ks) > len(train):
-        raise ConfigError(
-            f"kNN with k={max(settings.ks)} needs as many training images, got {len(train)}; "
-            f"use --k with at most {len(train)}"
-        )
     found = knn_accuracies(
         train, features.labels, test, features.test_labels, settings.ks, settings.temperature
     )
