@@ -57,6 +57,7 @@ class Loop:
         self._watch.lap()
         try:
             self._train(stop)
+            self.setup.writer.finish()
             if self.step < total:
                 say(
                     f"stopped after step {self.step} of {total}; the checkpoint is in "
@@ -74,6 +75,9 @@ class Loop:
             # Of several ranks one alone meets the image, and a checkpoint needs all of them.
             if self._ranks.world == 1 and self.setup.engine.between_steps:
                 self._save()
+            raise
+        except KeyboardInterrupt:  # in haste
+            self.setup.writer.abandon()
             raise
         finally:
             stop.close()
@@ -169,15 +173,19 @@ class Loop:
         return {"compilations": self._compilations} if self._compilations > known else {}
 
     def _save(self) -> None:
-        plan = self.setup.plan
-        checkpoints.save_checkpoint(
-            run_dir(self._config),
+        plan, engine = self.setup.plan, self.setup.engine
+        sharding = engine.sharding()
+        self.setup.writer.save(
             self.step,
-            self.setup.engine,
-            self.setup.state.target,
+            sharding.pieces(),
+            self.setup.state.target.state_dict(),
             {
                 "total_steps": self._length.total_steps,
                 "global_batch": plan.sizes.total,
+                "micro": plan.sizes.micro,
+                "accumulation": plan.sizes.accumulation,
+                "zero_stage": engine.stage,
+                "shared": sharding.shared(),
                 "data_digest": self.setup.index.digest,
                 "config": dump_config(self._config),
                 "impl": {op: choice.name for op, choice in plan.impl.items()},
@@ -185,8 +193,6 @@ class Loop:
                 "precision": plan.precision.name,
                 "versions": checkpoints.versions(),
             },
-            self._ranks,
-            self._config.run.keep_checkpoints,
         )
 
     def _evaluate(self) -> None:
