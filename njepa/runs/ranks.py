@@ -42,6 +42,10 @@ class Ranks:
         return self.rank == 0
 
     @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
     def group(self) -> dist.ProcessGroup | None:
         """Group of the tensors, None for a single process."""
         return dist.group.WORLD if self.world > 1 else None
@@ -57,6 +61,14 @@ class Ranks:
         total = torch.tensor([value])
         dist.all_reduce(total, group=self.control)
         return int(total)
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, on all ranks."""
+        if self.control is None:
+            return [value]
+        values: list[T] = [value] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Run ``action`` on rank 0 and give its result to all; its error is raised on all."""

@@ -27,10 +27,11 @@ from njepa.exchange.initial import InitialWeights, read_initial_weights
 from njepa.models.architecture import Architecture, architecture
 from njepa.models.attention import Attention
 from njepa.models.attention_kernels import choose_attention
-from njepa.runs.checkpoints import latest_checkpoint, load_checkpoint
+from njepa.runs.checkpoints import find_checkpoint, latest_checkpoint, load_checkpoint
 from njepa.runs.folder import RunFolder, run_dir
 from njepa.runs.ranks import Ranks
 from njepa.runs.recorder import Recorder
+from njepa.runs.saving import CheckpointWriter
 from njepa.runs.summary import device_name
 from njepa.training.compiling import GraphedForward, choose_compilation, compile_blocks
 from njepa.training.ema import make_target
@@ -93,6 +94,7 @@ class Setup:
     state: TrainState
     scoring: Scoring
     recorder: Recorder
+    writer: CheckpointWriter
     loader: Loader
     first_step: int
     weights: str
@@ -101,8 +103,9 @@ class Setup:
     """With ``eval.online``, on every rank; rank 0 logs its own."""
 
     def close(self) -> None:
-        """End the loader's workers, release the run folder; may be called twice."""
+        """End the loader's workers and a save, release the run folder; may be called twice."""
         self.loader.close()
+        self.writer.close()
         self.recorder.close()
 
 
@@ -142,6 +145,10 @@ def set_up(
         engine, state = build_state(plan, initial)
         first = _resume(plan, index, engine, state) if config.run.resume else 0
         scoring = Scoring(config, state, plan.compilation, scorers[0] if scorers else None)
+        writer = CheckpointWriter(
+            run_dir(config), ranks, config.run.keep_checkpoints, config.run.keep_every
+        )
+        engine.before_update = writer.await_copy
         loader = build_loader(
             config, index, order, plan.masks, ranks.device, first, length.total_steps
         )
@@ -150,8 +157,9 @@ def set_up(
         raise
     weights = f"from {initial.told}" if initial is not None else "from the seed"
     return Setup(
-        plan, index, length, engine, state, scoring, recorder, loader, first, weights, online_probe
-    )
+        plan, index, length, engine, state, scoring, recorder, writer, loader, first, weights,
+        online_probe,
+    )  # fmt: skip
 
 
 def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
@@ -241,15 +249,20 @@ def _open_evaluator(
 
 
 def _resume(plan: Plan, index: ImageIndex, engine: ZeroEngine, state: TrainState) -> int:
-    """Load the last checkpoint; returns the steps that were done."""
-    path = latest_checkpoint(run_dir(plan.config))
-    if path is None:
+    """Load the last good checkpoint; returns the steps that were done."""
+    saved = find_checkpoint(run_dir(plan.config), plan.ranks)
+    if saved is None:
         log.warning(
             "run.resume=true, but %s has no checkpoint: starting at step 0", run_dir(plan.config)
         )
         return 0
-    saved = load_checkpoint(path, engine, state.target, plan.ranks, index.digest, plan.sizes.total)
-    return int(saved["step"])
+    upstream = plan.config.mask.compat == "upstream"
+    found = load_checkpoint(
+        saved, engine.sharding(), state.target, index.digest, plan.sizes, upstream
+    )
+    with engine.whole(state.online):
+        pass  # as at the end of every step: ZeRO 3 gives up what it had gathered of them
+    return int(found["step"])
 
 
 def choose_impls(config: Config, device: torch.device) -> dict[str, Choice]:
@@ -261,7 +274,7 @@ def choose_impls(config: Config, device: torch.device) -> dict[str, Choice]:
     wanted = config.impl.default
     reason = "the first that runs here" if wanted == "auto" else "as configured"
     try:
-        ops = (*OPS, "vicreg") if config.vicreg.weight > 0 else OPS
+        ops = [*OPS, *(("vicreg",) if config.vicreg.weight > 0 else ())]
         ops += BLOCK_OPS if config.model.fused_block else ()
         return {op: Choice(choose(op, wanted, device), reason) for op in ops}
     except RuntimeError as error:
