@@ -19,27 +19,32 @@ For example:  njepa export runs/shapes-tiny exported --format timm
 """
 
 
-def main(argv: list[str], prog: str) -> int:
-    """Write it, say what was written; returns the exit status (1: the library reads it wrong)."""
-    parser = argparse.ArgumentParser(
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
         prog=prog,
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     formats = ("timm", "transformers", "ijepa", "safetensors", "onnx")
-    parser.add_argument(
-        "source", help="run, checkpoint, export, official .pth.tar, folder of timm or transformers"
-    )
-    parser.add_argument("out", type=Path, help="folder to create")
-    parser.add_argument("--format", choices=formats, required=True)
-    parser.add_argument(
+    add = result.add_argument
+    add("source", metavar="SOURCE", help="run, checkpoint, export, official .pth.tar, folder of "
+        "timm or transformers")  # fmt: skip
+    add("out", metavar="OUT", type=Path, help="folder to create")
+    add("--format", choices=formats, required=True, help="see below")
+    add(
         "--which",
         choices=("target", "context"),
         help="the encoder (default: target); with ijepa the one under the key `encoder`, where "
         "timm and transformers look (default: context, as in official files)",
     )
-    args = parser.parse_args(argv)
+    return result
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Write it, say what was written; returns the exit status (1: the library reads it wrong)."""
+    args = parser(prog).parse_args(argv)
     from njepa.exchange.export import export  # torch takes seconds; --help should not
 
     try:

@@ -29,20 +29,21 @@ KINDS = ("knn", "linear", "logistic", "lowshot", "attentive", "finetune", "dense
 
 def main(argv: list[str], prog: str) -> int:
     """Print a table, write JSON; returns the exit status."""
-    args = _parser(prog).parse_args(argv)
+    args = parser(prog).parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     _run(args)
     return 0
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
         prog=prog,
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add = result.add_argument
     add("subject", metavar="SUBJECT", help="see below")
     add("--train", type=Path, metavar="SOURCE", help="labelled training images (dense: none)")
     add("--test", type=Path, metavar="SOURCE", help="labelled test images (dense: none)")
@@ -59,7 +60,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
     add("--cache", type=Path, metavar="DIR", help="features and indices (default: ~/.cache/njepa)")
     add("--no-floors", action="store_true", help="leave out pixels and the untrained network")
-    return parser
+    return result
 
 
 def _run(args: argparse.Namespace) -> None:
