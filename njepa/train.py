@@ -15,6 +15,7 @@ import warnings
 
 from njepa.config import ConfigError, load_config, recipe_names
 from njepa.config.deepspeed_file import load_deepspeed_file
+from njepa.runs.trackers import require
 
 EPILOG = """overrides:
   section.key=value      any key of the recipe, the value in YAML, for example
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     try:
         config = load_config(args.recipe, args.overrides)
         ds = load_deepspeed_file(args.ds_config)
+        require(config.run.tracker)
         # torch, DeepSpeed and DALI take seconds to import: a typing error should not.
         from njepa.data.errors import DataError
         from njepa.runs.ranks import join_ranks, leave_ranks

@@ -60,19 +60,19 @@ def relink(text: str, source: str) -> str:
 
 
 def keys_page() -> str:
-    """Every key as ``njepa info --keys`` has it, a table a section."""
+    """Every key as ``njepa info --keys`` has it, by section."""
     lines = [
         "# All keys",
         "",
-        "Of a recipe and of overrides; the same as `njepa info --keys`. ↻: a resumed run may change it.",
+        "The keys of recipes and overrides with their defaults, as `njepa info --keys` prints them. "
+        "↻: a resumed run may change it.",
     ]
     section = None
     for key in all_keys():
         head = key.name.rpartition(".")[0].partition(".")[0] or "method"
         if head != section:
             section = head
-            lines += ["", f"## {section}", "", "| key | default | |", "|---|---|---|"]
-        text = key.text.replace("|", "\\|").replace("<", "&lt;")
-        default = repr(key.default).replace("|", "\\|")
-        lines.append(f"| `{key.name}` | `{default}` | {text}{' ↻' if key.free else ''} |")
+            lines += ["", f"## {section}", ""]
+        text = key.text.replace("<", "&lt;")
+        lines += [f"`{key.name}` = `{key.default!r}`{' ↻' if key.free else ''}", f":   {text}", ""]
     return "\n".join(lines) + "\n"

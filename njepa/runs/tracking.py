@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl, TensorBoard, the progress shown. Rank 0 only."""
+"""Where numbers go: metrics.jsonl, TensorBoard, a tracker, the progress shown. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from njepa.atomic import write_atomically
+from njepa.runs.trackers import Board, TensorBoard
 
 
 class Tracker:
@@ -21,21 +22,26 @@ class Tracker:
         start: first step of this process; later lines of an interrupted run are dropped.
         total: steps of the whole run.
         progress: show it: a bar where stderr is a terminal, elsewhere a line per logged step.
+        board: one more place for the numbers (``runs/trackers.py``).
     """
 
     def __init__(
-        self, run: Path, start: int, total: int, *, tensorboard: bool = True, progress: bool = True
+        self,
+        run: Path,
+        start: int,
+        total: int,
+        *,
+        tensorboard: bool = True,
+        progress: bool = True,
+        board: Board | None = None,
     ) -> None:
         path = run / "metrics.jsonl"
         if path.is_file():
             lines = [line for line in path.read_text().splitlines() if _step(line) <= start]
             write_atomically(path, "".join(line + "\n" for line in lines))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in close)
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
+        self._boards: list[Board] = [TensorBoard(run, start)] if tensorboard else []
+        self._boards += [board] if board else []
         quiet = None if progress else True  # tqdm: None is quiet where stderr is no terminal
         self._bar = tqdm(total=total, initial=start, disable=quiet, unit="step", dynamic_ncols=True)
         self._lines, self._total = progress and self._bar.disable, total
@@ -47,10 +53,9 @@ class Tracker:
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Write the numbers of ``step`` (optimizer steps done)."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if self._board is not None:
-            for name, value in metrics.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, step)
+        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
+        for board in self._boards:
+            board.log(step, numbers)
         if self._lines and "loss" in metrics:
             self.say(self._line(step, metrics))
         shown = {
@@ -87,8 +92,8 @@ class Tracker:
     def close(self) -> None:
         self._bar.close()
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close()
 
 
 def _step(line: str) -> float:
