@@ -23,7 +23,13 @@ EPILOG = """overrides:
   run.resume=true        continue the run in run.dir from its last checkpoint
 
 Batch size, accumulation, ZeRO stage, precision and clipping belong to the DeepSpeed file.
-`njepa info` lists the recipes, the configuration keys and what runs on this machine.
+`njepa info` lists the recipes and what runs on this machine, `njepa info --keys` every key.
+
+For example:
+
+  njepa train
+  njepa train --recipe folder-small data.path=photos method=cjepa
+  njepa train --recipe folder-small data.path=photos run.resume=true
 """
 
 
@@ -48,7 +54,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         help=f"recipe: {', '.join(recipe_names())}, or a .yaml file (default: shapes-tiny)",
     )
     result.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    result.add_argument("overrides", nargs="*", metavar="section.key=value", help="see below")
+    result.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings; see below")
     return result
 
 

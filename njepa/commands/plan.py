@@ -49,7 +49,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--gbps", type=float, metavar="N", help="bandwidth of a GPU's memory, GB/s")
     add("--nvlink", type=float, metavar="GB/S", help="sent by a GPU within its node")
     add("--internode", type=float, metavar="GB/S", help="sent by a node of 8 GPUs")
-    add("overrides", nargs="*", metavar="section.key=value", help="as for njepa train")
+    add("overrides", nargs="*", metavar="section.key=value", help="settings, as for njepa train")
     return result
 
 
