@@ -54,7 +54,9 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         help=f"recipe: {', '.join(recipe_names())}, or a .yaml file (default: shapes-tiny)",
     )
     result.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    result.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings; see below")
+    result.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings; see below"
+    )
     return result
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import njepa_kernels
 import pytest
 
 from tests.support import ROOT, program_env
@@ -25,6 +26,13 @@ def test_every_document_is_in_the_menu():
     nav = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:")[2]
     pages = set(re.findall(r": ([\w-]+\.md)$", nav, re.M))
     assert pages == {file.name for file in (ROOT / "docs").glob("*.md")} | ADDED
+
+
+def test_the_api_page_has_every_public_name():
+    text = (ROOT / "docs" / "api.md").read_text("utf-8")
+    missing = [name for name in njepa_kernels.__all__ if f"::: njepa_kernels.{name}" not in text]
+    # `layers` are the modules of nn without arguments.
+    assert missing == ["Impl", "__version__", "layers"]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +52,7 @@ def test_the_site_is_built_strictly_and_fetches_nothing(tmp_path: Path):
     for module in ("mkdocs", "material", "mkdocstrings"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed: pip install -e '.[docs]'")
-    nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy")}
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")],
         env=program_env(NO_MKDOCS_2_WARNING="1", **nowhere), cwd=ROOT,

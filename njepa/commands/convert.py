@@ -9,7 +9,6 @@ from pathlib import Path
 from njepa.config import ConfigError
 from njepa.data.convert import convert
 
-
 DESCRIPTION = """Copy images, encoded as they are, into a new folder that data.path takes.
 What cannot be read is named and left out."""
 EPILOG = """For example:

@@ -8,14 +8,16 @@ from pathlib import Path
 
 DESCRIPTION = """Write an encoder for another library into a new folder, with a model card.
 Where that library is installed, its features are compared with ours."""
-EPILOG = """formats:
+EPILOG = """formats, and how each is loaded:
   timm          timm.create_model("local-dir:OUT", pretrained=True)
   transformers  IJepaModel.from_pretrained("OUT"), versions 4 and 5
   ijepa         the layout of official files: both encoders and the predictor
   safetensors   one encoder under timm's names, and a JSON file with its facts
   onnx          a graph on normalised images
 
-For example:  njepa export runs/shapes-tiny exported --format timm
+For example:
+
+  njepa export runs/shapes-tiny exported --format timm
 """
 
 
@@ -28,12 +30,15 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     formats = ("timm", "transformers", "ijepa", "safetensors", "onnx")
-    add = result.add_argument
-    add("source", metavar="SOURCE", help="run, checkpoint, export, official .pth.tar, folder of "
-        "timm or transformers")  # fmt: skip
-    add("out", metavar="OUT", type=Path, help="folder to create")
-    add("--format", choices=formats, required=True, help="see below")
-    add(
+    result.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="run, checkpoint, export, official .pth.tar, folder of timm or transformers, or the "
+        "name of one in Hugging Face's cache",
+    )
+    result.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    result.add_argument("--format", choices=formats, required=True, help="see below")
+    result.add_argument(
         "--which",
         choices=("target", "context"),
         help="the encoder (default: target); with ijepa the one under the key `encoder`, where "

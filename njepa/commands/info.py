@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from njepa import __version__
 from njepa.config import Config, Section, free_on_resume, load_config, recipe_names
 
-
 EPILOG = """For example:
 
   njepa info

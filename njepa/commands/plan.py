@@ -37,9 +37,19 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--recipe", metavar="R", help="recipe, or a .yaml file (default: shapes-tiny)")
-    add("--ds_config", default="ds.json", metavar="FILE", help="DeepSpeed file (default: %(default)s)")
+    add(
+        "--ds_config",
+        default="ds.json",
+        metavar="FILE",
+        help="DeepSpeed file (default: %(default)s)",
+    )
     add("--gpus", default="8,16,64", metavar="N,N", help="numbers of GPUs (default: %(default)s)")
-    add("--gpu", default="h200", metavar="NAME", help="a100, h100, h200 or b200 (default: %(default)s)")
+    add(
+        "--gpu",
+        default="h200",
+        metavar="NAME",
+        help="a100, h100, h200 or b200 (default: %(default)s)",
+    )
     add("--memory", type=float, metavar="GB", help="of one GPU, 10^9 bytes")
     free = "share of it kept free (default: %(default)s)"
     add("--reserve", type=float, default=0.1, metavar="X", help=free)

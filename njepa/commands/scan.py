@@ -8,7 +8,6 @@ from pathlib import Path
 from njepa.config import ConfigError
 from njepa.data.scan import scan
 
-
 DESCRIPTION = """Decode every image once, list the good ones (the list works as data.path), name the
 bad ones. Shards and Parquet are only reported on."""
 EPILOG = """For example:

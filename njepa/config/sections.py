@@ -202,6 +202,10 @@ class ModelConfig(Section):
     """Keep only the input of each block of the context encoder and the predictors for the backward,
     and compute the rest again there: the same gradients, less memory, about a third more
     arithmetic."""
+    fused_block: Annotated[bool, FREE] = False
+    """Residual add with LayerNorm, and bias with GELU, as ops of njepa_kernels in all blocks: the
+    same parameters and, up to rounding, values with fewer passes over memory
+    (docs/performance.md)."""
 
 
 def _read_sigma(value: Any) -> Any:

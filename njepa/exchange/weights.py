@@ -85,8 +85,8 @@ class Weights:
         chosen = "only" if "only" in self.encoders else which
         if chosen not in self.encoders:
             other = ", ".join(self.encoders)
-            reason = self.absent.get(which, "it holds no such encoder")
-            raise ConfigError(f"{self.origin}: no {which} encoder: {reason}; it has: {other}")
+            reason = self.absent.get(which, f"it holds one encoder, {other}; ask for that one")
+            raise ConfigError(f"{self.origin} has no {which} encoder: {reason}")
         told = f"{self.origin}, " + (
             f"its only encoder (asked for: {which})" if chosen == "only" else f"{chosen} encoder"
         )

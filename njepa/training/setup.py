@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 #: The fused ops of every step; VICReg's is the fifth.
 OPS = ("patchify", "predictor_tokens", "jepa_loss", "ema_update_")
+#: Those of ``model.fused_block``.
+BLOCK_OPS = ("add_layer_norm", "bias_gelu")
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,7 @@ def choose_impls(config: Config, device: torch.device) -> dict[str, Choice]:
     reason = "the first that runs here" if wanted == "auto" else "as configured"
     try:
         ops = (*OPS, "vicreg") if config.vicreg.weight > 0 else OPS
+        ops += BLOCK_OPS if config.model.fused_block else ()
         return {op: Choice(choose(op, wanted, device), reason) for op in ops}
     except RuntimeError as error:
         raise ConfigError(f"impl.default={wanted}: {error}") from None

@@ -77,7 +77,10 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize(
     ("command", "bar"),
-    [("scan photos --out good.txt --workers 1", "decoding"), ("convert photos shards", "converting")],
+    [
+        ("scan photos --out good.txt --workers 1", "decoding"),
+        ("convert photos shards", "converting"),
+    ],
 )
 def test_bars_are_for_terminals(
     command: str,
