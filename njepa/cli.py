@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("njepa.train", "pre-train an encoder in one process (like `python njepa/train.py`)"),
     "probe": ("njepa.commands.probe", "measure a frozen encoder on labelled images"),
     "export": ("njepa.commands.export", "write an encoder for timm, transformers, ONNX, ..."),
+    "report": ("njepa.commands.report", "draw runs on one HTML page: verdict, curves, pictures"),
     "scan": ("njepa.commands.scan", "decode every image once, list the good ones, name the bad"),
     "convert": ("njepa.commands.convert", "write images as tar shards or class folders"),
     "plan": ("njepa.commands.plan", "predict FLOPs, memory, traffic and speed without a GPU"),

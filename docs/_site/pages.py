@@ -64,8 +64,8 @@ def keys_page() -> str:
     lines = [
         "# All keys",
         "",
-        "The keys of recipes and overrides with their defaults, as `njepa info --keys` prints them. "
-        "↻: a resumed run may change it.",
+        "The keys of recipes and overrides with their defaults, as `njepa info --keys` prints "
+        "them. ↻: a resumed run may change it.",
     ]
     section = None
     for key in all_keys():

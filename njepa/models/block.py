@@ -154,8 +154,8 @@ class FusedBlock(Block):
         """Tokens [..., D] in, those that ask out."""
         normed, _ = self.norm1(x)
         normed, q = self.norm2(self.attn(normed, layout), layout.take_queries(x))
-        q = q + self.mlp(normed)
-        return q
+        out: Tensor = q + self.mlp(normed)
+        return out
 
 
 def build_blocks(size: Stack, fused: bool, impl: Impl) -> nn.ModuleList:

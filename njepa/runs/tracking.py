@@ -1,8 +1,12 @@
-"""Where numbers go: metrics.jsonl, TensorBoard, a tracker, the progress shown. Rank 0 only."""
+"""Where numbers go: metrics.jsonl, TensorBoard, the progress shown. Rank 0 only."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,6 +16,8 @@ from tqdm import tqdm
 
 from njepa.atomic import write_atomically
 from njepa.runs.trackers import Board, TensorBoard
+
+log = logging.getLogger(__name__)
 
 
 class Tracker:
@@ -35,11 +41,12 @@ class Tracker:
         progress: bool = True,
         board: Board | None = None,
     ) -> None:
-        path = run / "metrics.jsonl"
+        path = self._path = run / "metrics.jsonl"
         if path.is_file():
             lines = [line for line in path.read_text().splitlines() if _step(line) <= start]
             write_atomically(path, "".join(line + "\n" for line in lines))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in close)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed in close)
+        self._unwritten: list[str] = []  # what a full disk did not take
         self._boards: list[Board] = [TensorBoard(run, start)] if tensorboard else []
         self._boards += [board] if board else []
         quiet = None if progress else True  # tqdm: None is quiet where stderr is no terminal
@@ -52,10 +59,9 @@ class Tracker:
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Write the numbers of ``step`` (optimizer steps done)."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
-        for board in self._boards:
-            board.log(step, numbers)
+        self._unwritten.append(json.dumps({"step": step, **metrics}) + "\n")
+        self._write()
+        self._draw(step, metrics)
         if self._lines and "loss" in metrics:
             self.say(self._line(step, metrics))
         shown = {
@@ -63,6 +69,28 @@ class Tracker:
             "img/s": f"{metrics['images_per_s']:.0f}" if "images_per_s" in metrics else None,
         }
         self._bar.set_postfix({k: v for k, v in shown.items() if v is not None}, refresh=False)
+
+    def _write(self) -> None:
+        """Append the lines that wait. A full disk can be emptied meanwhile: it ends no training."""
+        end, lines = os.fstat(self._file.fileno()).st_size, "".join(self._unwritten).encode()
+        try:
+            if self._file.write(lines) < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), end)  # no half line
+            log.warning("%s: %s; the next line will bring this one", self._path, error)
+        else:
+            self._unwritten.clear()
+
+    def _draw(self, step: int, metrics: dict[str, Any]) -> None:
+        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
+        for board in list(self._boards):
+            try:
+                board.log(step, numbers)
+            except OSError as error:
+                kind = type(board).__name__
+                log.warning("%s's events cannot be written and end here: %s", kind, error)
+                self._boards.remove(board)
 
     def _line(self, step: int, metrics: dict[str, Any]) -> str:
         """``step 20 of 1536: loss 0.6846, 178 images/s, 13:25 left``; the time from the second on.
@@ -91,9 +119,10 @@ class Tracker:
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()
-        for board in self._boards:
-            board.close()
+        with contextlib.suppress(OSError):  # said when they were written
+            self._file.close()
+            for board in self._boards:
+                board.close()
 
 
 def _step(line: str) -> float:
