@@ -27,8 +27,8 @@ from tests.support.subjects import make_run, make_stripes
 
 LANGUAGES = {"python", "sh", "console", "yaml", "json", "text"}  # text: formulas and output
 #: The first word of a command, so that none hides in a block of text.
-PROGRAMS = ("bench/", "deepspeed", "make", "njepa", "pip", "pytest", "python", "srun", "tensorboard",
-            "torchrun", "source")  # fmt: skip
+PROGRAMS = ("bench/", "deepspeed", "make", "njepa", "pip", "pytest", "python", "srun", "source",
+            "tensorboard", "torchrun")  # fmt: skip
 
 #: What is only read by a parser, and why it is not run.
 NOT_RUN = {
@@ -39,9 +39,10 @@ NOT_RUN = {
     r"tensorboard ": "serves until it is stopped",
     r"pytest bench|python bench/|python -m bench": "times for minutes; tests/bench runs them small",
     r"bench/": "borrows a GPU; tests/bench/test_gpu_suite.py rehearses it",
-    r"python -m njepa_kernels\.tools\.export_hf|python -c .*get_local": "tests/ops/test_hf_layout.py",
+    r"python -m njepa_kernels|python -c .*get_local": "tests/ops/test_hf_layout.py",
     r"python -c .*(torch\.randn|available_impls)": "tests/ops/test_kernels_package.py",
     r"njepa export .*(transformers|onnx)": "takes long; tests/trainer/exchange/test_export.py",
+    r"njepa report ": "takes long; tests/trainer/report draws every kind",
     r"njepa probe runs/caltech": "takes long; tests/trainer/evaluation runs every kind",
 }
 

@@ -50,7 +50,7 @@ def blocks(document: Path) -> list[Block]:
 def commands(block: Block) -> Iterator[Command]:
     """Of ``sh``, every line; of ``console``, the lines after ``$``: what follows is output.
 
-    Brackets around an option, ``[--kills 4]``, say that it may be left out; ``...`` stands for more.
+    Brackets around an option, ``[--kills 4]``, say that it may be left out; ``...`` is more.
     """
     text = block.text.replace("\\\n", " ")
     if block.language == "console":
