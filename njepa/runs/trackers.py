@@ -14,8 +14,14 @@ from typing import Any, Protocol
 
 from njepa.config import Config, ConfigError
 
-#: run.tracker -> what pip calls it.
-LIBRARIES = {"wandb": "wandb", "mlflow": "mlflow-skinny", "trackio": "trackio"}
+#: run.tracker -> the modules it needs; its own name is also what pip calls it.
+#: mlflow-skinny lacks SQLAlchemy, and MLflow writes plain files no more.
+MODULES = {
+    "none": (),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow", "sqlalchemy"),
+    "trackio": ("trackio",),
+}
 
 
 class Board(Protocol):
@@ -34,14 +40,14 @@ def require(tracker: str) -> None:
     Raises:
         ConfigError: the library of ``run.tracker`` is not installed.
     """
-    if tracker == "none":
-        return
-    spec = find_spec(tracker)
-    if spec is None or spec.origin is None:  # a folder of that name, as wandb leaves, is no package
-        raise ConfigError(
-            f"run.tracker={tracker} needs a library that is not installed: "
-            f"pip install {LIBRARIES[tracker]}"
-        )
+    for module in MODULES[tracker]:
+        spec = find_spec(module)
+        # A folder of that name, as wandb leaves, is no package.
+        if spec is None or spec.origin is None:
+            raise ConfigError(
+                f"run.tracker={tracker} needs the library {module}, which is not installed: "
+                f"pip install {tracker}"
+            )
 
 
 def open_board(tracker: str, run: Path, config: Config) -> Board | None:
@@ -89,7 +95,7 @@ class Wandb:
 
 
 class Mlflow:
-    """A file store in ``mlruns/``, unless MLFLOW_TRACKING_URI names a server."""
+    """A database ``mlflow.db``, unless MLFLOW_TRACKING_URI names a server."""
 
     def __init__(self, run: Path, config: Config) -> None:
         import mlflow

@@ -103,8 +103,8 @@ def test_a_library_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 2}')
     assert cli.main(["train", "run.tracker=mlflow"]) == 2
-    assert "run.tracker=mlflow needs a library" in (message := capsys.readouterr().err)
-    assert message.rstrip().endswith("pip install mlflow-skinny")
+    assert "run.tracker=mlflow needs the library mlflow, which" in (message := capsys.readouterr().err)
+    assert message.rstrip().endswith("pip install mlflow")
     assert not (tmp_path / "runs").exists()
     monkeypatch.setattr(trackers, "find_spec", lambda name: SimpleNamespace(origin=None))
     with pytest.raises(ConfigError, match="pip install wandb"):
