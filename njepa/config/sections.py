@@ -362,6 +362,8 @@ class RunConfig(Section):
     """``target``: replay the target encoder's forward pass from a CUDA graph."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
+    tracker: Literal["none", "wandb", "mlflow", "trackio"] = "none"
+    """Send the numbers to this library, too, where it is installed (docs/running.md, Trackers)."""
     progress: bool = True
     """Show progress (rank 0): a bar on a terminal, else a line every ``log_every`` steps."""
 
