@@ -1,4 +1,4 @@
-"""``njepa train | probe | export | scan | convert | plan | info``."""
+"""``njepa train | probe | export | report | scan | convert | plan | info``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "njepa.train",
     "probe": "njepa.commands.probe",
     "export": "njepa.commands.export",
+    "report": "njepa.commands.report",
     "scan": "njepa.commands.scan",
     "convert": "njepa.commands.convert",
     "plan": "njepa.commands.plan",
@@ -26,6 +27,7 @@ commands:
   train   pre-train an encoder in one process (like `python njepa/train.py`)
   probe   measure a frozen encoder on labelled images, beside its floors
   export  write an encoder for timm, transformers, ONNX or like an official file
+  report  draw runs on one HTML page: verdict, curves, masks, features, neighbours
   scan    decode every image once, list the good ones, name the bad ones
   convert write images of any source as tar shards or class folders
   plan    predict FLOPs, memory, traffic and speed on given GPUs, without one

@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         # torch, DeepSpeed and DALI take seconds to import: a typing error should not.
         from njepa.data.errors import DataError
         from njepa.runs.ranks import join_ranks, leave_ranks
+        from njepa.runs.saving import CheckpointFailed
         from njepa.training.health import NonFiniteLoss
         from njepa.training.loop import Loop
         from njepa.training.setup import set_up
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         ranks = join_ranks(config.run.device)
         try:
             Loop(set_up(config, ds, ranks)).run()
-        except (NonFiniteLoss, DataError) as error:
+        except (NonFiniteLoss, DataError, CheckpointFailed) as error:
             if main_rank:
                 print(f"njepa: {error}", file=sys.stderr)
             return 1

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
 from njepa.atomic import write_atomically
+from njepa.commands.checks import check_writable, chosen_device
 from njepa.config import ConfigError, did_you_mean
 
 DESCRIPTION = """Probe a frozen encoder on labelled images, beside raw pixels and the same network
@@ -103,7 +103,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.seed < 0:
         raise ConfigError(f"--seed must be 0 or more, got {args.seed}")
     if args.json is not None:
-        _check_writable(args.json)
+        check_writable("--json", args.json)
     # Only now what takes seconds to import.
     from njepa.evaluation.finetune import require_timm
     from njepa.evaluation.probe import Settings, check_enough, dense_probes, probe
@@ -114,7 +114,7 @@ def _run(args: argparse.Namespace) -> None:
         require_timm()
     settings = Settings(
         ks, shots=shots, finetune_epochs=args.finetune_epochs, seed=args.seed,
-        batch_size=args.batch_size, device=_device(args.device), cache=args.cache,
+        batch_size=args.batch_size, device=chosen_device(args.device), cache=args.cache,
     )  # fmt: skip
     which = get_args(Which) if args.which == "both" else (args.which,)
     subjects = {name: open_subject(args.subject, name) for name in which}
@@ -197,23 +197,6 @@ def _positive(option: str, text: str) -> tuple[int, ...]:
     if min(values) < 1:
         raise ConfigError(f"{option} must be positive integers like 10,20, got {text!r}")
     return values
-
-
-def _device(name: str) -> str:
-    import torch
-
-    cuda = torch.cuda.is_available()
-    if name == "cuda" and not cuda:
-        raise ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu")
-    return "cuda" if cuda and name != "cpu" else "cpu"
-
-
-def _check_writable(file: Path) -> None:
-    """Before the work rather than after it."""
-    folder = file.parent
-    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        found = "is a folder" if file.is_dir() else f"cannot be written in {folder}"
-        raise ConfigError(f"--json {file} {found}; name a file in a folder that exists")
 
 
 def _write(file: Path, results: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ owns is an error before any data or GPU work.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,12 @@ class BatchSizes:
     def total(self) -> int:
         return self.micro * self.accumulation * self.world
 
+    @property
+    def told(self) -> str:
+        """The product, for people."""
+        ranks = f"{self.world} rank{'s' if self.world > 1 else ''}"
+        return f"{self.micro} x {self.accumulation} accumulated x {ranks}"
+
 
 @dataclass(frozen=True)
 class DeepSpeedFile:
@@ -64,7 +71,8 @@ class DeepSpeedFile:
     stage: int
     """Of ZeRO: 0, 1, 2 or 3."""
     precision: Precision | Literal["auto"]
-    """``auto``: torch_autocast on CUDA, fp32 on a CPU. ``bf16``: weights in bf16, fp32 masters."""
+    """``auto``: torch_autocast on CUDA; on a CPU what ``njepa.training.precision`` chooses.
+    ``bf16``: weights in bf16, fp32 masters."""
     clipping: float
     """Limit of the gradient's norm; 0: none. DeepSpeed's own default is 1.0 since 0.19."""
     reduce_bucket: int
@@ -96,14 +104,14 @@ class DeepSpeedFile:
             if rest or not micro:
                 raise ConfigError(
                     f"train_batch_size={total} is not a multiple of gradient_accumulation_steps="
-                    f"{accumulation} x {world} ranks"
+                    f"{accumulation} x {world} ranks{_fitting(total, accumulation)}"
                 )
         if accumulation is None:
             accumulation, rest = divmod(total or micro * world, micro * world)
             if rest or not accumulation:
                 raise ConfigError(
                     f"train_batch_size={total} is not a multiple of train_micro_batch_size_per_gpu="
-                    f"{micro} x {world} ranks"
+                    f"{micro} x {world} ranks{_fitting(total or 0, micro)}"
                 )
         sizes = BatchSizes(micro, accumulation, world)
         if total is not None and sizes.total != total:
@@ -115,10 +123,21 @@ class DeepSpeedFile:
         return sizes
 
     def precision_on(self, device_type: str) -> Precision:
-        """What ``precision`` means on ``cuda`` or ``cpu``."""
+        """What ``precision`` means on ``cuda``, or on a ``cpu`` without matrix units."""
         if self.precision == "auto":
             return "torch_autocast" if device_type == "cuda" else "fp32"
         return self.precision
+
+
+def fitting_ranks(images: int) -> str:
+    """Numbers of ranks that share ``images`` evenly, for people."""
+    low = [n for n in range(1, math.isqrt(images) + 1) if images % n == 0]
+    return ", ".join(str(n) for n in sorted({*low, *(images // n for n in low)}))
+
+
+def _fitting(total: int, factor: int) -> str:
+    images, rest = divmod(total, factor)
+    return "" if rest or not images else f"; these numbers of ranks fit: {fitting_ranks(images)}"
 
 
 def load_deepspeed_file(path: str | Path) -> DeepSpeedFile:

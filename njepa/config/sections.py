@@ -351,6 +351,8 @@ class RunConfig(Section):
     changes nothing; a log line counts them (``bad_steps``)."""
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept; older ones are removed once a newer one is complete."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of multiples of so many steps stay for ever. None: no others than the newest."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: CUDA where there is one."""
     compile: Annotated[Literal["auto", "off", "blocks"], _Off] = "auto"
@@ -383,6 +385,8 @@ class EvalConfig(Section):
     online: bool = False
     """Follow the training with a linear head and kNN on the target features of its steps
     (docs/evaluation.md); ``data.path`` then needs labels. Changes nothing of the run."""
+    report: bool = True
+    """Draw ``report.html`` into the run folder at the end (docs/report.md); takes seconds."""
 
 
 class ImplConfig(Section):

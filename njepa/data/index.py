@@ -23,7 +23,7 @@ Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
 
 _HEAD = 1 << 16  # bytes of a shard member that hold the header of almost every image
-_CHUNK = 32  # headers that a thread reads at a time: a million tasks would cost more than the work
+_CHUNK = 32  # headers that a thread reads at a time: a million files are not a million tasks
 _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 

@@ -16,7 +16,8 @@ from njepa.exchange.files import as_object, read_json, read_metadata, read_safet
 from njepa.exchange.layouts import State, to_ours
 from njepa.exchange.weights import FACTS, Channels, Weights
 from njepa.models.architecture import architecture
-from njepa.runs.checkpoints import latest_checkpoint
+from njepa.runs.checkpoint_files import INDEX, STATE, TARGET, CheckpointFiles
+from njepa.runs.checkpoints import good_checkpoint
 
 
 def open_path(path: Path) -> Weights:
@@ -55,12 +56,14 @@ def cached_repository(name: str) -> Path | None:
 
 def _open_folder(path: Path) -> Weights:
     if (path / "config.yaml").is_file():
-        checkpoint = latest_checkpoint(path)
+        checkpoint = good_checkpoint(path, (STATE, TARGET))
         if checkpoint is None:
             raise ConfigError(f"run {path} has no complete checkpoint yet; train it first")
         return _open_checkpoint(checkpoint, path)
-    if (path / "state.json").is_file():
-        return _open_checkpoint(path, path.parent.parent)
+    if (path / INDEX).is_file() or (path / STATE).is_file():
+        checkpoint = CheckpointFiles(path)
+        checkpoint.verify((STATE, TARGET))
+        return _open_checkpoint(checkpoint, path.parent.parent)
     if (path / FACTS).is_file():
         return _open_safetensors(path / "model.safetensors", read_json(path / FACTS))
     if (path / "config.json").is_file():
@@ -78,45 +81,29 @@ def _open_folder(path: Path) -> Weights:
     )
 
 
-def _open_checkpoint(path: Path, run: Path) -> Weights:
+def _open_checkpoint(checkpoint: CheckpointFiles, run: Path) -> Weights:
     """``checkpoints/step-N`` of a run."""
-    state = read_json(path / "state.json")
-    if missing := [key for key in ("config", "step", "zero_stage") if key not in state]:
+    state, path = checkpoint.state(), checkpoint.folder / STATE
+    if missing := [key for key in ("config", "step") if key not in state]:
         raise ConfigError(
-            f"{path / 'state.json'} has no {', '.join(missing)}: no checkpoint of this trainer, or "
-            f"one that was cut short; use another checkpoint of the run"
+            f"{path} has no {', '.join(missing)}: no checkpoint of this trainer; use another one"
         )
-    config = parse_config(yaml.safe_load(state["config"]), origin=f"{path / 'state.json'}")
+    config = parse_config(yaml.safe_load(state["config"]), origin=f"{path}")
     parts = architecture(config)
-    file = path / "mp_rank_00_model_states.pt"
-
-    def module() -> State:
-        """The trained network: DeepSpeed's own file, of tensors and plain values."""
-        found: State = read_torch(file)["module"]
-        return found
 
     def context() -> State:
-        return _below(module(), "jepa.encoder.")
+        checkpoint.verify()
+        return checkpoint.below("jepa.encoder.")
 
     def predictors() -> dict[str, State]:
-        if not file.is_file():
-            return {}
-        states = {
-            name: _below(module(), f"jepa.{name}.") for name in ("predictor", "noise_predictor")
-        }
+        checkpoint.verify()
+        states = {n: checkpoint.below(f"jepa.{n}.") for n in ("predictor", "noise_predictor")}
         return {name: state for name, state in states.items() if state}
 
     encoders: dict[str, Callable[[], State]] = {
-        "target": partial(read_safetensors, path / "target_encoder.safetensors")
+        "target": partial(read_safetensors, checkpoint.folder / TARGET),
+        "context": context,
     }
-    absent = {}
-    if file.is_file():
-        encoders["context"] = context
-    else:
-        absent["context"] = (
-            f"ZeRO stage {state['zero_stage']} left it in shards (no {file.name}); use the target "
-            f"encoder, or train with ZeRO 0, 1 or 2"
-        )
     summary = run / "summary.json"
     record = {
         "recipe": config.recipe,
@@ -134,9 +121,8 @@ def _open_checkpoint(path: Path, run: Path) -> Weights:
         parts.encoder.heads,
         parts.predictor.heads,
         (config.data.mean, config.data.std),
-        absent,
-        config.data.image_size,
-        record,
+        image_size=config.data.image_size,
+        record=record,
     )
 
 
@@ -268,7 +254,3 @@ def _is_state(value: object) -> bool:
         and bool(value)
         and all(isinstance(tensor, Tensor) for tensor in value.values())
     )
-
-
-def _below(state: State, prefix: str) -> State:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -69,8 +69,6 @@ class Weights:
     predictor_heads: int | None = None
     """None where the source does not say: then as many as the encoder has, as published."""
     mean_std: tuple[Channels, Channels] | None = None
-    absent: dict[str, str] = field(default_factory=dict)
-    """Why there is no ``target`` or ``context``."""
     image_size: int | None = None
     """What a run's configuration says."""
     record: dict[str, Any] = field(default_factory=dict)
@@ -85,8 +83,10 @@ class Weights:
         chosen = "only" if "only" in self.encoders else which
         if chosen not in self.encoders:
             other = ", ".join(self.encoders)
-            reason = self.absent.get(which, f"it holds one encoder, {other}; ask for that one")
-            raise ConfigError(f"{self.origin} has no {which} encoder: {reason}")
+            raise ConfigError(
+                f"{self.origin} has no {which} encoder: it holds one encoder, {other}; ask for "
+                f"that one"
+            )
         told = f"{self.origin}, " + (
             f"its only encoder (asked for: {which})" if chosen == "only" else f"{chosen} encoder"
         )

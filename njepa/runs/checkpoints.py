@@ -1,125 +1,193 @@
-"""Checkpoints: DeepSpeed's files, the target encoder as safetensors, and a JSON state.
+"""Checkpoints of a run folder: which there are, which one is good, and going on from it.
 
-``checkpoints/step-00001200/`` is written under a temporary name, read back, and renamed; the one
-before is removed only after that. DeepSpeed's files are pickles of this very run: they are read
-from the run folder only, and what leaves the folder is safetensors (docs/running.md).
+``checkpoints/step-00001200/`` is whole or not there (``njepa.runs.saving``). The newest is the one
+with the highest number: a pointer beside the names would be a second truth that can differ.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from njepa.atomic import write_atomically
 from njepa.config import ConfigError
+from njepa.config.deepspeed_file import BatchSizes, fitting_ranks
+from njepa.runs.checkpoint_files import (
+    INDEX,
+    STATE,
+    CheckpointFiles,
+    DamagedCheckpoint,
+)
 from njepa.runs.ranks import Ranks
 
-_NAME = re.compile(r"step-(\d{8})$")
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-(\d{8,})$")
 
 
-class Saved(Protocol):
-    """What a checkpoint needs of the engine."""
+class Restored(Protocol):
+    """What takes over the tensors of a checkpoint."""
 
-    @property
-    def stage(self) -> int:
-        """Of ZeRO: how weights and moments are spread over the ranks."""
-        ...
-
-    def save(self, folder: Path) -> None: ...
-
-    def load(self, folder: Path) -> None: ...
+    def restore(self, saved: CheckpointFiles) -> None: ...
 
 
-def save_checkpoint(
-    run: Path,
-    step: int,
-    engine: Saved,
-    target: nn.Module,
-    state: dict[str, Any],
-    ranks: Ranks,
-    keep: int,
-) -> Path:
-    """Write the state after ``step`` optimizer steps; collective over all ranks.
+def checkpoint_step(path: Path) -> int:
+    """Optimizer steps done, from the name of the folder."""
+    found = _NAME.match(path.name)
+    return int(found[1]) if found else -1
 
-    Args:
-        state: plain JSON values that describe the run: data_digest, global_batch, and what else
-            may be of use (config, versions).
-        keep: complete checkpoints that stay, this one included.
-    """
+
+def all_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, the newest last; not verified, and of any layout."""
     root = run / "checkpoints"
-    temporary, final = root / f".step-{step:08d}.tmp", root / f"step-{step:08d}"
-    if ranks.main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    ranks.barrier()
-    engine.save(temporary)
-
-    facts = {"step": step, "world": ranks.world, "zero_stage": engine.stage, **state}
-
-    def finish() -> None:
-        tensors = {k: v.detach().cpu().contiguous() for k, v in target.state_dict().items()}
-        save_file(tensors, temporary / "target_encoder.safetensors", metadata={"step": str(step)})
-        write_atomically(
-            temporary / "state.json",
-            json.dumps(facts, indent=2) + "\n",
-        )
-        _verify(temporary, tensors)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(temporary, final)
-        for old in _complete(root)[:-keep]:
-            shutil.rmtree(old)
-
-    ranks.barrier()
-    ranks.on_main(finish)
-    return final
+    if not root.is_dir():
+        return []
+    found = [
+        path for path in root.iterdir()
+        if _NAME.match(path.name) and any((path / name).is_file() for name in (INDEX, STATE))
+    ]  # fmt: skip
+    return sorted(found, key=checkpoint_step)
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder."""
-    found = _complete(run / "checkpoints")
+    """The newest checkpoint of a run folder, not verified."""
+    found = all_checkpoints(run)
     return found[-1] if found else None
 
 
-def load_checkpoint(
-    path: Path, engine: Saved, target: nn.Module, ranks: Ranks, digest: str, global_batch: int
-) -> dict[str, Any]:
-    """Restore engine and target encoder; returns the JSON state.
+def good_checkpoint(run: Path, files: Iterable[str] | None = None) -> CheckpointFiles | None:
+    """The newest checkpoint whose checksums are right; None where there is none at all.
+
+    Args:
+        files: verified; None: all.
 
     Raises:
-        ConfigError: data, ranks, ZeRO stage or batch differ from those of the checkpoint.
+        ConfigError: all are damaged, or the newest good one is of an older version.
     """
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    damaged = list[str]()
+    for path in reversed(all_checkpoints(run)):
+        try:
+            found = CheckpointFiles(path)
+            found.verify(files)
+        except DamagedCheckpoint as error:
+            log.warning("%s; taking the one before it", error)
+            damaged.append(str(error))
+        else:
+            return found
+    if damaged:
+        lines = "\n  ".join(damaged)
+        raise ConfigError(
+            f"run.dir={run} has no checkpoint that is whole:\n  {lines}\nrestore one from a copy, "
+            f"or start a new run in another run.dir"
+        )
+    return None
+
+
+def find_checkpoint(run: Path, ranks: Ranks) -> CheckpointFiles | None:
+    """The good checkpoint that a run goes on from, the same on all ranks. Collective.
+
+    Damaged ones that are newer get the ending ``.damaged``: the run will write those steps again.
+    """
+
+    def find() -> str | None:
+        good = good_checkpoint(run)
+        if good is None:
+            return None
+        for path in all_checkpoints(run):
+            if checkpoint_step(path) > checkpoint_step(good.folder):
+                aside = path.with_name(f"{path.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+                os.rename(path, aside)
+                log.warning("%s is renamed to %s; remove it", path, aside.name)
+        return str(good.folder)
+
+    found = ranks.on_main(find)
+    return None if found is None else CheckpointFiles(Path(found))
+
+
+def load_checkpoint(
+    saved: CheckpointFiles,
+    engine: Restored,
+    target: nn.Module,
+    digest: str,
+    sizes: BatchSizes,
+    upstream: bool,
+) -> dict[str, Any]:
+    """Restore engine and target encoder; returns the JSON state. Collective.
+
+    Args:
+        upstream: ``mask.compat=upstream``, which cuts contexts by rank.
+
+    Raises:
+        ConfigError: data or batch differ from those of the checkpoint.
+    """
+    state, path = saved.state(), saved.folder
     if state["data_digest"] != digest:
         raise ConfigError(
             f"{path} was written on other data (index digest {state['data_digest'][:12]}, now "
             f"{digest[:12]}): the sample ids would refer to other images; restore the data, or "
             f"start a new run in another run.dir"
         )
-    stage = engine.stage
-    if state["zero_stage"] != stage or (stage > 0 and state["world"] != ranks.world):
-        raise ConfigError(
-            f"{path} was written by {state['world']} ranks with ZeRO stage {state['zero_stage']}, "
-            f"now there are {ranks.world} with stage {stage}; restart with {state['world']} ranks "
-            f"and ZeRO stage {state['zero_stage']}"
+    before = BatchSizes(state["micro"], state["accumulation"], state["world"])
+    _check_batch(path, before, sizes)
+    if before.accumulation != sizes.accumulation:
+        log.warning(
+            "the accumulation was %d and is %d: each step sees the same images and crops, but "
+            "masks, noise and batch statistics belong to the micro-batch and will be others",
+            before.accumulation,
+            sizes.accumulation,
         )
-    if state["global_batch"] != global_batch:
-        raise ConfigError(
-            f"{path} was written with an effective batch of {state['global_batch']}, now it is "
-            f"{global_batch}: each step would use other images; restore the batch size in the "
-            f"DeepSpeed file"
+    elif upstream and before.world != sizes.world:
+        log.warning(
+            "the run had %d ranks and has %d: with mask.compat=upstream each rank cuts contexts "
+            "to a length of its own, so the masks will be others",
+            before.world,
+            sizes.world,
         )
-    engine.load(path)
-    target.load_state_dict(load_file(path / "target_encoder.safetensors"))
+    engine.restore(saved)
+    target.load_state_dict({name: saved.target(name) for name in target.state_dict()})
     return state
+
+
+def _check_batch(path: Path, before: BatchSizes, now: BatchSizes) -> None:
+    if before.total == now.total:
+        return
+    raise ConfigError(
+        f"{path} was written with an effective batch of {before.total} = {before.told}, now it is "
+        f"{now.total} = {now.told}: each step would use other images; "
+        f"{ways_to_keep(before, now)}"
+    )
+
+
+def ways_to_keep(before: BatchSizes, now: BatchSizes) -> str:
+    """How another number of ranks can have the effective batch of ``before``."""
+    per_step = before.total // before.accumulation  # masks and noise belong to these images
+    fitting, rest = divmod(before.total, now.micro * now.accumulation)
+    ways = []
+    if not rest:
+        ways.append(f"start {_ranks(fitting)} with this DeepSpeed file")
+    if per_step % now.world == 0:
+        ways.append(
+            f"for {_ranks(now.world)} set train_micro_batch_size_per_gpu="
+            f"{per_step // now.world} and gradient_accumulation_steps={before.accumulation}"
+        )
+    ways.append(
+        f"with train_batch_size={before.total} and gradient_accumulation_steps="
+        f"{before.accumulation} instead of train_micro_batch_size_per_gpu these numbers of ranks "
+        f"keep it: {fitting_ranks(per_step)}"
+    )
+    return "; or ".join(ways)
+
+
+def _ranks(n: int) -> str:
+    return f"{n} rank{'s' if n > 1 else ''}"
 
 
 def versions() -> dict[str, str]:
@@ -133,20 +201,3 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "deepspeed": deepspeed.__version__,
     }
-
-
-def _complete(root: Path) -> list[Path]:
-    if not root.is_dir():
-        return []
-    return sorted(p for p in root.iterdir() if _NAME.match(p.name) and (p / "state.json").is_file())
-
-
-def _verify(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Read back what was written; an unreadable checkpoint must not replace a readable one."""
-    with safe_open(folder / "target_encoder.safetensors", framework="pt") as file:
-        if set(file.keys()) != set(tensors):
-            raise OSError(f"{folder}: target_encoder.safetensors does not hold what was written")
-    for file_path in folder.rglob("*.pt"):
-        with open(file_path, "rb") as raw:  # a torch file is a zip archive
-            if raw.read(2) != b"PK":
-                raise OSError(f"{file_path} is not a complete torch file")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -11,6 +15,8 @@ from typing import Any
 from tqdm import tqdm
 
 from njepa.atomic import write_atomically
+
+log = logging.getLogger(__name__)
 
 
 class Tracker:
@@ -26,11 +32,12 @@ class Tracker:
     def __init__(
         self, run: Path, start: int, total: int, *, tensorboard: bool = True, progress: bool = True
     ) -> None:
-        path = run / "metrics.jsonl"
+        path = self._path = run / "metrics.jsonl"
         if path.is_file():
             lines = [line for line in path.read_text().splitlines() if _step(line) <= start]
             write_atomically(path, "".join(line + "\n" for line in lines))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in close)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed in close)
+        self._unwritten: list[str] = []  # what a full disk did not take
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -46,11 +53,13 @@ class Tracker:
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Write the numbers of ``step`` (optimizer steps done)."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if self._board is not None:
-            for name, value in metrics.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, step)
+        self._unwritten.append(json.dumps({"step": step, **metrics}) + "\n")
+        self._write()
+        try:
+            self._draw(step, metrics)
+        except OSError as error:
+            log.warning("TensorBoard's events cannot be written and end here: %s", error)
+            self._board = None
         if self._lines and "loss" in metrics:
             self.say(self._line(step, metrics))
         shown = {
@@ -58,6 +67,24 @@ class Tracker:
             "img/s": f"{metrics['images_per_s']:.0f}" if "images_per_s" in metrics else None,
         }
         self._bar.set_postfix({k: v for k, v in shown.items() if v is not None}, refresh=False)
+
+    def _write(self) -> None:
+        """Append the lines that wait. A full disk can be emptied meanwhile: it ends no training."""
+        end, lines = os.fstat(self._file.fileno()).st_size, "".join(self._unwritten).encode()
+        try:
+            if self._file.write(lines) < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), end)  # no half line
+            log.warning("%s: %s; the next line will bring this one", self._path, error)
+        else:
+            self._unwritten.clear()
+
+    def _draw(self, step: int, metrics: dict[str, Any]) -> None:
+        if self._board is not None:
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, step)
 
     def _line(self, step: int, metrics: dict[str, Any]) -> str:
         """``step 20 of 1536: loss 0.6846, 178 images/s, 13:25 left``; the time from the second on.
@@ -86,9 +113,10 @@ class Tracker:
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with contextlib.suppress(OSError):  # said when they were written
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
 
 
 def _step(line: str) -> float:

@@ -57,6 +57,7 @@ class Loop:
         self._watch.lap()
         try:
             self._train(stop)
+            self.setup.writer.finish()
             if self.step < total:
                 say(
                     f"stopped after step {self.step} of {total}; the checkpoint is in "
@@ -64,11 +65,19 @@ class Loop:
                 )
                 return None
             images = (self.step - first_step) * self.setup.plan.sizes.total
-            return self._summarise(images, time.perf_counter() - began)
+            summary = self._summarise(images, time.perf_counter() - began)
+            self._report()
+            return summary
+        except NonFiniteLoss:
+            self._report()
+            raise
         except DataError:
             # Of several ranks one alone meets the image, and a checkpoint needs all of them.
             if self._ranks.world == 1 and self.setup.engine.between_steps:
                 self._save()
+            raise
+        except KeyboardInterrupt:  # in haste
+            self.setup.writer.abandon()
             raise
         finally:
             stop.close()
@@ -164,23 +173,26 @@ class Loop:
         return {"compilations": self._compilations} if self._compilations > known else {}
 
     def _save(self) -> None:
-        plan = self.setup.plan
-        checkpoints.save_checkpoint(
-            run_dir(self._config),
+        plan, engine = self.setup.plan, self.setup.engine
+        sharding = engine.sharding()
+        self.setup.writer.save(
             self.step,
-            self.setup.engine,
-            self.setup.state.target,
+            sharding.pieces(),
+            self.setup.state.target.state_dict(),
             {
                 "total_steps": self._length.total_steps,
                 "global_batch": plan.sizes.total,
+                "micro": plan.sizes.micro,
+                "accumulation": plan.sizes.accumulation,
+                "zero_stage": engine.stage,
+                "shared": sharding.shared(),
                 "data_digest": self.setup.index.digest,
                 "config": dump_config(self._config),
                 "impl": {op: choice.name for op, choice in plan.impl.items()},
                 "attention": str(plan.attention),
+                "precision": plan.precision.name,
                 "versions": checkpoints.versions(),
             },
-            self._ranks,
-            self._config.run.keep_checkpoints,
         )
 
     def _evaluate(self) -> None:
@@ -214,6 +226,7 @@ class Loop:
                 "device": device_name(device),
                 "impl": {op: choice.name for op, choice in plan.impl.items()},
                 "attention": str(plan.attention),
+                "precision": plan.precision.name,
                 "compile": plan.compilation.name,
                 "compilations": compilations() - self._compiled_before,
                 "skipped_images": skipped,
@@ -221,8 +234,17 @@ class Loop:
             }
 
         summary: dict[str, Any] | None = self._recorder.finish(summarise)
-        self._ranks.barrier()
         return summary
+
+    def _report(self) -> None:
+        """Draw the run folder on rank 0, while the others wait; a failure there is a warning."""
+        if self._config.eval.report and self._ranks.main:
+            from njepa.report.write import report_of_run  # what draws is needed here only
+
+            folder = run_dir(self._config)
+            if title := report_of_run(folder, self._ranks.device):
+                self._recorder.say(f"health: {title}; curves and pictures: {folder}/report.html")
+        self._ranks.barrier()
 
 
 def token_counts(masks: Masks) -> dict[str, float]:

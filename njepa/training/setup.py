@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from njepa_kernels import choose
@@ -27,14 +27,22 @@ from njepa.exchange.initial import InitialWeights, read_initial_weights
 from njepa.models.architecture import Architecture, architecture
 from njepa.models.attention import Attention
 from njepa.models.attention_kernels import choose_attention
-from njepa.runs.checkpoints import latest_checkpoint, load_checkpoint
+from njepa.runs.checkpoints import find_checkpoint, latest_checkpoint, load_checkpoint
 from njepa.runs.folder import RunFolder, run_dir
 from njepa.runs.ranks import Ranks
 from njepa.runs.recorder import Recorder
+from njepa.runs.saving import CheckpointWriter
 from njepa.runs.summary import device_name
 from njepa.training.compiling import GraphedForward, choose_compilation, compile_blocks
 from njepa.training.ema import make_target
 from njepa.training.module import TrainModule
+from njepa.training.precision import (
+    as_precision,
+    block_trial,
+    choose_precision,
+    matrix_units,
+    recorded_precision,
+)
 from njepa.training.schedules import Schedules
 from njepa.training.scoring import Scoring
 from njepa.training.step import TrainState
@@ -54,9 +62,11 @@ class Plan:
 
     config: Config
     ds: DeepSpeedFile
+    """With the precision that was chosen."""
     ranks: Ranks
     sizes: BatchSizes
     parts: Architecture
+    precision: Choice
     impl: dict[str, Choice]
     """By op."""
     attention: Attention
@@ -84,6 +94,7 @@ class Setup:
     state: TrainState
     scoring: Scoring
     recorder: Recorder
+    writer: CheckpointWriter
     loader: Loader
     first_step: int
     weights: str
@@ -92,8 +103,9 @@ class Setup:
     """With ``eval.online``, on every rank; rank 0 logs its own."""
 
     def close(self) -> None:
-        """End the loader's workers, release the run folder; may be called twice."""
+        """End the loader's workers and a save, release the run folder; may be called twice."""
         self.loader.close()
+        self.writer.close()
         self.recorder.close()
 
 
@@ -133,6 +145,10 @@ def set_up(
         engine, state = build_state(plan, initial)
         first = _resume(plan, index, engine, state) if config.run.resume else 0
         scoring = Scoring(config, state, plan.compilation, scorers[0] if scorers else None)
+        writer = CheckpointWriter(
+            run_dir(config), ranks, config.run.keep_checkpoints, config.run.keep_every
+        )
+        engine.before_update = writer.await_copy
         loader = build_loader(
             config, index, order, plan.masks, ranks.device, first, length.total_steps
         )
@@ -141,8 +157,9 @@ def set_up(
         raise
     weights = f"from {initial.told}" if initial is not None else "from the seed"
     return Setup(
-        plan, index, length, engine, state, scoring, recorder, loader, first, weights, online_probe
-    )
+        plan, index, length, engine, state, scoring, recorder, writer, loader, first, weights,
+        online_probe,
+    )  # fmt: skip
 
 
 def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
@@ -155,6 +172,8 @@ def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
     check_vicreg_batch(config, sizes)
     parts = architecture(config)
     choose_backend(config.data.backend, device)
+    precision = ranks.on_main(lambda: _precision(config, ds, device, parts, sizes.micro))
+    ds = replace(ds, precision=as_precision(precision))
     # Kc is the minimum over all ranks, or, as published, over each on its own.
     together = ranks.world if config.mask.compat == "fixed" else 1
     return Plan(
@@ -163,6 +182,7 @@ def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
         ranks=ranks,
         sizes=sizes,
         parts=parts,
+        precision=precision,
         impl=choose_impls(config, device),
         attention=choose_attention(
             config.model,
@@ -173,6 +193,17 @@ def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
         ),
         compilation=choose_compilation(config, ds.stage, device),
         masks=MaskSampler(config.mask, config.grid, config.run.seed, sizes.micro * together),
+    )
+
+
+def _precision(
+    config: Config, ds: DeepSpeedFile, device: torch.device, parts: Architecture, micro: int
+) -> Choice:
+    """That of the run in the folder, or of a new one; rank 0 decides for all."""
+    saved = latest_checkpoint(run_dir(config)) if config.run.resume else None
+    recorded = None if saved is None else recorded_precision(saved, device.type)
+    return choose_precision(
+        ds, device.type, lambda: block_trial(parts, micro), recorded, matrix_units()
     )
 
 
@@ -218,15 +249,20 @@ def _open_evaluator(
 
 
 def _resume(plan: Plan, index: ImageIndex, engine: ZeroEngine, state: TrainState) -> int:
-    """Load the last checkpoint; returns the steps that were done."""
-    path = latest_checkpoint(run_dir(plan.config))
-    if path is None:
+    """Load the last good checkpoint; returns the steps that were done."""
+    saved = find_checkpoint(run_dir(plan.config), plan.ranks)
+    if saved is None:
         log.warning(
             "run.resume=true, but %s has no checkpoint: starting at step 0", run_dir(plan.config)
         )
         return 0
-    saved = load_checkpoint(path, engine, state.target, plan.ranks, index.digest, plan.sizes.total)
-    return int(saved["step"])
+    upstream = plan.config.mask.compat == "upstream"
+    found = load_checkpoint(
+        saved, engine.sharding(), state.target, index.digest, plan.sizes, upstream
+    )
+    with engine.whole(state.online):
+        pass  # as at the end of every step: ZeRO 3 gives up what it had gathered of them
+    return int(found["step"])
 
 
 def choose_impls(config: Config, device: torch.device) -> dict[str, Choice]:
@@ -278,6 +314,8 @@ def start_table(run: Setup) -> str:
         "predictor": f"{parts.predictor.depth} blocks of width {parts.predictor.width}, "
         f"context {config.model.predictor.context}",
         "device": device_name(plan.ranks.device),
+        "threads": str(plan.ranks.threads),
+        "precision": str(plan.precision),
         "ops": "; ".join(f"{choice}: {', '.join(ops)}" for choice, ops in by_choice.items()),
         "attention": str(plan.attention),
         "compile": str(plan.compilation),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from njepa.training.engine import Update, gradient_norm
 from njepa.training.health import gate, skip_where
 from njepa.training.module import TrainModule, adamw
 from njepa.training.schedules import Rates
+from njepa.training.sharding import Sharding
 
 #: Layers that DeepSpeed communicates in bf16 under torch_autocast: its own list and ours. It knows
 #: a layer by its very class, not as a subclass of Linear.
@@ -30,6 +30,7 @@ class ZeroEngine:
     Attributes:
         inner: DeepSpeed's own engine.
         stage: of ZeRO.
+        before_update: called before the weights change.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class ZeroEngine:
             torch.tensor(True, device=device), torch.tensor(float("inf"), device=device)
         )
         self._good = torch.tensor(False, device=device)
+        self.before_update: Callable[[], None] = lambda: None
 
     @property
     def between_steps(self) -> bool:
@@ -85,6 +87,7 @@ class ZeroEngine:
         ZeRO 1 to 3 hold no whole gradient, and look at its global norm on the host before they
         update; at stage 0 the verdict stays on the device.
         """
+        self.before_update()
         rates.write(self.inner.optimizer.param_groups)
         if self.stage > 0:
             self.inner.step()
@@ -116,13 +119,9 @@ class ZeroEngine:
         else:
             yield list(parameters)
 
-    def save(self, folder: Path) -> None:
-        """Write weights and moments into ``folder``. Collective."""
-        self.inner.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-
-    def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote under the same stage. Collective."""
-        self.inner.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=True)
+    def sharding(self) -> Sharding:
+        """What of the weights and moments lies on this rank: for checkpoints."""
+        return Sharding(self.inner, self.module, self.stage)
 
     def close(self) -> None:
         """Remove DeepSpeed's hooks: what a process needs that trains again."""

@@ -2,9 +2,9 @@
 
     python -m tests.support.jobs JOBS.json OUT.pt     with RANK, WORLD_SIZE, ... in the environment
 
-Every job is {name, overrides, ds, grads, watch, features, moved, reduce, broken}; all jobs of a
-call share the processes, because starting them costs more than training does. OUT.pt (rank 0) maps
-the name to what was recorded.
+Every job is {name, overrides, ds, grads, watch, features, moved, reduce, broken, save,
+slow_copy}; all jobs of a call share the processes, because starting them costs more than training
+does. OUT.pt (rank 0) maps the name to what was recorded.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ TINY = [
     "model.predictor={depth: 1, width: 16, heads: 2}", "model.init=xavier", "mask.min_keep=4",
     "optim.warmup_epochs=0", "optim.lr=3e-3", "optim.ema=[0.9, 1.0]",
     "run.max_steps=3", "run.log_every=1", "run.tensorboard=false", "run.progress=false",
+    "eval.report=false",
 ]  # fmt: skip
 
 
@@ -87,6 +89,11 @@ def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
     config = load_config("shapes-tiny", TINY + job["overrides"])
     setup = set_up(config, parse_deepspeed(job["ds"]), ranks)
     loop = Loop(setup)
+    if job.get("slow_copy"):
+        setup.writer._copy = slowly(setup.writer._copy)
+    if job.get("save"):  # what was loaded, before anything is trained
+        loop._save()
+        setup.writer.finish()
     if job.get("watch"):  # instead of a whole run
         watched = watch(loop, steps=2)
         setup.engine.close()
@@ -164,6 +171,16 @@ def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
     record["target"] = {k: v.clone() for k, v in target.state_dict().items()}
     setup.engine.close()
     return record
+
+
+def slowly(action: Any) -> Any:
+    """The training would be steps ahead, did it not wait."""
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.2)
+        return action(*args)
+
+    return slow
 
 
 def _state_bytes(engine: Any, target: torch.nn.Module) -> dict[str, int]:

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from safetensors.torch import save_file
+from torch import Tensor
 
 from njepa.config import dump_config, load_config
 from njepa.models.encoder import build_encoder
+from tests.support.written import write_checkpoint
 
 SMALL = [
     "data.image_size=32", "model.patch_size=8", "model.width=32", "model.depth=5", "model.heads=2",
 ]  # fmt: skip
 
 
-def make_run(folder: Path, *overrides: str) -> Path:
-    """What ``njepa train`` leaves, with random weights."""
+def make_run(folder: Path, *overrides: str, target: dict[str, Tensor] | None = None) -> Path:
+    """What ``njepa train`` leaves, with random weights or ``target``."""
     config = load_config("shapes-tiny", [*SMALL, *overrides])
-    checkpoint = folder / "checkpoints" / "step-00000010"
-    checkpoint.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config))
-    encoder = build_encoder(config)
-    state = {name: value.detach().contiguous() for name, value in encoder.state_dict().items()}
-    save_file(state, checkpoint / "target_encoder.safetensors")
-    facts = {"step": 10, "zero_stage": 0, "data_digest": "", "config": dump_config(config)}
-    (checkpoint / "state.json").write_text(json.dumps(facts))
+    target = target or build_encoder(config).state_dict()
+    write_checkpoint(folder, 10, {}, target, config=dump_config(config))
     return folder
 
 

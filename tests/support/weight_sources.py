@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from njepa.config import Config, dump_config, parse_config
 from njepa.models.jepa import Jepa, build_jepa
 from njepa.training.ema import make_target
+from tests.support.written import write_checkpoint
 
 MEAN, STD = [0.5, 0.25, 0.4], [0.2, 0.3, 0.25]
 
@@ -46,24 +46,18 @@ def network(config: Config, seed: int = 0) -> tuple[Jepa, Any]:
     return jepa, target
 
 
-def write_run(folder: Path, config: Config, jepa: Jepa, target: Any, stage: int = 1) -> Path:
+def write_run(folder: Path, config: Config, jepa: Jepa, target: Any) -> Path:
     """A run folder with one checkpoint, as the trainer leaves it."""
-    checkpoint = folder / "checkpoints" / "step-00000007"
-    checkpoint.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "summary.json").write_text(
         json.dumps({"recipe": "custom", "knn_top1": 41.25, "knn_top1_ci95": [39.5, 43.0]})
     )
-    state = {
-        "step": 7, "world": 1, "zero_stage": stage, "data_digest": "d" * 64, "global_batch": 8,
-        "config": dump_config(config), "versions": {"njepa": "0.1.0", "torch": "2.14"},
-    }  # fmt: skip
-    (checkpoint / "state.json").write_text(json.dumps(state))
-    save_file(dict(target.state_dict()), checkpoint / "target_encoder.safetensors")
-    if stage < 3:
-        module = {f"jepa.{name}": tensor for name, tensor in jepa.state_dict().items()}
-        torch.save({"module": module}, checkpoint / "mp_rank_00_model_states.pt")
-    return checkpoint
+    weights = {f"weight/jepa.{name}": tensor for name, tensor in jepa.state_dict().items()}
+    versions = {"njepa": "0.1.0", "torch": "2.14"}
+    return write_checkpoint(
+        folder, 7, weights, target.state_dict(), config=dump_config(config), versions=versions
+    )
 
 
 def published(jepa: Jepa, target: Any, prefix: str = "module.") -> dict[str, Any]:

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sklearn.neighbors import KNeighborsClassifier
 
 from njepa import cli
@@ -157,7 +157,7 @@ def test_subjects_that_cannot_be_read(world, capsys):
     assert "holds no weights: expected a run" in refusal(capsys, arguments(world, subject="train"))
     weights = load_file(world / "run/checkpoints/step-00000010/target_encoder.safetensors")
     cases = {
-        "cut": (None, "target_encoder.safetensors cannot be read"),
+        "cut": (None, "damaged: target_encoder.safetensors: it has 1000 bytes"),
         "other-width": (
             weights | {"norm.weight": torch.ones(48)},
             "norm.weight: got [48], expected [32]",
@@ -172,9 +172,10 @@ def test_subjects_that_cannot_be_read(world, capsys):
         ),
     }
     for name, (state, message) in cases.items():
-        run = make_run(world / name)
-        file = run / "checkpoints/step-00000010/target_encoder.safetensors"
-        file.write_bytes(file.read_bytes()[:1000]) if state is None else save_file(state, file)
+        run = make_run(world / name, target=state)
+        if state is None:
+            file = run / "checkpoints/step-00000010/target_encoder.safetensors"
+            file.write_bytes(file.read_bytes()[:1000])
         assert message in refusal(capsys, arguments(world, subject=name)), name
     shutil.rmtree(world / "missing" / "checkpoints" / "step-00000010")
     assert "has no complete checkpoint yet" in refusal(capsys, arguments(world, subject="missing"))

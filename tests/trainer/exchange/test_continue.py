@@ -34,12 +34,14 @@ def test_a_run_continues_another(tmp_path):
     assert not torch.equal(target.state["norm.bias"], context.state["norm.bias"])
     for name in ("zero1", "zero3"):  # the target did not move from the first run's
         assert all(torch.equal(records[name]["target"][k], v) for k, v in target.state.items())
-    for name, tensor in read_encoder(tmp_path / "zero1", "context").state.items():
-        torch.testing.assert_close(tensor, context.state[name], rtol=0, atol=1e-6)
-    predictors = [open_weights(tmp_path / n).predictors() for n in ("first", "zero1")]
-    for name in ("predictor", "noise_predictor"):  # the second is a copy of the only one
-        for key, tensor in predictors[1][name].items():
-            torch.testing.assert_close(tensor, predictors[0]["predictor"][key], rtol=0, atol=1e-6)
+    given = open_weights(first).predictors()["predictor"]
+    for run in ("zero1", "zero3"):
+        for name, tensor in read_encoder(tmp_path / run, "context").state.items():
+            torch.testing.assert_close(tensor, context.state[name], rtol=0, atol=1e-6)
+        predictors = open_weights(tmp_path / run).predictors()
+        for name in ("predictor", "noise_predictor"):  # the second is a copy of the only one
+            for key, tensor in predictors[name].items():
+                torch.testing.assert_close(tensor, given[key], rtol=0, atol=1e-6)
     larger = read_encoder(tmp_path / "larger", "target").state
     assert larger["pos_embed"].shape == (1, 144, 32)
     assert torch.equal(larger["blocks.0.mlp.fc1.weight"], target.state["blocks.0.mlp.fc1.weight"])

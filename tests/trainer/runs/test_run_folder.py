@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 
 import pytest
 
@@ -84,3 +85,21 @@ def test_tracker_drops_lines_after_the_resumed_step(tmp_path):
     tracker.close()
     read = [json.loads(x) for x in path.read_text().splitlines()]
     assert read == [*lines[:2], {"step": 30, "loss": 4.0}]
+
+
+def test_lines_that_the_disk_did_not_take_come_with_the_next(tmp_path, caplog):
+    tracker = Tracker(tmp_path, 0, 100, tensorboard=False, progress=False)
+    tracker.log(1, {"loss": 1.0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, hard))  # half of the second line fits
+    try:
+        for step in (2, 3):
+            tracker.log(step, {"loss": 2.0})
+        assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "the next line will bring this one" in caplog.text
+    tracker.log(4, {"loss": 3.0})
+    tracker.close()
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == [1, 2, 3, 4]

@@ -1,0 +1,1 @@
+"""Trainings that something happens to: killed, on bad disks."""
