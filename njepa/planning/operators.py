@@ -32,6 +32,7 @@ _GATHERS = {
 KERNELS = {
     "_scaled_dot_product_flash_attention_backward": 3,
     "jepa_loss": 2, "predictor_tokens_backward": 2, "vicreg": 3,
+    "add_layer_norm_backward": 2, "bias_gelu_backward": 2,
 }  # fmt: skip
 #: Multi-tensor kernels (ATen/native/cuda/MultiTensorApply.cuh): lists, and tensors a launch takes.
 _LISTS = {"_fused_adamw_": 36, "_foreach_norm": 110}

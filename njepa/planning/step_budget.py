@@ -76,7 +76,8 @@ def part_of(operator: Operator) -> str:
     leaf = operator.module.rpartition(".")[2]
     in_block = "blocks." in operator.module
     if library == "njepa":
-        return "fused ops"
+        blocks = {"add_layer_norm": "norm", "bias_gelu": "GELU"}  # of model.fused_block
+        return blocks.get(name.removesuffix("_backward"), "fused ops")
     if name in _PRODUCTS:
         own = "attention proj" if operator.module.endswith("attn.proj") else "other products"
         return _LAYERS.get(leaf, own)
@@ -108,6 +109,10 @@ def must_move(operator: Operator, low: bool) -> float:
         return moved * 2 / 3 if operator.phase == "EMA" else moved
     if operator.name.partition(".")[2] in _PRODUCTS:
         return width * (sum(operator.inputs) + sum(operator.outputs))
+    if operator.name.startswith("njepa.add_layer_norm"):
+        # The addition where there is a residual, or a gradient of it, and the norm's backward.
+        added = len(operator.inputs) == (5 if operator.backward else 4)
+        return width * operator.outputs[0] * (added + operator.backward)
     if part == "residual" or (part == "norm" and operator.backward):
         return width * sum(operator.outputs[:1])
     return 0.0

@@ -76,6 +76,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.modules, self.phase, self.backward = modules, "", False
         self.operators: list[Operator] = []
+        self._called: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -90,10 +91,27 @@ class _Recorder(TorchDispatchMode):
 
     def _note(self, func: Any, cost: Cost, given: Any, out: Any) -> None:
         name = str(func._overloadpacket)
-        module = max(self.modules.parents, key=lambda path: path.count("."))
+        module = self._module()
         phase = self.phase if self.phase != "module" else _phase_of(name, module)
         numbers = (tuple(t.numel() for t in tensors(x)) for x in (given, out))
         self.operators.append(Operator(name, phase, self.backward, module, cost, *numbers))
+
+    def _module(self) -> str:
+        """The innermost module that runs.
+
+        In the backward one that returned its own input stays behind when it is done; the modules
+        around it do not, so that all of them must be running, too.
+        """
+        running = self.modules.parents
+        self._called |= running
+        return max(
+            (path for path in running if self._around(path) <= running),
+            key=lambda path: path.count("."),
+        )
+
+    def _around(self, path: str) -> set[str]:
+        parts = path.split(".")
+        return self._called & {".".join(parts[:n]) for n in range(1, len(parts))}
 
     @contextmanager
     def at(self, phase: str, backward: bool = False) -> Iterator[None]:

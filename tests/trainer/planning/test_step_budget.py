@@ -40,9 +40,9 @@ RATES = Rates(lr=1e-4, weight_decay=0.04, momentum=0.996)
 
 
 @cache
-def traced(method: str, low: bool, checkpoint: bool = False) -> list[Operator]:
+def traced(method: str, low: bool, checkpoint: bool = False, fused: bool = False) -> list[Operator]:
     """With attention as two products, which is what the CPU runs beside it."""
-    config = tiny_config(method, model={"checkpoint_blocks": checkpoint})
+    config = tiny_config(method, model={"checkpoint_blocks": checkpoint, "fused_block": fused})
     with sdpa_kernel(SDPBackend.MATH):
         return trace_step(config, SHAPE, BATCH, low, SDPA)
 
@@ -177,6 +177,20 @@ def test_the_budget_follows_the_code() -> None:
     plain, again = (sum(o.cost.flops for o in traced("ijepa", True, c)) for c in (False, True))
     recomputed = plan.recomputed_flops(tiny_config("ijepa"), SHAPE, BATCH)
     assert 0.6 * recomputed < again - plain <= recomputed
+
+
+def test_fused_blocks_move_less_and_must_move_the_same() -> None:
+    plain, fused = (traced("njepa", True, fused=f) for f in (False, True))
+
+    def by_phase(operators: list[Operator]) -> dict[str, float]:
+        sums = budget.sums(operators, budget.phase_of, budget.Rates(1.0, 1.0), True)
+        return {name: one.flops for name, one in sums.items()}
+
+    assert by_phase(fused) == by_phase(plain)
+    must = [sum(budget.must_move(o, True) for o in operators) for operators in (plain, fused)]
+    moved = [sum(o.cost.read + o.cost.written for o in operators) for operators in (plain, fused)]
+    assert must[1] == pytest.approx(must[0], rel=0.01)
+    assert must[1] < moved[1] < moved[0]
 
 
 def cost(function: Any, *args: Any) -> Cost:
