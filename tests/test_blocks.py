@@ -43,10 +43,9 @@ NOT_RUN = {
     r"python -m njepa_kernels|python -c .*get_local": "tests/ops/test_hf_layout.py",
     r"python -c .*(torch\.randn|available_impls)": "tests/ops/test_kernels_package.py",
     r"njepa export .*(transformers|onnx)": "takes long; tests/trainer/exchange/test_export.py",
-    r"njepa report ": "takes long; tests/trainer/report draws every kind",
-    r"njepa probe (runs/(caltech|imagenette|untrained))": "sets that are not here; "
-    "tests/trainer/evaluation runs every kind",
     r"njepa convert /usr/share": "Debian's package; tests/trainer/data/test_convert.py",
+    r"njepa report ": "takes long; tests/trainer/report draws every kind",
+    r"njepa probe runs/(caltech|imagenette|untrained)": "takes long; tests/trainer/evaluation",
 }
 
 

@@ -103,7 +103,8 @@ def test_a_library_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 2}')
     assert cli.main(["train", "run.tracker=mlflow"]) == 2
-    assert "run.tracker=mlflow needs the library mlflow, which" in (message := capsys.readouterr().err)
+    message = capsys.readouterr().err
+    assert "run.tracker=mlflow needs the library mlflow, which" in message
     assert message.rstrip().endswith("pip install mlflow")
     assert not (tmp_path / "runs").exists()
     monkeypatch.setattr(trackers, "find_spec", lambda name: SimpleNamespace(origin=None))
