@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,6 +53,7 @@ def require(tracker: str) -> None:
 
 def open_board(tracker: str, run: Path, config: Config) -> Board | None:
     """The place that ``run.tracker`` names; None if it names none."""
+    boards: dict[str, Callable[[Path, Config], Board]]
     boards = {"wandb": Wandb, "mlflow": Mlflow, "trackio": Trackio}
     return boards[tracker](run, config) if tracker in boards else None
 

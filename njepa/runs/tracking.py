@@ -87,9 +87,9 @@ class Tracker:
         for board in list(self._boards):
             try:
                 board.log(step, numbers)
-            except OSError as error:
+            except Exception as error:  # a full disk, or whatever a library of others raises
                 kind = type(board).__name__
-                log.warning("%s's events cannot be written and end here: %s", kind, error)
+                log.warning("%s's events cannot be written and end here: %r", kind, error)
                 self._boards.remove(board)
 
     def _line(self, step: int, metrics: dict[str, Any]) -> str:
@@ -121,8 +121,11 @@ class Tracker:
         self._bar.close()
         with contextlib.suppress(OSError):  # said when they were written
             self._file.close()
-            for board in self._boards:
+        for board in self._boards:
+            try:
                 board.close()
+            except Exception as error:  # as in _draw
+                log.warning("%s was not closed: %r", type(board).__name__, error)
 
 
 def _step(line: str) -> float:

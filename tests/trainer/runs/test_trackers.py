@@ -92,6 +92,25 @@ def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert [(options["step"], args[0]) for _, args, options in calls[1:-1]] == LINES
 
 
+def test_a_library_that_fails_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """It is told once and left out from then on; metrics.jsonl has every line."""
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise RuntimeError("a fault of theirs")
+
+    broken = SimpleNamespace(log=fail, finish=fail)
+    install(monkeypatch, "wandb", init=lambda **options: broken)
+    track(tmp_path, "wandb")
+    assert caplog.text.count("Wandb's events cannot be written and end here") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    unlogged = SimpleNamespace(log=lambda *args, **options: None, finish=fail)
+    install(monkeypatch, "wandb", init=lambda **options: unlogged)
+    track(tmp_path, "wandb")
+    assert "Wandb was not closed: RuntimeError('a fault of theirs')" in caplog.text
+
+
 def test_none_is_no_board(tmp_path: Path):
     require("none")
     assert open_board("none", tmp_path, CONFIG) is None
