@@ -1,4 +1,4 @@
-"""``njepa train | probe | export | scan | convert | plan | info``."""
+"""``njepa train | probe | export | scan | convert | plan | replay | info``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "scan": "njepa.commands.scan",
     "convert": "njepa.commands.convert",
     "plan": "njepa.commands.plan",
+    "replay": "njepa.commands.replay",
     "info": "njepa.commands.info",
 }
 
@@ -29,6 +30,7 @@ commands:
   scan    decode every image once, list the good ones, name the bad ones
   convert write images of any source as tar shards or class folders
   plan    predict FLOPs, memory, traffic and speed on given GPUs, without one
+  replay  repeat a bad step of a run and name what was not finite first
   info    print versions, recipes, configuration keys and what runs on this machine
 
 `njepa <command> --help` gives the options.
