@@ -1,4 +1,7 @@
-"""``bad/step-00000123.json``: what a bad step was made of, for people and for ``njepa replay``."""
+"""What a bad step was made of, for people and for ``njepa replay``.
+
+``bad/step-00000123.json``, after a rollback ``step-00000123-try1.json``.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,8 @@ def write_dump(run: Path, dump: Dump) -> Path | None:
     """
     folder = run / "bad"
     folder.mkdir(exist_ok=True)
-    path = folder / f"step-{dump.step:08d}.json"
+    again = f"-try{dump.salt}" if dump.salt else ""
+    path = folder / f"step-{dump.step:08d}{again}.json"
     if len(list(folder.glob("step-*.json"))) >= MOST:
         return None
     write_atomically(path, dump.model_dump_json(indent=1) + "\n")
