@@ -75,7 +75,7 @@ def run(task: Task, ranks: Ranks, run_dir: Path) -> dict[str, Any]:
 def _train(task: Task, config: Config, ranks: Ranks, run_dir: Path) -> dict[str, Any]:
     began = time.perf_counter()
     ds_config = run_dir.with_suffix(".ds.json")
-    ds_config.write_text(json.dumps(task.ds), encoding="utf-8")
+    ds_config.write_text(json.dumps(_in_fp32(task.ds)), encoding="utf-8")
     try:
         ds = load_deepspeed_file(ds_config)
     finally:
@@ -102,6 +102,14 @@ def _train(task: Task, config: Config, ranks: Ranks, run_dir: Path) -> dict[str,
         },
         "curve": thin(lines),
     }
+
+
+def _in_fp32(ds: dict[str, Any]) -> dict[str, Any]:
+    """The file with fp32 in the place of "auto", which a CPU may take for bf16."""
+    autocast = ds.get("torch_autocast", {})
+    if autocast.get("enabled") != "auto":
+        return ds
+    return {**ds, "torch_autocast": {**autocast, "enabled": False}}
 
 
 def _floors(config: Config, ranks: Ranks) -> dict[str, Any]:

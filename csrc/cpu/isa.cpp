@@ -1,4 +1,6 @@
 // All kernels for one instruction set; compiled once for each, see setup.py.
+#include "add_layer_norm.h"
+#include "bias_gelu.h"
 #include "ema_update.h"
 #include "gather_tokens.h"
 #include "jepa_loss.h"
@@ -31,6 +33,10 @@ const Kernels& kernels() {
       .gram = gram,
       .vicreg_backward = vicreg_backward,
       .ema = ema,
+      .add_layer_norm = add_layer_norm,
+      .add_layer_norm_backward = add_layer_norm_backward,
+      .bias_gelu = bias_gelu,
+      .bias_gelu_backward = bias_gelu_backward,
       .normals = normals,
   };
   return table;

@@ -145,6 +145,61 @@ struct VicregBackward {  // tasks: (m, tile of rows, tile of columns)
   int64_t M, n, D;
 };
 
+// Rows of a sum over rows that are added to one partial sum, which are then added in their order.
+inline constexpr int64_t kSumRows = 32;
+
+struct AddLayerNorm {  // rows
+  const void* x;
+  Type x_type;
+  const void* residual;  // or null: then the row is x, and is not written
+  void* total;
+  Type type;  // of residual and total
+  const float* weight;
+  const float* bias;
+  void* out;
+  Type out_type;
+  float* means;     // [rows]
+  float* inverses;  // [rows]: 1 / standard deviation
+  float eps;
+  int64_t D;
+};
+
+struct AddLayerNormBackward {  // blocks of kSumRows rows
+  const void* grad;
+  Type grad_type;
+  const void* grad_total;  // like total, or null
+  const void* total;
+  Type type;
+  const float* means;
+  const float* inverses;
+  const float* weight;
+  void* dx;
+  Type x_type;
+  void* dresidual;  // like total, or null where dx has its type
+  float* sums;      // [blocks,2,D]
+  int64_t rows, D;
+};
+
+struct BiasGelu {  // rows
+  const void* x;
+  Type type;
+  const float* bias;
+  void* out;
+  bool tanh;
+  int64_t D;
+};
+
+struct BiasGeluBackward {  // blocks of kSumRows rows
+  const void* grad;
+  const void* x;
+  Type type;
+  const float* bias;
+  void* dx;
+  float* sums;  // [blocks,D]
+  bool tanh;
+  int64_t rows, D;
+};
+
 struct Ema {
   float* target;
   const void* source;
@@ -177,6 +232,10 @@ struct Kernels {
   void (*gram)(const Gram&, int64_t, int64_t);
   void (*vicreg_backward)(const VicregBackward&, int64_t, int64_t);
   void (*ema)(const Ema&);
+  void (*add_layer_norm)(const AddLayerNorm&, int64_t, int64_t, float*);
+  void (*add_layer_norm_backward)(const AddLayerNormBackward&, int64_t, int64_t, float*);
+  void (*bias_gelu)(const BiasGelu&, int64_t, int64_t);
+  void (*bias_gelu_backward)(const BiasGeluBackward&, int64_t, int64_t);
   void (*normals)(uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, int64_t, float*);
 };
 

@@ -89,6 +89,16 @@ STABLE_TORCH_LIBRARY(njepa_native, m) {
   m.def(
       "ema_update_(Tensor(a!)[] targets, Tensor[] sources, float momentum, float rest, "
       "Tensor(b!)[] shadow) -> ()");
+  m.def(
+      "add_layer_norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, "
+      "Tensor(a!) out, Tensor(b!) total, Tensor(c!) stats) -> ()");
+  m.def(
+      "add_layer_norm_backward(Tensor grad, Tensor? grad_total, Tensor total, Tensor stats, "
+      "Tensor weight, Tensor(a!) dx, Tensor(b!) dresidual, Tensor(c!) sums) -> ()");
+  m.def("bias_gelu_forward(Tensor x, Tensor bias, bool tanh, Tensor(a!) out) -> ()");
+  m.def(
+      "bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, bool tanh, Tensor(a!) dx, "
+      "Tensor(b!) dbias) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(njepa_native, CPU, m) {
@@ -99,6 +109,10 @@ STABLE_TORCH_LIBRARY_IMPL(njepa_native, CPU, m) {
   m.impl("vicreg_forward", TORCH_BOX(&njepa::vicreg_forward));
   m.impl("vicreg_backward", TORCH_BOX(&njepa::vicreg_backward));
   m.impl("ema_update_", TORCH_BOX(&njepa::ema_update_));
+  m.impl("add_layer_norm_forward", TORCH_BOX(&njepa::add_layer_norm_forward));
+  m.impl("add_layer_norm_backward", TORCH_BOX(&njepa::add_layer_norm_backward));
+  m.impl("bias_gelu_forward", TORCH_BOX(&njepa::bias_gelu_forward));
+  m.impl("bias_gelu_backward", TORCH_BOX(&njepa::bias_gelu_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(njepa_native, CompositeExplicitAutograd, m) {

@@ -18,6 +18,15 @@ Tensor vicreg_backward(const Tensor& u, const Tensor& mean, const Tensor& std, c
                        const Tensor& g_std, const Tensor& g_cov, double gamma, double eps);
 void ema_update_(std::vector<Tensor> targets, std::vector<Tensor> sources, double momentum,
                  double rest, std::vector<Tensor> shadow);
+void add_layer_norm_forward(const Tensor& x, const OptionalTensor& residual, const Tensor& weight,
+                            const Tensor& bias, double eps, const Tensor& out, const Tensor& total,
+                            const Tensor& stats);
+void add_layer_norm_backward(const Tensor& grad, const OptionalTensor& grad_total,
+                             const Tensor& total, const Tensor& stats, const Tensor& weight,
+                             const Tensor& dx, const Tensor& dresidual, const Tensor& sums);
+void bias_gelu_forward(const Tensor& x, const Tensor& bias, bool tanh, const Tensor& out);
+void bias_gelu_backward(const Tensor& grad, const Tensor& x, const Tensor& bias, bool tanh,
+                        const Tensor& dx, const Tensor& dbias);
 
 // The kernels for the newest instruction set of this processor.
 const Kernels& kernels();
@@ -62,6 +71,14 @@ void parallel_rows(int64_t rows, int64_t work, int64_t D, const Args& args,
     std::vector<float> scratch(kScratchRows * round_up(D, kBlock));
     kernel(args, begin, end, scratch.data());
   });
+}
+
+// out [width] = the sum of all blocks [blocks, width], in their order.
+inline void sum_blocks(const std::vector<float>& blocks, int64_t width, float* out) {
+  std::fill_n(out, width, 0.0f);
+  const int64_t count = static_cast<int64_t>(blocks.size());
+  for (int64_t first = 0; first < count; first += width)
+    for (int64_t i = 0; i < width; ++i) out[i] += blocks[first + i];
 }
 
 // For each row the positions in `rows` that name it, ascending (a counting sort).

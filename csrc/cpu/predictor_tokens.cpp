@@ -77,10 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> predictor_tokens_backward(
   if (need_pos)
     parallel_rows(N, (B * Kc * M + targets) * D / std::max<int64_t>(N, 1), D, args,
                   k.predictor_backward_pos);
-  float* out = data(dmask);
-  std::fill_n(out, D, 0.0f);
-  for (int64_t block = 0; block < blocks; ++block)
-    for (int64_t i = 0; i < D; ++i) out[i] += mask_blocks[block * D + i];
+  sum_blocks(mask_blocks, D, data(dmask));
   return {dcontext, dmask, dpos, dsigma};
 }
 

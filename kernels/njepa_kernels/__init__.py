@@ -8,6 +8,9 @@ from ._runtime.checks import debug_checks
 from ._runtime.dispatch import Impl, available_impls, choose
 from ._runtime.philox import NoiseKey, philox4x32, philox_normal
 from ._version import __version__
+from .ops.add_layer_norm.op import add_layer_norm
+from .ops.add_layer_norm.reference import AddLayerNorm
+from .ops.bias_gelu.op import bias_gelu
 from .ops.ema_update_.op import ema_update_
 from .ops.gather_tokens.op import gather_tokens
 from .ops.jepa_loss.op import jepa_loss
@@ -18,12 +21,15 @@ from .ops.vicreg.op import vicreg
 from .ops.vicreg.reference import VicregTerms
 
 __all__ = [
+    "AddLayerNorm",
     "Impl",
     "JepaLoss",
     "NoiseKey",
     "VicregTerms",
     "__version__",
+    "add_layer_norm",
     "available_impls",
+    "bias_gelu",
     "choose",
     "debug_checks",
     "ema_update_",

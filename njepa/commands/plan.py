@@ -6,14 +6,16 @@ import argparse
 from collections.abc import Sequence
 
 from njepa import planning as plan
+from njepa.commands.tables import columns
 from njepa.config import Config, ConfigError, load_config
 from njepa.config.deepspeed_file import BatchSizes, DeepSpeedFile, load_deepspeed_file
 
 DESCRIPTION = """What a step of a configuration costs, and on how many GPUs it fits:
 computed, not measured. Needs no GPU and no data."""
-EPILOG = """All ceilings are nominal unless given. For example:
+EPILOG = """Ceilings that are not given are the vendor's. For example:
 
   njepa plan --recipe in1k-vith14 --ds_config njepa/recipes/in1k.zero1.json --gpus 64 --gpu h200
+  njepa plan --recipe in1k-vitl16 --step --micro 128 --gpu h100 --json step.json
 """
 
 
@@ -22,39 +24,52 @@ SCALES = [2**i for i in range(11)]
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Print the plan; returns the exit status."""
-    args = _parser(prog).parse_intermixed_args(argv)
+    args = parser(prog).parse_intermixed_args(argv)
     print(_plan(args))
     return 0
 
 
-def _parser(prog: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
         prog=prog,
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add = result.add_argument
     add("--recipe", metavar="R", help="recipe, or a .yaml file (default: shapes-tiny)")
-    add("--ds_config", default="ds.json", metavar="FILE", help="(default: %(default)s)")
-    add("--gpus", default="8,16,64", help="numbers of GPUs (default: %(default)s)")
-    add("--gpu", default="h200", help="a100, h100, h200 or b200 (default: %(default)s)")
-    add("--memory", type=float, metavar="GB", help="of one GPU")
-    add("--reserve", type=float, default=0.1, help="share kept free (default: %(default)s)")
-    add("--tflops", type=float, help="dense bf16 ceiling of one GPU, TFLOP/s")
+    file = "DeepSpeed file (default: %(default)s)"
+    add("--ds_config", default="ds.json", metavar="FILE", help=file)
+    add("--gpus", default="8,16,64", metavar="N,N", help="numbers of GPUs (default: %(default)s)")
+    kind = "a100, h100, h200 or b200 (default: %(default)s)"
+    add("--gpu", default="h200", metavar="NAME", help=kind)
+    add("--memory", type=float, metavar="GB", help="of one GPU, 10^9 bytes")
+    free = "share of it kept free (default: %(default)s)"
+    add("--reserve", type=float, default=0.1, metavar="X", help=free)
+    add("--tflops", type=float, metavar="N", help="dense bf16 ceiling of one GPU, TFLOP/s")
     share = "share of the ceiling that matrix products reach (default: %(default)s)"
-    add("--efficiency", type=float, default=0.5, help=share)
-    add("--gbps", type=float, help="bandwidth of a GPU's memory, GB/s")
+    add("--efficiency", type=float, default=0.5, metavar="X", help=share)
+    add("--gbps", type=float, metavar="N", help="bandwidth of a GPU's memory, GB/s")
     add("--nvlink", type=float, metavar="GB/S", help="sent by a GPU within its node")
     add("--internode", type=float, metavar="GB/S", help="sent by a node of 8 GPUs")
-    add("overrides", nargs="*", metavar="section.key=value", help="as for njepa train")
-    return parser
+    step = "where the time of one step is predicted to go, kernel by kernel, on one GPU"
+    add("--step", action="store_true", help=step)
+    add(
+        "--micro", type=int, metavar="IMAGES", help="with --step: of the step (default: the file's)"
+    )
+    add("--json", metavar="FILE", help="with --step: write every kernel kind there")
+    add("overrides", nargs="*", metavar="section.key=value", help="settings, as for njepa train")
+    return result
 
 
 def _plan(args: argparse.Namespace) -> str:
     worlds = _worlds(args.gpus)
     if args.gpu not in plan.GPUS:
         raise ConfigError(f"--gpu {args.gpu} is unknown; known: {', '.join(plan.GPUS)}")
+    for name, given in (("micro", args.micro), ("json", args.json)):
+        if given is not None and not args.step:
+            raise ConfigError(f"--{name} belongs to --step, which is not given; add --step")
     for name in ("memory", "tflops", "gbps", "nvlink", "internode"):
         value = getattr(args, name)
         if value is not None and value <= 0:
@@ -73,6 +88,10 @@ def _plan(args: argparse.Namespace) -> str:
         nvlink=_times(args.nvlink, 1e9),
         internode=_times(args.internode, 1e9),
     )
+    if args.step:
+        from njepa.commands.plan_step import step_report
+
+        return step_report(config, ds, gpu, args)
     nominal = [
         name for name in ("memory", "tflops", "gbps", "nvlink", "internode")
         if getattr(args, name) is None
@@ -106,7 +125,7 @@ def _model(config: Config, ds: DeepSpeedFile, worlds: Sequence[int]) -> str:
     ]
     sums = [sum(f.forward for f in flops.values()), sum(f.backward for f in flops.values())]
     rows.append(["all", *(f"{x / sizes.micro / 1e9:.2f}" for x in sums), "100.0"])
-    table = _table(["useful GFLOP per image", "forward", "backward", "%"], rows)
+    table = columns(["useful GFLOP per image", "forward", "backward", "%"], rows)
     return f"{head}\n\n{table}"
 
 
@@ -138,7 +157,7 @@ def _memory(
         f"GB per GPU, the largest micro-batch within {capacity / 1e9:.1f} GB without and with "
         f"checkpointed blocks\n(ckpt.), and GB sent per step and GPU:"
     )
-    return f"{title}\n\n{_table(head, rows)}"
+    return f"{title}\n\n{columns(head, rows)}"
 
 
 def _scaling(
@@ -179,7 +198,7 @@ def _scaling(
         f"predicted for ZeRO {zero.stage}; left: micro-batch {micro} on every GPU; right: the "
         f"batch of the file (times\naccumulation) and the GB it needs. images/s without and with "
         f"traffic hidden under the backward;\ncontexts are shorter in larger global batches, so "
-        f"some rows are above 100 %:\n\n{_table(head, rows)}"
+        f"some rows are above 100 %:\n\n{columns(head, rows)}"
     )
 
 
@@ -216,15 +235,3 @@ def _worlds(text: str) -> list[int]:
 
 def _times(value: float | None, unit: float) -> float | None:
     return None if value is None else value * unit
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = []
-    for row in (head, *rows):
-        cells = [
-            row[0].ljust(widths[0]),
-            *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

@@ -5,61 +5,92 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
 from njepa.atomic import write_atomically
+from njepa.commands.checks import check_writable, chosen_device
 from njepa.config import ConfigError, did_you_mean
 
 DESCRIPTION = """Probe a frozen encoder on labelled images, beside raw pixels and the same network
 before training. Every setting is chosen on a split of --train; --test is used once."""
 EPILOG = """SUBJECT is a run folder, a checkpoint, a folder of `njepa export`, an official I-JEPA
-file, or a folder of timm or transformers. SOURCE is what data.path takes, with labels: class
-folders, a list file, tar shards or Parquet. For example:
+file, a folder of timm or transformers, or the name of one in Hugging Face's cache. SOURCE is
+what data.path takes, with labels: class folders, a list file, tar shards or Parquet.
+
+kinds:
+  knn        nearest neighbours on the mean of the last layer's tokens
+  linear     60 linear heads at once; the one that is best on a split of train is tested
+  logistic   logistic regression, the linear probe of a run's summary.json
+  lowshot    logistic regression on a few labelled images of each class
+  attentive  a learnt query over all tokens, then one block and a linear layer
+  finetune   the whole network (needs timm); on a CPU only for small sets
+  dense      patches: segmentation and propagation on drawn scenes; takes no SOURCE
+
+For example:
 
   njepa probe runs/photos --train photos/train --test photos/test --kind knn,linear
 
-docs/evaluation.md says what each kind does.
+Printed: top-1 in percent with its 95 % interval, then the same of the untrained network and of
+raw pixels. docs/evaluation.md says how each is measured.
 """
 KINDS = ("knn", "linear", "logistic", "lowshot", "attentive", "finetune", "dense")
 
 
 def main(argv: list[str], prog: str) -> int:
     """Print a table, write JSON; returns the exit status."""
-    args = _parser(prog).parse_args(argv)
+    args = parser(prog).parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     _run(args)
     return 0
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
         prog=prog,
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("subject", metavar="SUBJECT", help="see below")
-    add("--train", type=Path, metavar="SOURCE", help="labelled training images (dense: none)")
-    add("--test", type=Path, metavar="SOURCE", help="labelled test images (dense: none)")
-    add("--kind", default="knn,linear", help=f"of {', '.join(KINDS)} (default: %(default)s)")
-    add("--which", default="target", choices=("target", "context", "both"), help="encoder of a run")
-    add("--json", type=Path, metavar="FILE", help="write the results there")
-    add("--k", default="10,20,100,200", help="neighbours of kNN (default: %(default)s)")
-    add("--shots", default="1,2,5,10", help="labels a class of lowshot (default: %(default)s)")
-    add("--finetune-epochs", type=int, default=100, metavar="N", help="(default: 100)")
-    add("--max-train", type=int, metavar="N", help="a fixed random subset of --train")
-    add("--max-test", type=int, metavar="N", help="a fixed random subset of --test")
-    add("--seed", type=int, default=0, help="of subsets, lists and batches (default: 0)")
-    add("--batch-size", type=int, default=256, metavar="N", help="images a forward pass")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
-    add("--cache", type=Path, metavar="DIR", help="features and indices (default: ~/.cache/njepa)")
+    add = result.add_argument
+    add("subject", metavar="SUBJECT", help="the encoder, see below")
+    add("--train", type=Path, metavar="SOURCE", help="labelled training images, see below")
+    add("--test", type=Path, metavar="SOURCE", help="labelled test images")
+    add("--kind", default="knn,linear", metavar="KIND,..", help="see below (default: %(default)s)")
+    add(
+        "--which",
+        default="target",
+        choices=("target", "context", "both"),
+        help="which encoder, where SUBJECT holds two (default: target)",
+    )
+    add("--json", type=Path, metavar="FILE", help="write the results there, too")
+    add(
+        "--k",
+        default="10,20,100,200",
+        metavar="K,..",
+        help="neighbours of knn, whose main number is that of 20 (default: %(default)s)",
+    )
+    add(
+        "--shots",
+        default="1,2,5,10",
+        metavar="N,..",
+        help="labelled images of a class for lowshot (default: %(default)s)",
+    )
+    tuned = "epochs of finetune (default: %(default)s)"
+    add("--finetune-epochs", type=int, default=100, metavar="N", help=tuned)
+    add("--max-train", type=int, metavar="N", help="use N images of --train, the same each time")
+    add("--max-test", type=int, metavar="N", help="the same for --test")
+    add("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
+    add("--batch-size", type=int, default=256, metavar="N", help="of features (default: 256)")
+    where = "where it computes; auto: a GPU if there is one (default: auto)"
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help=where)
+    kept = "keeps features and indices (default: ~/.cache/njepa)"
+    add("--cache", type=Path, metavar="DIR", help=kept)
     add("--no-floors", action="store_true", help="leave out pixels and the untrained network")
-    return parser
+    return result
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -76,10 +107,10 @@ def _run(args: argparse.Namespace) -> None:
     if args.seed < 0:
         raise ConfigError(f"--seed must be 0 or more, got {args.seed}")
     if args.json is not None:
-        _check_writable(args.json)
+        check_writable("--json", args.json)
     # Only now what takes seconds to import.
     from njepa.evaluation.finetune import require_timm
-    from njepa.evaluation.probe import Settings, dense_probes, probe
+    from njepa.evaluation.probe import Settings, check_enough, dense_probes, probe
     from njepa.evaluation.subject import Which, init_of_run, open_subject, untrained
     from njepa.evaluation.task import open_task
 
@@ -87,21 +118,29 @@ def _run(args: argparse.Namespace) -> None:
         require_timm()
     settings = Settings(
         ks, shots=shots, finetune_epochs=args.finetune_epochs, seed=args.seed,
-        batch_size=args.batch_size, device=_device(args.device), cache=args.cache,
+        batch_size=args.batch_size, device=chosen_device(args.device), cache=args.cache,
     )  # fmt: skip
     which = get_args(Which) if args.which == "both" else (args.which,)
     subjects = {name: open_subject(args.subject, name) for name in which}
+    if args.which == "both" and subjects["target"].weights.which == "only":
+        raise ConfigError(
+            f"--which both: {args.subject} holds one encoder and does not say which it is, "
+            f"expected two, target and context; leave out --which"
+        )
     task = None
     if on_sources:
         limits = args.max_train, args.max_test
         task = open_task(args.train, args.test, args.cache, limits, args.seed)
+        check_enough(task, on_sources, settings)
+    floor = None
+    if not args.no_floors:  # both encoders of a run have the same: the first brings it
+        floor = untrained(subjects[which[0]], *(init_of_run(args.subject) or ()))
     results: dict[str, Any] = {}
+    print("\n".join(_head(subjects, task, floor is not None)), flush=True)
     for name, subject in subjects.items():
-        second = args.which == "both" and name == "context"
-        suffix = "_context" if second else ""
-        floor = None  # both encoders of a run have the same
-        if not (args.no_floors or second):
-            floor = untrained(subject, *(init_of_run(args.subject) or ()))
+        suffix = ""
+        if name != which[0]:
+            suffix, floor = "_context", None
         found = probe(subject, floor, task, on_sources, settings) if task else iter(())
         if "dense" in kinds:
             found = chain(found, dense_probes(subject, floor, settings))
@@ -110,6 +149,16 @@ def _run(args: argparse.Namespace) -> None:
             print("\n".join(_lines(f"{kind}{suffix}", result)), flush=True)
     if args.json is not None:
         _write(args.json, results | _facts(args, subjects, task))
+
+
+def _head(subjects: dict[str, Any], task: Any, floors: bool) -> Iterator[str]:
+    """What was read, assumptions about it included, and what the columns mean."""
+    for subject in subjects.values():
+        yield f"{subject.weights.origin}; images of {subject.image_size} px"
+    if task is not None:
+        train, test = len(task.train.ids), len(task.test.ids)
+        yield f"{train:,} training and {test:,} test images, {len(task.names)} classes"
+    yield "top-1 in % [95 % interval]" + (", then those of its floors" if floors else "")
 
 
 def _facts(args: argparse.Namespace, subjects: dict[str, Any], task: Any) -> dict[str, Any]:
@@ -154,23 +203,6 @@ def _positive(option: str, text: str) -> tuple[int, ...]:
     return values
 
 
-def _device(name: str) -> str:
-    import torch
-
-    cuda = torch.cuda.is_available()
-    if name == "cuda" and not cuda:
-        raise ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu")
-    return "cuda" if cuda and name != "cpu" else "cpu"
-
-
-def _check_writable(file: Path) -> None:
-    """Before the work rather than after it."""
-    folder = file.parent
-    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        found = "is a folder" if file.is_dir() else f"cannot be written in {folder}"
-        raise ConfigError(f"--json {file} {found}; name a file in a folder that exists")
-
-
 def _write(file: Path, results: dict[str, Any]) -> None:
     try:
         write_atomically(file, json.dumps(results, indent=2) + "\n")
@@ -187,9 +219,11 @@ def _lines(kind: str, result: dict[str, Any]) -> Iterator[str]:
         for number, value in result.get(part, {}).items():
             yield f"    {number + ' ' + unit:20}{_cell(value)}"
     if "head" in result:
-        chosen = ", ".join(f"{name} {value}" for name, value in result["head"].items())
-        split = "".join(f", {name} {value}" for name, value in result.get("split", {}).items())
-        yield f"    {chosen}" + (f"; on the split of train{split[1:]}" if split else "")
+        chosen, split = (
+            ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in part.items())
+            for part in (result["head"], result.get("split", {}))
+        )
+        yield f"    chosen: {chosen}" + (f"; on the split of train: {split}" if split else "")
 
 
 def _cell(value: dict[str, Any]) -> str:

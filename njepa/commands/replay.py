@@ -13,17 +13,36 @@ if TYPE_CHECKING:
     from njepa.training.replaying import Replayed
 
 
+DESCRIPTION = """Repeat a bad step of a run from the checkpoint kept beside it, with the same
+samples, crops, masks and noise, and name the first module whose output or gradient is not finite.
+Status 1: this time all was finite."""
+EPILOG = """For example:
+
+  njepa replay runs/ijepa/bad/step-00000123.json
+  torchrun --nproc-per-node 2 -m njepa.cli replay runs/ijepa/bad/step-00000123.json
+
+The second: bit for bit, where the training had two ranks.
+"""
+
+
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog=prog,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("dump", metavar="DUMP", type=Path, help="bad/step-XXXXXXXX.json in a run folder")
+    device = "where to run (default: %(default)s)"
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help=device)
+    return result
+
+
 def main(argv: list[str], prog: str) -> int:
     """Print what the step did; returns 0 if it was bad again, 1 if it was not."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Repeat a bad step of a run from the checkpoint kept beside it, with the same "
-        "samples, crops, masks and noise. Status 1: this time all was finite.",
-    )
-    parser.add_argument("dump", type=Path, help="bad/step-XXXXXXXX.json in a run folder")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = parser(prog).parse_args(argv)
     dump = read_dump(args.dump)
     if args.dump.resolve().parent.name != "bad":
         raise ConfigError(f"{args.dump} must lie in the folder bad/ of its run")

@@ -71,7 +71,8 @@ class DeepSpeedFile:
     stage: int
     """Of ZeRO: 0, 1, 2 or 3."""
     precision: Precision | Literal["auto"]
-    """``auto``: torch_autocast on CUDA, fp32 on a CPU. ``bf16``: weights in bf16, fp32 masters."""
+    """``auto``: torch_autocast on CUDA; on a CPU what ``njepa.training.precision`` chooses.
+    ``bf16``: weights in bf16, fp32 masters."""
     clipping: float
     """Limit of the gradient's norm; 0: none. DeepSpeed's own default is 1.0 since 0.19."""
     reduce_bucket: int
@@ -122,7 +123,7 @@ class DeepSpeedFile:
         return sizes
 
     def precision_on(self, device_type: str) -> Precision:
-        """What ``precision`` means on ``cuda`` or ``cpu``."""
+        """What ``precision`` means on ``cuda``, or on a ``cpu`` without matrix units."""
         if self.precision == "auto":
             return "torch_autocast" if device_type == "cuda" else "fp32"
         return self.precision

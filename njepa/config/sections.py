@@ -202,6 +202,10 @@ class ModelConfig(Section):
     """Keep only the input of each block of the context encoder and the predictors for the backward,
     and compute the rest again there: the same gradients, less memory, about a third more
     arithmetic."""
+    fused_block: Annotated[bool, FREE] = False
+    """Residual add with LayerNorm, and bias with GELU, as ops of njepa_kernels in all blocks: the
+    same parameters and, up to rounding, values with fewer passes over memory
+    (docs/performance.md)."""
 
 
 def _read_sigma(value: Any) -> Any:
@@ -365,6 +369,8 @@ class RunConfig(Section):
     """``target``: replay the target encoder's forward pass from a CUDA graph."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
+    tracker: Literal["none", "wandb", "mlflow", "trackio"] = "none"
+    """Send the numbers to this library, too, where it is installed (docs/running.md, Trackers)."""
     progress: bool = True
     """Show progress (rank 0): a bar on a terminal, else a line every ``log_every`` steps."""
 
@@ -388,6 +394,8 @@ class EvalConfig(Section):
     online: bool = False
     """Follow the training with a linear head and kNN on the target features of its steps
     (docs/evaluation.md); ``data.path`` then needs labels. Changes nothing of the run."""
+    report: bool = True
+    """Draw ``report.html`` into the run folder at the end (docs/report.md); takes seconds."""
 
 
 class ImplConfig(Section):

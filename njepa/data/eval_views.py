@@ -18,7 +18,7 @@ from njepa.data.index import ImageIndex
 logger = logging.getLogger(__name__)
 
 _MARGIN = 256 / 224  # the usual resize before the central crop
-_GREY = 128
+GREY = 128
 
 
 def eval_images(index: ImageIndex, ids: npt.NDArray[np.int64], image_size: int) -> Tensor:
@@ -28,7 +28,7 @@ def eval_images(index: ImageIndex, ids: npt.NDArray[np.int64], image_size: int) 
     An unreadable image becomes uniform grey (so it counts as an error of the classifier); one
     warning names and counts them.
     """
-    images = torch.full((len(ids), 3, image_size, image_size), _GREY, dtype=torch.uint8)
+    images = torch.full((len(ids), 3, image_size, image_size), GREY, dtype=torch.uint8)
 
     def fill(slot: int) -> str:
         try:

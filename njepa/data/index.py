@@ -23,6 +23,7 @@ Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
 
 _HEAD = 1 << 16  # bytes of a shard member that hold the header of almost every image
+_CHUNK = 32  # headers that a thread reads at a time: a million files are not a million tasks
 _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
@@ -88,17 +89,39 @@ class ImageIndex:
         return np.array([number.get(name, -1) for name in self.classes], np.int64)[self.labels]
 
 
-def build_index(source: Source, progress: bool) -> ImageIndex:
+@dataclass(frozen=True)
+class Known:
+    """Headers that were read before: those of files with the same size and time hold."""
+
+    index: ImageIndex
+    times: Int64Array
+    """Modification times of its files in ns, [n]; empty for shards."""
+
+    def of(self, source: Source) -> tuple[Int32Array, Int32Array]:
+        """Widths and heights of the files of ``source``; 0 where they must be read."""
+        if not len(self.times):
+            return (np.zeros(len(source.files), np.int32),) * 2
+        index = self.index
+        row = {name: i for i, name in enumerate(index.names)}
+        rows = np.array([row.get(name, -1) for name in source.files], np.int64)
+        same = (rows >= 0) & (index.sizes[rows] == source.sizes)
+        same &= self.times[rows] == source.times
+        return index.widths[rows] * same, index.heights[rows] * same
+
+
+def build_index(source: Source, progress: bool, known: Known | None = None) -> ImageIndex:
     """Read the header of every image of ``source``.
 
     Args:
         progress: show bars, where stderr is a terminal.
+        known: an earlier index of the source; what it knows of files is not read again.
 
     Raises:
         SourceError: none is readable.
     """
     quiet = None if progress else True  # tqdm: None is quiet where stderr is no terminal
-    entries, read = (_parquet if source.kind == "parquet" else _headers)(source, quiet)
+    parquet_rows = source.kind == "parquet"
+    entries, read = _parquet(source, quiet) if parquet_rows else _headers(source, quiet, known)
     total = len(entries.names)
     shards = source.files if source.kind in ("shards", "parquet") else []
     widths = np.array([w for w, _, _ in read], dtype=np.int32)
@@ -122,12 +145,17 @@ def build_index(source: Source, progress: bool) -> ImageIndex:
 _Size = tuple[int, int, str]  # width, height, why it is unreadable
 
 
-def _headers(source: Source, quiet: bool | None) -> tuple[Entries, list[_Size]]:
+def _headers(
+    source: Source, quiet: bool | None, known: Known | None
+) -> tuple[Entries, list[_Size]]:
     shards = source.files if source.kind == "shards" else []
     none = quiet if shards else True
     bar = tqdm(range(len(shards)), "reading tar headers", unit="shard", disable=none)
     entries = list_entries(source, bar)
-    total = len(entries.names)
+    read: list[_Size] = [(0, 0, "")] * len(entries.names)
+    if known is not None and not shards:
+        read = [(w, h, "") for w, h in zip(*(a.tolist() for a in known.of(source)), strict=True)]
+    unknown = [i for i, (width, _, _) in enumerate(read) if not width]
 
     def header(i: int) -> _Size:
         shard, offset, size = (int(a[i]) for a in (entries.shard, entries.offsets, entries.sizes))
@@ -142,9 +170,16 @@ def _headers(source: Source, quiet: bool | None) -> tuple[Entries, list[_Size]]:
         except OSError as error:
             return 0, 0, fault(error, size)
 
-    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        results = pool.map(header, range(total), chunksize=64)
-        read = list(tqdm(results, "reading image sizes", total, unit="img", disable=quiet))
+    def headers(chunk: list[int]) -> list[_Size]:
+        return [header(i) for i in chunk]
+
+    chunks = [unknown[i : i + _CHUNK] for i in range(0, len(unknown), _CHUNK)]
+    shown = tqdm(desc="reading image sizes", total=len(unknown), unit="img", disable=quiet)
+    with shown, ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
+        for chunk, sizes in zip(chunks, pool.map(headers, chunks), strict=True):
+            for i, size in zip(chunk, sizes, strict=True):
+                read[i] = size
+            shown.update(len(chunk))
     return entries, read
 
 

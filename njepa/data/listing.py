@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from njepa.data.errors import SourceError
 from njepa.data.folders import THREADS, Watch, walk
+from njepa.data.idx import is_idx
 from njepa.data.parquet_layout import require_pyarrow
 
 Int64Array = npt.NDArray[np.int64]
@@ -110,6 +111,12 @@ def _find(path: Path, progress: bool) -> Source:
         return _list_file(path)
     if suffix in (".tar", ".parquet") or re.search(r"\.tar\.\w+$|\.tgz$", path.name.lower()):
         return _containers(path, [text])
+    if suffix == ".zip" or is_idx(path):
+        kind = "a zip" if suffix == ".zip" else "an idx file (MNIST's format)"
+        raise SourceError(
+            f"data: {path} is {kind}, which is not read in place; convert it once, and give the "
+            f"folder OUT instead: njepa convert {path} OUT"
+        )
     raise SourceError(f"data: {path} is a file whose name ends in {suffix!r}. {EXPECTED}")
 
 

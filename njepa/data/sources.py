@@ -18,12 +18,12 @@ import numpy.typing as npt
 from njepa.atomic import replacing
 from njepa.data import parquet
 from njepa.data.folders import Watch
-from njepa.data.index import ImageIndex, build_index
+from njepa.data.index import ImageIndex, Int64Array, Known, build_index
 from njepa.data.listing import Source, find_source
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2  # of the cached file; another number makes it be built again
+_FORMAT = 3  # of the cached file; another number makes it be built again
 
 
 def cache_dir(configured: Path | None) -> Path:
@@ -75,6 +75,8 @@ class _Stored:
 
     fingerprint: str
     index: ImageIndex
+    times: Int64Array
+    """See ``Known``."""
     watch: Watch | None
 
     def unchanged(self) -> bool:
@@ -103,7 +105,8 @@ def _current(cached: Path, path: Path, source: Source | None, progress: bool) ->
     else:
         if source.kind == "parquet":
             parquet.check_random_reads(source.path, source.root, source.files)
-        index = build_index(source, progress)
+        known = None if stored is None else Known(stored.index, stored.times)
+        index = build_index(source, progress, known)
     _save(cached, source, index)
     return index
 
@@ -123,7 +126,7 @@ def _load(cached: Path) -> _Stored | None:
                 _unpack(file["unreadable"]), str(file["digest"]),
             )  # fmt: skip
             watch = Watch(watched, file["watched_times"], int(file["listed"])) if watched else None
-            return _Stored(str(file["fingerprint"]), index, watch)
+            return _Stored(str(file["fingerprint"]), index, file["times"], watch)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -143,6 +146,7 @@ def _save(cached: Path, source: Source, index: ImageIndex) -> None:
         "shards": _pack(index.shards),
         "unreadable": _pack(index.unreadable),
         "labels": index.labels if index.labels is not None else np.empty(0, np.int64),
+        "times": _times(source, index),
         "watched": _pack(watch.paths),
         "watched_times": watch.times,
         "listed": np.array(watch.listed),
@@ -153,6 +157,14 @@ def _save(cached: Path, source: Source, index: ImageIndex) -> None:
             np.savez(file, **arrays)
     except OSError as error:
         logger.warning("the index of %s is not cached in %s: %s", source.path, cached, error)
+
+
+def _times(source: Source, index: ImageIndex) -> Int64Array:
+    """Modification times of the files of an index in ns; of shards none."""
+    if source.kind not in ("folder", "list"):
+        return np.empty(0, np.int64)
+    of_file = dict(zip(source.files, source.times.tolist(), strict=True))
+    return np.array([of_file[name] for name in index.names], np.int64)
 
 
 def _pack(lines: list[str]) -> npt.NDArray[np.uint8]:

@@ -39,7 +39,7 @@ def report(name: str, accuracy: Accuracy) -> dict[str, Any]:
 def spread(scores: Iterable[float]) -> dict[str, Any]:
     """How far the candidates of a choice lie apart: quartiles of their scores, in percent."""
     values = torch.tensor(list(scores), dtype=torch.float64)
-    quartiles = {"best": 1.0, "median": 0.5, "quarter": 0.25, "worst": 0.0}
+    quartiles = {"best": 1.0, "median": 0.5, "lower_quartile": 0.25, "worst": 0.0}
     return {name: round(float(values.quantile(q)), 2) for name, q in quartiles.items()} | {
         "candidates": len(values)
     }

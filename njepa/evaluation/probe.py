@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
 from njepa.config import ConfigError
 from njepa.data.sources import cache_dir
@@ -24,7 +25,7 @@ from njepa.evaluation.linear import linear_probe
 from njepa.evaluation.logistic import logistic_accuracy
 from njepa.evaluation.lowshot import SHOTS, lowshot_probe
 from njepa.evaluation.scenes import FRAMES, scenes
-from njepa.evaluation.splits import held_out
+from njepa.evaluation.splits import few_labels, held_out
 from njepa.evaluation.subject import Subject
 from njepa.evaluation.task import Side, Task
 from njepa.evaluation.tokens import TokenStore
@@ -65,6 +66,24 @@ class Features:
         return self.train[name], self.test[name]
 
 
+def check_enough(task: Task, kinds: Sequence[str], settings: Settings) -> None:
+    """Before any image is decoded: there are as many training images as the kinds need.
+
+    Raises:
+        ConfigError: fewer than neighbours, than labelled images of a class, or none to choose on.
+    """
+    labels, names, k = task.train.labels, task.names, max(settings.ks)
+    if "knn" in kinds and k > len(labels):
+        raise ConfigError(
+            f"kNN with k={k} needs as many training images, got {len(labels)}; use --k with at "
+            f"most {len(labels)}"
+        )
+    if "lowshot" in kinds:
+        few_labels(labels, names, max(settings.shots), settings.seed)
+    if {"linear", "attentive"} & set(kinds):
+        held_out(labels, names)
+
+
 def features_of(
     views: Views, digest: str, image_size: int, task: Task, settings: Settings
 ) -> Features:
@@ -77,7 +96,11 @@ def features_of(
 
     def side(part: Side) -> dict[str, Tensor]:
         facts = {"network": digest, "image_size": image_size, "seed": settings.seed, **part.facts()}
-        batches = stream(part.index, part.ids, image_size, settings.batch_size)
+        n = -(-len(part.ids) // settings.batch_size)
+        batches = tqdm(
+            stream(part.index, part.ids, image_size, settings.batch_size),
+            "features", n, unit="batch", disable=None, leave=False,
+        )  # fmt: skip
         found = cached(folder, facts, lambda: extract(views, batches, device))
         return {name: found[name].to(device) for name in sorted(found)}  # a file has no order
 
@@ -90,11 +113,6 @@ def features_of(
 def knn(features: Features, settings: Settings) -> Result:
     """kNN for each k; the k of ``top1`` is fixed beforehand."""
     train, test = features.main
-    if max(settings.ks) > len(train):
-        raise ConfigError(
-            f"kNN with k={max(settings.ks)} needs as many training images, got {len(train)}; "
-            f"use --k with at most {len(train)}"
-        )
     found = knn_accuracies(
         train, features.labels, test, features.test_labels, settings.ks, settings.temperature
     )

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 
-from njepa.config import ModelConfig, parse_config
+from njepa.config import ModelConfig, load_config
 from njepa.exchange.reading import EncoderWeights, Which, read_encoder
 from njepa.models.encoder import Encoder
 from njepa.models.init import init_generator, init_weights, rescale_by_depth
@@ -68,7 +67,7 @@ def init_of_run(source: str) -> tuple[ModelConfig, int] | None:
     """How a run drew its first weights, and its seed; None where the source is no run."""
     for folder in (Path(source), *Path(source).absolute().parents[:2]):
         if (folder / "config.yaml").is_file():
-            config = parse_config(yaml.safe_load((folder / "config.yaml").read_text()), source)
+            config = load_config(str(folder / "config.yaml"))
             return config.model, config.run.seed
     return None
 

@@ -53,7 +53,7 @@ def open_task(
         index = open_source(path, cache)
         labels = index.labels_in(index.classes if classes is None else classes)
         if labels is None:
-            raise ConfigError(f"{option} {path}: {_no_labels(index)}")
+            raise ConfigError(f"{option} {path}: {_no_labels(index, path)}")
         if (labels < 0).any():
             unknown = sorted(set(index.classes) - set(classes or []))
             raise ConfigError(
@@ -67,15 +67,22 @@ def open_task(
     return Task(*sides)
 
 
-def _no_labels(index: ImageIndex) -> str:
+def _no_labels(index: ImageIndex, path: Path) -> str:
     folders = {name.split("/", 1)[0] for name in index.names if "/" in name}
-    if len(folders) == 1 and not index.shards:
+    if len(folders) == 1 and path.is_dir() and not index.shards:
         only = folders.pop()
+        nested = all(name.count("/") > 1 for name in index.names)
+        way_out = (
+            f"give {index.root / only}, whose folders would be the classes"
+            if nested
+            else "give a folder with a folder for each class"
+        )
         return (
             f"a probe needs two classes or more, got one, {only!r}, with all {index.n} images; "
-            f"give a folder of class folders (perhaps {index.root / only})"
+            f"{way_out}"
         )
     return (
-        f"a probe needs labels, got {index.n} images without any; give a folder of class folders, "
-        f"a list file with a tab and a label on every line, or shards with .cls members"
+        f"a probe needs labels of two classes or more, got {index.n} images with none or all of "
+        f"one class; give a folder of class folders, a list file with a tab and a label on every "
+        f"line, shards with .cls members, or Parquet with a column label"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,14 @@ def read_torch(path: Path) -> Any:
     Raises:
         ConfigError: damaged, or a pickle of more than tensors and plain values.
     """
-    mapped = zipfile.is_zipfile(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        mapped = zipfile.is_zipfile(path)
+        if not mapped and _first_byte(path) != pickle.PROTO:
+            raise ValueError("it does not begin as a file of torch.save")
+        with warnings.catch_warnings():  # of a pickle protocol that torch.save does not write
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        if not (mapped or _first_byte(path) == pickle.PROTO):  # no pickle at all
-            raise _damaged(path, error) from None
         raise ConfigError(
             f"{path} is refused: expected tensors and plain values, got a pickle of other things, "
             f"and loading those can run code ({_reason(error)}). Where you trust its origin, save "
@@ -73,8 +76,17 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from None
+    return as_object(found, str(path))
+
+
+def as_object(found: object, what: str) -> dict[str, Any]:
+    """``found``, if it is a JSON object.
+
+    Raises:
+        ConfigError: it is something else; names ``what``.
+    """
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} must hold a JSON object, got {type(found).__name__}")
+        raise ConfigError(f"{what} must hold a JSON object, got {type(found).__name__}")
     return found
 
 
@@ -87,10 +99,10 @@ def _damaged(path: Path, error: Exception) -> ConfigError:
 
 
 def _reason(error: Exception) -> str:
-    """The line of a long message that says what was found."""
+    """The sentence of a long message that says what was found."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "unsupported" in line.lower()]
-    text = (telling or lines or [type(error).__name__])[0]
+    text = (telling or lines or [type(error).__name__])[0].split(". ")[0].rstrip(".")
     return text if len(text) < 200 else f"{text[:200]} ..."
 
 

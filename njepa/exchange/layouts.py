@@ -99,9 +99,9 @@ def encoder_facts(state: Mapping[str, Tensor], origin: str) -> tuple[int, int, i
     fc1 = state.get("blocks.0.mlp.fc1.weight")
     if patch is None or pos is None or fc1 is None or patch.dim() != 4 or pos.dim() != 3:
         raise ConfigError(
-            f"{origin} is no encoder of this family: expected patch_embed.proj.weight [D, 3, P, P],"
+            f"{origin}: no encoder of this family: expected patch_embed.proj.weight [D, 3, P, P],"
             f" pos_embed [1, N, D] and blocks.0.mlp.fc1.weight [4 D, D] (or their names in "
-            f"transformers' IJepaModel), got {_some(state)}"
+            f"transformers' IJepaModel), got {_some(state)}; other networks cannot be read"
         )
     side = round(pos.shape[1] ** 0.5)
     if side * side != pos.shape[1]:

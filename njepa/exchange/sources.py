@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from njepa.config import ConfigError, parse_config
-from njepa.exchange.files import read_json, read_metadata, read_safetensors, read_torch
+from njepa.exchange.files import as_object, read_json, read_metadata, read_safetensors, read_torch
 from njepa.exchange.layouts import State, to_ours
 from njepa.exchange.weights import FACTS, Channels, Weights
 from njepa.models.architecture import architecture
@@ -25,6 +25,10 @@ def open_path(path: Path) -> Weights:
     if path.is_dir():
         return _open_folder(path)
     if path.suffix == ".safetensors":
+        # What stands beside it says heads, mean and std, which its tensors do not.
+        described = any((path.parent / name).is_file() for name in (FACTS, "config.json"))
+        if path.name == "model.safetensors" and described:
+            return _open_folder(path.parent)
         return _open_safetensors(path)
     if path.suffix in (".tar", ".pth", ".pt", ".bin"):
         return _open_published(path)
@@ -66,10 +70,13 @@ def _open_folder(path: Path) -> Weights:
         return _open_hugging_face(path, read_json(path / "config.json"))
     if (path / "model.safetensors").is_file():  # timm caches no more of its own models
         return _open_safetensors(path / "model.safetensors")
+    published = list(path.glob("*.pth.tar"))
+    if len(published) == 1:
+        return _open_published(published[0])
     inside = sorted(p.name for p in path.iterdir())
     raise ConfigError(
         f"{path} holds no weights: expected a run (config.yaml), a checkpoint (state.json), an "
-        f"export ({FACTS}), or a folder of timm or transformers (config.json), got "
+        f"export ({FACTS}), a folder of timm or transformers (config.json) or of one .pth.tar, got "
         f"{', '.join(inside[:8]) or 'an empty folder'}"
     )
 
@@ -125,12 +132,8 @@ def _open_safetensors(path: Path, facts: dict[str, Any] | None = None) -> Weight
     encoders: dict[str, Callable[[], State]] = {
         facts.get("which", "only"): partial(read_safetensors, path)
     }
-    heads = facts.get("heads")
     return Weights(
-        str(path),
-        encoders,
-        heads=None if heads is None else int(heads),
-        mean_std=_mean_std(facts),
+        str(path), encoders, heads=_heads(facts.get("heads"), path), mean_std=_mean_std(facts)
     )
 
 
@@ -139,8 +142,8 @@ def _open_published(path: Path) -> Weights:
     found = read_torch(path)
     if not isinstance(found, dict):
         raise ConfigError(f"{path} must hold a dictionary, got {type(found).__name__}")
-    facts = found.get("njepa", {})  # of our own exports
-    heads, own = facts.get("heads"), facts.get("predictor_heads")
+    facts = as_object(found.get("njepa", {}), f"{path}, njepa")  # of our own exports
+    heads, own = (_heads(facts.get(name), path) for name in ("heads", "predictor_heads"))
     names = {"context": "encoder", "target": "target_encoder"}
     states = {w: found[key] for w, key in names.items() if _is_state(found.get(key))}
     if not states and _is_state(found):
@@ -148,7 +151,8 @@ def _open_published(path: Path) -> Weights:
     if not states:
         raise ConfigError(
             f"{path} holds no weights: expected the keys encoder and target_encoder of official "
-            f"files, or a state dict, got {', '.join(map(str, list(found)[:8])) or 'nothing'}"
+            f"files, or a state dict, got {', '.join(map(str, list(found)[:8])) or 'nothing'}; "
+            f"where an encoder of this family lies deeper, save its state dict alone"
         )
     predictors = {
         name: to_ours(found[name])
@@ -174,7 +178,8 @@ def _open_published(path: Path) -> Weights:
 
 def _open_hugging_face(path: Path, config: dict[str, Any]) -> Weights:
     """A folder of timm (``architecture``) or transformers (``model_type``)."""
-    facts = config.get("njepa", {})
+    told = f"{path / 'config.json'}"
+    facts = as_object(config.get("njepa") or {}, f"{told}, njepa")
     if config.get("model_type") == "ijepa":
         if config.get("hidden_act", "gelu") != "gelu":
             raise ConfigError(f"{path}: hidden_act must be gelu, got {config['hidden_act']}")
@@ -183,17 +188,20 @@ def _open_hugging_face(path: Path, config: dict[str, Any]) -> Weights:
         given = read_json(file) if file.is_file() else {}
         given = {"mean": given.get("image_mean"), "std": given.get("image_std")}
     elif "architecture" in config:
-        heads = (config.get("model_args") or {}).get("num_heads")
-        given = config.get("pretrained_cfg", config)
+        heads = as_object(config.get("model_args") or {}, f"{told}, model_args").get("num_heads")
+        given = as_object(config.get("pretrained_cfg") or config, f"{told}, pretrained_cfg")
     else:
         kind = config.get("model_type", "no model_type and no architecture")
         raise ConfigError(
-            f"{path / 'config.json'}: expected model_type ijepa (transformers) or an architecture "
-            f"(timm), got {kind}"
+            f"{told}: expected model_type ijepa (transformers) or an architecture (timm), got "
+            f"{kind}; other networks cannot be read"
         )
     which = facts.get("which", "only")
     return Weights(
-        f"{path}", {which: partial(_folder_state, path)}, heads=heads, mean_std=_mean_std(given)
+        f"{path}",
+        {which: partial(_folder_state, path)},
+        heads=_heads(heads, path),
+        mean_std=_mean_std(given),
     )
 
 
@@ -218,13 +226,26 @@ def _folder_state(path: Path) -> State:
     return state
 
 
+def _heads(value: object, path: Path) -> int | None:
+    """Attention heads, as a file says them: a number, or its digits in safetensors' metadata."""
+    if value is None:
+        return None
+    if not str(value).isdecimal() or not int(str(value)):
+        raise ConfigError(f"{path}: the number of attention heads must be positive, got {value!r}")
+    return int(str(value))
+
+
 def _mean_std(facts: dict[str, Any]) -> tuple[Channels, Channels] | None:
     mean, std = facts.get("mean"), facts.get("std")
     if not isinstance(mean, list | tuple) or not isinstance(std, list | tuple):
         return None
-    if len(mean) != 3 or len(std) != 3:
-        raise ConfigError(f"mean and std must have three channels, got {mean} and {std}")
+    if len(mean) != 3 or len(std) != 3 or not all(_is_number(x) for x in (*mean, *std)):
+        raise ConfigError(f"mean and std must be three numbers each, got {mean} and {std}")
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_state(value: object) -> bool:

@@ -83,7 +83,10 @@ class Weights:
         chosen = "only" if "only" in self.encoders else which
         if chosen not in self.encoders:
             other = ", ".join(self.encoders)
-            raise ConfigError(f"{self.origin}: it holds no {which} encoder; it has: {other}")
+            raise ConfigError(
+                f"{self.origin} has no {which} encoder: it holds one encoder, {other}; ask for "
+                f"that one"
+            )
         told = f"{self.origin}, " + (
             f"its only encoder (asked for: {which})" if chosen == "only" else f"{chosen} encoder"
         )

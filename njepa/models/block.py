@@ -10,9 +10,12 @@ from collections.abc import Iterable
 from typing import Protocol
 
 import torch
+from njepa_kernels import AddLayerNorm, Impl, add_layer_norm, bias_gelu
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from njepa.models.architecture import Stack
 
 
 class Layout(Protocol):
@@ -88,6 +91,79 @@ class Block(nn.Module):
         q: Tensor = layout.take_queries(x) + self.attn(self.norm1(x), layout)
         q = q + self.mlp(self.norm2(q))
         return q
+
+
+class FusedNorm(BlockNorm):
+    """``BlockNorm`` with the residual add before it, from the stream's type to the next product's.
+
+    That is autocast's where it is on, else that of the input.
+    """
+
+    def __init__(self, width: int, impl: Impl) -> None:
+        super().__init__(width)
+        self.impl = impl
+
+    def forward(  # type: ignore[override]  # nothing calls it as a LayerNorm
+        self, x: Tensor, residual: Tensor | None = None
+    ) -> AddLayerNorm:
+        """LN(x + residual) and the sum, in the type of ``residual``; see ``add_layer_norm``."""
+        device = x.device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return add_layer_norm(
+            x, residual, self.weight, self.bias, self.eps, out_dtype=low, impl=self.impl
+        )
+
+
+class GeluLinear(nn.Linear):
+    """GELU(x W^T + b): bias and GELU are one op."""
+
+    def __init__(self, width: int, hidden: int, impl: Impl) -> None:
+        super().__init__(width, hidden)
+        self.impl = impl
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bias_gelu(F.linear(x, self.weight), self.bias, impl=self.impl)
+
+
+class FusedMlp(Mlp):
+    """``Mlp`` whose first layer ends with the GELU."""
+
+    def __init__(self, width: int, hidden: int, impl: Impl) -> None:
+        super().__init__(width, hidden)
+        self.fc1 = GeluLinear(width, hidden, impl)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.fc1(x))
+        return out
+
+
+class FusedBlock(Block):
+    """``Block`` whose memory-bound parts are ops of ``njepa_kernels``.
+
+    Parameters, names and, up to rounding, values are those of ``Block``. Under autocast the norms
+    write the type of the next product, and bias and GELU are rounded once, not twice.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, impl: Impl = "auto") -> None:
+        super().__init__(width, heads, hidden)
+        self.norm1 = FusedNorm(width, impl)
+        self.norm2 = FusedNorm(width, impl)
+        self.mlp = FusedMlp(width, hidden, impl)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """Tokens [..., D] in, those that ask out."""
+        normed, _ = self.norm1(x)
+        normed, q = self.norm2(self.attn(normed, layout), layout.take_queries(x))
+        out: Tensor = q + self.mlp(normed)
+        return out
+
+
+def build_blocks(size: Stack, fused: bool, impl: Impl) -> nn.ModuleList:
+    """The blocks of a stack, with torch's default weights; ``impl`` is for the fused ones."""
+    shape = size.width, size.heads, size.hidden
+    return nn.ModuleList(
+        FusedBlock(*shape, impl) if fused else Block(*shape) for _ in range(size.depth)
+    )
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, layout: Layout, recompute: bool) -> Tensor:

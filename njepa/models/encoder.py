@@ -14,7 +14,7 @@ from njepa.config import Config
 from njepa.data.batch import Lengths
 from njepa.models.architecture import Stack, encoder_stack
 from njepa.models.attention import SDPA, Attention
-from njepa.models.block import Block, BlockNorm, run_blocks
+from njepa.models.block import BlockNorm, build_blocks, run_blocks
 from njepa.models.init import init_generator, init_weights, rescale_by_depth
 from njepa.models.patch_projection import PatchProjection
 from njepa.models.positions import position_table
@@ -38,6 +38,7 @@ class Encoder(nn.Module):
         std: tuple[float, float, float] = (0.229, 0.224, 0.225),
         attention: Attention = SDPA,
         checkpoint_blocks: bool = False,
+        fused_block: bool = False,
     ) -> None:
         """``mean``, ``std``: normalise the bytes; see ``njepa.config.DataConfig``."""
         super().__init__()
@@ -48,9 +49,7 @@ class Encoder(nn.Module):
         with torch.random.fork_rng(devices=[]):
             projection = PatchProjection(size.width, patch_size, mean, std, impl)
             self.patch_embed = nn.ModuleDict({"proj": projection})
-            self.blocks = nn.ModuleList(
-                Block(size.width, size.heads, size.hidden) for _ in range(size.depth)
-            )
+            self.blocks = build_blocks(size, fused_block, impl)
             self.norm = BlockNorm(size.width)
 
     def forward(
@@ -91,6 +90,7 @@ def build_encoder(config: Config, attention: Attention = SDPA) -> Encoder:
         std=config.data.std,
         attention=attention,
         checkpoint_blocks=model.checkpoint_blocks,
+        fused_block=model.fused_block,
     )
     init_weights(encoder, model, init_generator(config.run.seed, "encoder"))
     if model.depth_rescaled_init:

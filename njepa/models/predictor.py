@@ -15,7 +15,7 @@ from njepa.config import Config
 from njepa.data.batch import Masks, Noise
 from njepa.models.architecture import Stack, architecture
 from njepa.models.attention import SDPA, Attention
-from njepa.models.block import Block, BlockNorm, Layout, run_blocks
+from njepa.models.block import BlockNorm, Layout, build_blocks, run_blocks
 from njepa.models.init import init_generator, init_weights, rescale_by_depth
 from njepa.models.positions import position_table
 from njepa.models.shared_context import Segments
@@ -46,6 +46,7 @@ class Predictor(nn.Module):
         impl: Impl = "auto",
         attention: Attention = SDPA,
         checkpoint_blocks: bool = False,
+        fused_block: bool = False,
     ) -> None:
         """A predictor with torch's default weights.
 
@@ -66,9 +67,7 @@ class Predictor(nn.Module):
             self.predictor_embed = nn.Linear(encoder_width, width)
             self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
             self.predictor_pos_embed = nn.Parameter(table.unsqueeze(0), requires_grad=False)
-            self.predictor_blocks = nn.ModuleList(
-                Block(width, size.heads, size.hidden) for _ in range(size.depth)
-            )
+            self.predictor_blocks = build_blocks(size, fused_block, impl)
             self.predictor_norm = BlockNorm(width)
             self.predictor_proj = nn.Linear(width, encoder_width)
             self.noise_mask_token: nn.Parameter | None = None
@@ -190,6 +189,7 @@ def build_predictor(
         impl=config.impl.default,
         attention=attention,
         checkpoint_blocks=model.checkpoint_blocks,
+        fused_block=model.fused_block,
     )
     generator = init_generator(config.run.seed, name)
     nn.init.trunc_normal_(predictor.mask_token, std=0.02, generator=generator)

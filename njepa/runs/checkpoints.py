@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,8 +102,10 @@ def find_checkpoint(run: Path, ranks: Ranks) -> CheckpointFiles | None:
             return None
         for path in all_checkpoints(run):
             if checkpoint_step(path) > checkpoint_step(good.folder):
-                os.rename(path, path.with_name(f"{path.name}.damaged"))
-                log.warning("%s is renamed to %s.damaged; remove it", path, path.name)
+                aside = path.with_name(f"{path.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+                os.rename(path, aside)
+                log.warning("%s is renamed to %s; remove it", path, aside.name)
         return str(good.folder)
 
     found = ranks.on_main(find)

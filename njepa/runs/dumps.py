@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -35,6 +35,7 @@ class Dump(BaseModel):
     micro: int = Field(gt=0)
     accumulation: int = Field(gt=0)
     zero_stage: int
+    precision: Literal["fp32", "torch_autocast", "bf16"]
     lr: float
     weight_decay: float
     ema: float

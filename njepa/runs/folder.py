@@ -1,7 +1,7 @@
 """The folder of a run: claimed by one run at a time, never overwritten by another.
 
-Holds ``config.yaml``, ``ds.json``, ``metrics.jsonl``, ``summary.json``, ``checkpoints/`` and
-``tensorboard/``.
+Holds ``config.yaml``, ``ds.json``, ``metrics.jsonl``, ``summary.json``, ``report.html``,
+``checkpoints/`` and ``tensorboard/``.
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ class RunFolder:
                 self.close()
                 raise
 
+    @property
+    def config(self) -> Config:
+        """What runs in it."""
+        return self._config
+
     def begin(self) -> None:
         """Record what runs; from here on the folder holds a run."""
         self._begun = True
@@ -79,8 +84,8 @@ def run_dir(config: Config) -> Path:
 
 def _check_same_run(file: Path, config: Config) -> None:
     before, now = (
-        _flat(yaml.safe_load(file.read_text())),
-        _flat(yaml.safe_load(dump_config(config))),
+        flat(yaml.safe_load(file.read_text())),
+        flat(yaml.safe_load(dump_config(config))),
     )
     changed = [
         f"  {key}: {before.get(key)!r} -> {now.get(key)!r}"
@@ -95,11 +100,12 @@ def _check_same_run(file: Path, config: Config) -> None:
         )
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {
         k: v
         for name, sub in tree.items()
-        for k, v in _flat(sub, f"{prefix}.{name}".lstrip(".")).items()
+        for k, v in flat(sub, f"{prefix}.{name}".lstrip(".")).items()
     }

@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from njepa.choice import Choice
 from njepa.config import ConfigError
+from njepa.runs.threads import set_threads
 
 T = TypeVar("T")
 
@@ -30,6 +32,10 @@ class Ranks:
     device: torch.device
     control: dist.ProcessGroup | None
     """Gloo group for words between hosts (stop flags, errors); None for a single process."""
+    threads: Choice = field(
+        default_factory=lambda: Choice(str(torch.get_num_threads()), "as they were")
+    )
+    """Of torch's operators on the CPU."""
 
     @property
     def main(self) -> bool:
@@ -83,6 +89,8 @@ class Ranks:
 def join_ranks(device: str = "auto") -> Ranks:
     """Start torch.distributed from the launcher's environment (a world of one without it).
 
+    Sets the process's share of CPU threads, too.
+
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
 
@@ -109,7 +117,7 @@ def join_ranks(device: str = "auto") -> Ranks:
     if world > 1:
         control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
     place = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    return Ranks(rank, world, local_rank, place, control)
+    return Ranks(rank, world, local_rank, place, control, set_threads(control))
 
 
 def _read_launcher() -> None:

@@ -62,6 +62,7 @@ def _dump(setup: Setup, note: StepNote, terms: list[list[dict[str, float | str]]
         micro=order.micro_batch,
         accumulation=order.accumulation,
         zero_stage=setup.engine.stage,
+        precision=plan.ds.precision_on(plan.ranks.device.type),
         lr=rates.lr,
         weight_decay=rates.weight_decay,
         ema=rates.momentum,

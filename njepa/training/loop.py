@@ -66,7 +66,12 @@ class Loop:
                 )
                 return None
             images = (self.step - first_step) * self.setup.plan.sizes.total
-            return self._summarise(images, time.perf_counter() - began)
+            summary = self._summarise(images, time.perf_counter() - began)
+            self._report()
+            return summary
+        except NonFiniteLoss:
+            self._report()
+            raise
         except DataError:
             # Of several ranks one alone meets the image, and a checkpoint needs all of them.
             if self._ranks.world == 1 and self.setup.engine.between_steps:
@@ -191,6 +196,7 @@ class Loop:
                 "config": dump_config(self._config),
                 "impl": {op: choice.name for op, choice in plan.impl.items()},
                 "attention": str(plan.attention),
+                "precision": plan.precision.name,
                 "versions": checkpoints.versions(),
             },
         )
@@ -226,6 +232,7 @@ class Loop:
                 "device": device_name(device),
                 "impl": {op: choice.name for op, choice in plan.impl.items()},
                 "attention": str(plan.attention),
+                "precision": plan.precision.name,
                 "compile": plan.compilation.name,
                 "compilations": compilations() - self._compiled_before,
                 "skipped_images": skipped,
@@ -233,8 +240,17 @@ class Loop:
             }
 
         summary: dict[str, Any] | None = self._recorder.finish(summarise)
-        self._ranks.barrier()
         return summary
+
+    def _report(self) -> None:
+        """Draw the run folder on rank 0, while the others wait; a failure there is a warning."""
+        if self._config.eval.report and self._ranks.main:
+            from njepa.report.write import report_of_run  # what draws is needed here only
+
+            folder = run_dir(self._config)
+            if title := report_of_run(folder, self._ranks.device):
+                self._recorder.say(f"health: {title}; curves and pictures: {folder}/report.html")
+        self._ranks.barrier()
 
 
 def token_counts(masks: Masks) -> dict[str, float]:

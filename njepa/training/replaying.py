@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -55,6 +55,7 @@ def replay(dump: Dump, run: Path, ranks: Ranks) -> Replayed:
     sections = dict(dump.config)
     sections["run"] = dict(sections.get("run") or {}) | {"compile": "off", "cuda_graphs": "off"}
     config, ds = parse_config(sections, "the dump's configuration"), parse_deepspeed(raw)
+    ds = replace(ds, precision=dump.precision)
     plan = salted(decide(config, ds, ranks), dump.salt)
     saved = None if dump.checkpoint is None else CheckpointFiles(_inside(run, dump.checkpoint))
     if saved is not None:

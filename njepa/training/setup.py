@@ -38,6 +38,13 @@ from njepa.runs.summary import device_name
 from njepa.training.compiling import GraphedForward, choose_compilation, compile_blocks
 from njepa.training.ema import make_target
 from njepa.training.module import TrainModule
+from njepa.training.precision import (
+    as_precision,
+    block_trial,
+    choose_precision,
+    matrix_units,
+    recorded_precision,
+)
 from njepa.training.schedules import Schedules
 from njepa.training.scoring import Scoring
 from njepa.training.step import TrainState
@@ -47,6 +54,8 @@ log = logging.getLogger(__name__)
 
 #: The fused ops of every step; VICReg's is the fifth.
 OPS = ("patchify", "predictor_tokens", "jepa_loss", "ema_update_")
+#: Those of ``model.fused_block``.
+BLOCK_OPS = ("add_layer_norm", "bias_gelu")
 
 
 @dataclass(frozen=True)
@@ -55,9 +64,11 @@ class Plan:
 
     config: Config
     ds: DeepSpeedFile
+    """With the precision that was chosen."""
     ranks: Ranks
     sizes: BatchSizes
     parts: Architecture
+    precision: Choice
     impl: dict[str, Choice]
     """By op."""
     attention: Attention
@@ -163,6 +174,8 @@ def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
     check_vicreg_batch(config, sizes)
     parts = architecture(config)
     choose_backend(config.data.backend, device)
+    precision = ranks.on_main(lambda: _precision(config, ds, device, parts, sizes.micro))
+    ds = replace(ds, precision=as_precision(precision))
     # Kc is the minimum over all ranks, or, as published, over each on its own.
     together = ranks.world if config.mask.compat == "fixed" else 1
     return Plan(
@@ -171,6 +184,7 @@ def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
         ranks=ranks,
         sizes=sizes,
         parts=parts,
+        precision=precision,
         impl=choose_impls(config, device),
         attention=choose_attention(
             config.model,
@@ -200,6 +214,17 @@ def sample_order(plan: Plan, images: int) -> SampleOrder:
     """
     sizes, ranks = plan.sizes, plan.ranks
     return SampleOrder(images, sizes.micro, sizes.accumulation, sizes.world, ranks.rank, plan.seed)
+
+
+def _precision(
+    config: Config, ds: DeepSpeedFile, device: torch.device, parts: Architecture, micro: int
+) -> Choice:
+    """That of the run in the folder, or of a new one; rank 0 decides for all."""
+    saved = latest_checkpoint(run_dir(config)) if config.run.resume else None
+    recorded = None if saved is None else recorded_precision(saved, device.type)
+    return choose_precision(
+        ds, device.type, lambda: block_trial(parts, micro), recorded, matrix_units()
+    )
 
 
 def decide_length(config: Config, steps_per_epoch: int) -> Length:
@@ -255,6 +280,8 @@ def _resume(plan: Plan, index: ImageIndex, engine: ZeroEngine, state: TrainState
     found = load_checkpoint(
         saved, engine.sharding(), state.target, index.digest, plan.sizes, upstream
     )
+    with engine.whole(state.online):
+        pass  # as at the end of every step: ZeRO 3 gives up what it had gathered of them
     return int(found["step"])
 
 
@@ -267,7 +294,8 @@ def choose_impls(config: Config, device: torch.device) -> dict[str, Choice]:
     wanted = config.impl.default
     reason = "the first that runs here" if wanted == "auto" else "as configured"
     try:
-        ops = (*OPS, "vicreg") if config.vicreg.weight > 0 else OPS
+        ops = [*OPS, *(("vicreg",) if config.vicreg.weight > 0 else ())]
+        ops += BLOCK_OPS if config.model.fused_block else ()
         return {op: Choice(choose(op, wanted, device), reason) for op in ops}
     except RuntimeError as error:
         raise ConfigError(f"impl.default={wanted}: {error}") from None
@@ -306,6 +334,8 @@ def start_table(run: Setup) -> str:
         "predictor": f"{parts.predictor.depth} blocks of width {parts.predictor.width}, "
         f"context {config.model.predictor.context}",
         "device": device_name(plan.ranks.device),
+        "threads": str(plan.ranks.threads),
+        "precision": str(plan.precision),
         "ops": "; ".join(f"{choice}: {', '.join(ops)}" for choice, ops in by_choice.items()),
         "attention": str(plan.attention),
         "compile": str(plan.compilation),

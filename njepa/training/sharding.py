@@ -91,6 +91,8 @@ class Sharding:
             ConfigError: ZeRO 1 to 3 count updates for all parameters together, and they differ.
         """
         self._restore_steps(saved)
+        if self._stage == 3:
+            self._engine.optimizer.checkpoint_event_prologue()
         for name, parameter in self._module.named_parameters():
             share = self._share(parameter) if parameter.requires_grad else None
             if share is not None:
@@ -102,6 +104,10 @@ class Sharding:
             self._fill(parameter, saved, f"weight/{name}")
         for name, buffer in self._buffers():
             buffer.copy_(saved.whole(f"buffer/{name}"))
+        if self._stage == 3:
+            # As after an update: small parameters stay gathered, in fp32. Gathered on use they
+            # would be rounded to bf16 under autocast.
+            self._engine.optimizer.checkpoint_event_epilogue()
 
     def shared(self) -> dict[str, str]:
         """Further names of parameters that belong to several modules, and the one written."""

@@ -18,6 +18,11 @@ from njepa.training.module import TrainModule, adamw
 from njepa.training.schedules import Rates
 from njepa.training.sharding import Sharding
 
+#: Layers that DeepSpeed communicates in bf16 under torch_autocast: its own list and ours. It knows
+#: a layer by its very class, not as a subclass of Linear.
+_LOW_LAYERS = [f"torch.nn.{name}" for name in ("Linear", "Conv1d", "Conv2d", "Conv3d")]
+_LOW_LAYERS.append("njepa.models.block.GeluLinear")
+
 
 class ZeroEngine:
     """A DeepSpeed engine around the one module that holds everything with a gradient.
@@ -146,5 +151,10 @@ def engine_config(ds: DeepSpeedFile, sizes: BatchSizes, device: torch.device) ->
         config["zero_optimization"] = {"reduce_scatter": False, **ds.raw["zero_optimization"]}
     if "torch_autocast" in ds.raw:
         on = ds.precision_on(device.type) == "torch_autocast"
-        config["torch_autocast"] = {"dtype": "bfloat16", **ds.raw["torch_autocast"], "enabled": on}
+        config["torch_autocast"] = {
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": _LOW_LAYERS,
+            **ds.raw["torch_autocast"],
+            "enabled": on,
+        }
     return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from bench.evidence import cache, report, runs
+from bench.evidence import cache, report, runs, worker
 from bench.evidence.cache import Task, finished, load, save, tasks_of
 from bench.evidence.tables import BASE, IJEPA, NJEPA, RECIPE, SIGMA, TABLES, Arm, Table
 from bench.evidence.worker import thin
@@ -70,6 +71,30 @@ def test_what_an_arm_overrides_and_what_decides_nothing_is_not_in_the_key(
     recipe = {**cache._recipe(), "noise.weight": 7, "run.log_every": 3, "eval.every": 9}
     monkeypatch.setattr(cache, "_recipe", lambda: recipe)
     assert TASK.key == before
+
+
+class Read(Exception):
+    pass
+
+
+def test_every_cpu_trains_them_in_fp32_under_the_same_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """ds.json says auto, which a CPU with matrix units may take for bf16."""
+
+    def load(path: Path) -> None:
+        read.append(json.loads(path.read_text()))
+        raise Read
+
+    key, read = TASK.key, list[dict[str, Any]]()
+    monkeypatch.setattr(worker, "load_deepspeed_file", load)
+    for task in (TASK, Task("b", {**TASK.overrides, "ds.torch_autocast": {"enabled": True}}, 0)):
+        with pytest.raises(Read):
+            worker._train(task, Any, Any, tmp_path / "run")  # type: ignore[arg-type]
+    assert TASK.ds["torch_autocast"]["enabled"] == "auto"
+    assert read[0] == {**TASK.ds, "torch_autocast": {"enabled": False, "dtype": "bfloat16"}}
+    assert read[1]["torch_autocast"] == {"enabled": True}  # an arm's own
+    assert TASK.key == key
 
 
 # Tables

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from njepa_kernels.ops.add_layer_norm.cases import _case as norm_case
+from njepa_kernels.ops.bias_gelu.cases import _case as gelu_case
 from njepa_kernels.ops.gather_tokens.cases import _case as gather_case
 from njepa_kernels.ops.jepa_loss.cases import _case as loss_case
 from njepa_kernels.ops.patchify.cases import _case as patchify_case
@@ -25,6 +27,9 @@ CASES = [
     predictor_case("noise", 8, 4, 51, 33, 196, 32),
     patchify_case("all", 8, (6, 6), 8),
     patchify_case("kept", 8, (6, 6), 8, 9),
+    norm_case("fp32", 8, 49, 64),
+    norm_case("none", 8, 49, 64, stream="none"),
+    gelu_case("erf", 8, 49, 64),
     VICREG,
     EMA,
 ]
@@ -40,7 +45,9 @@ def forward(case: OpCase, x: Inputs) -> int:
     if case.op == "ema_update_":
         written = [*x["targets"], *x["shadow"]]
         return sum(t.nbytes for t in (*x["targets"], *x["sources"], *written))
-    out = sum(t.nbytes for t in case.outputs(case.function(**x), x).values() if t.dim())
+    results = case.outputs(case.function(**x), x).values()
+    given = [t for t in x.values() if isinstance(t, torch.Tensor)]
+    out = sum(t.nbytes for t in results if t.dim() and not any(t is g for g in given))
     index = sum(t.nbytes for n, t in x.items() if n.endswith("idx") and t is not None)
     read = {
         "gather_tokens": lambda: rows(x["idx"]) * x["x"][0, 0].nbytes + size(x["pos"]),
@@ -50,6 +57,11 @@ def forward(case: OpCase, x: Inputs) -> int:
         "predictor_tokens": lambda: size(x["context"]) + size(x["pos"]),
         "patchify": lambda: x["images"].nbytes * out // (4 * x["images"].numel()),
         "vicreg": lambda: size(x["u"]),
+        "add_layer_norm": lambda: (
+            sum(size(x[n]) for n in ("x", "residual", "weight", "bias"))
+            + 8 * x["x"][..., 0].numel()
+        ),
+        "bias_gelu": lambda: size(x["x"]) + size(x["bias"]),
     }[case.op]()
     return int(read) + index + out
 
@@ -62,6 +74,12 @@ def backward(case: OpCase, x: Inputs) -> int:
         return gradients  # in the same pass as the loss
     if case.op == "vicreg":
         return gradients + size(x["u"])
+    if case.op == "add_layer_norm":  # one gradient for both that are added; that of the sum, read
+        own = 0 if x["residual"] is None else size(x["residual"])
+        read = 2 * size(x["x"]) + size(x["weight"]) + 8 * x["x"][..., 0].numel()
+        return gradients - own + read + own
+    if case.op == "bias_gelu":
+        return gradients + 2 * size(x["x"]) + size(x["bias"])
     out = case.function(**x).nbytes
     return gradients + out + index
 

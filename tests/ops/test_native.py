@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from njepa_kernels import NoiseKey, philox_normal
-from njepa_kernels._runtime import native
+from njepa_kernels._runtime import dispatch, native
+from njepa_kernels.ops.add_layer_norm.cases import _case as norm_case
+from njepa_kernels.ops.bias_gelu.cases import _case as gelu_case
 from njepa_kernels.ops.ema_update_.reference import ema_update_reference_
 from njepa_kernels.ops.gather_tokens.cases import _case as gather_case
 from njepa_kernels.ops.jepa_loss.cases import _case as loss_case
@@ -47,6 +49,10 @@ CASES = [
         loss_case(f"b2-m2-kt2-n9-d{d}-noised", 2, 2, 2, 9, d, noised=True)
         for d in (1, 17, 130, 2048)
     ),
+    *(norm_case(f"b1-n40-d{d}", 1, 40, d) for d in (7, 17, 130, 2048)),
+    *(norm_case(f"b1-n3-d{d}-own", 1, 3, d, stream="own") for d in (15, 31, 129)),
+    *(gelu_case(f"b1-n40-h{h}", 1, 40, h) for h in (7, 17, 130, 2050)),
+    gelu_case("b1-n3-h1025-tanh", 1, 3, 1025, approximate="tanh"),
     # More than one tile, panel and block of columns; edges inside each of them.
     vicreg_case("m3-n70-d200", 3, 70, 200),
     vicreg_case("m2-n150-d70", 2, 150, 70),
@@ -275,6 +281,10 @@ def test_all_tokens_from_one_patch(dtype: torch.dtype) -> None:
         ("predictor_tokens", {"sigma": torch.zeros(3, 4), "noise": None}, "sample_ids must be giv"),
         ("vicreg", {"u": torch.zeros(4, 1, 8)}, "u must have views, 2 samples and channels"),
         ("ema_update_", {"targets": []}, "must be of one length"),
+        ("add_layer_norm", {"residual": torch.zeros(2, 9, 63)}, "residual has a wrong shape"),
+        ("add_layer_norm", {"bias": torch.zeros(63)}, "bias has a wrong shape"),
+        ("bias_gelu", {"x": torch.zeros(2, 9, 128).double()}, "x must be float32, bfloat16"),
+        ("bias_gelu", {"bias": torch.zeros(127)}, "bias has a wrong shape"),
     ],
 )
 def test_bad_arguments_raise_instead_of_reading_foreign_memory(
@@ -313,3 +323,27 @@ def test_a_library_of_another_version_is_refused(
     present = tmp_path / "present.so"
     present.touch()
     assert "is of version 0.1.0, not 9.9.9" in native.load(present)
+
+
+def test_a_library_older_than_an_op_is_said_and_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the same version, built before the op was written."""
+    path, namespace = native.LIBRARIES["cpu"]
+
+    class Older:
+        """Everything that the library has, but one op."""
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("bias_gelu"):
+                raise AttributeError(name)
+            return getattr(getattr(torch.ops, namespace), name)
+
+    monkeypatch.setattr(torch.ops, "older", Older(), raising=False)
+    monkeypatch.setitem(native.LIBRARIES, "cpu", (path, "older"))
+    monkeypatch.setattr(dispatch, "_found", {})
+    reason = "the native library is older than bias_gelu; to build: NJEPA_BUILD_NATIVE=1 pip"
+    assert native.available() == native.available("vicreg") == "yes"
+    assert reason in dispatch.available_impls()["bias_gelu"]["native"]
+    assert dispatch.choose("bias_gelu", "auto", CPU) == "reference"
+    assert dispatch.choose("vicreg", "auto", CPU) == "native"
+    with pytest.raises(RuntimeError, match=re.escape(reason)):
+        dispatch.choose("bias_gelu", "native", CPU)

@@ -7,8 +7,10 @@ import torch
 from njepa_kernels._runtime.blocks import (
     MAX_WIDTH,
     copy_tile,
+    elementwise_tile,
     index_block,
     next_power_of_2,
+    norm_tile,
     product_tile,
     row_tile,
     scatter_tile,
@@ -42,6 +44,11 @@ def test_tiles_are_powers_of_two_and_bounded(width: int) -> None:
     assert rows.block_d >= width
     assert rows.block_d < 2 * max(width, 8.5)
     assert 1024 <= rows.rows * rows.block_d <= 2048
+    norm, element = norm_tile(width), elementwise_tile(width)
+    assert width <= norm.block_d < 2 * max(width, 8.5)
+    assert norm.rows * norm.block_d == 256 * norm.num_warps
+    assert 16 <= element.block_d <= 256
+    assert element.rows * element.block_d == 1024
     scatter = scatter_tile(width)
     assert scatter.block_d == max(16, next_power_of_2(width))
     assert scatter.rows * scatter.block_d == 4096
@@ -51,6 +58,7 @@ def test_tiles_are_powers_of_two_and_bounded(width: int) -> None:
 def test_no_idle_lane_at_vit_widths(width: int) -> None:
     for dtype in DTYPES:
         assert width % copy_tile(width, dtype).block_d == 0
+    assert 4 * width % elementwise_tile(4 * width).block_d == 0
 
 
 def test_wider_rows_are_cut_into_columns_that_leave_little_idle() -> None:

@@ -60,8 +60,10 @@ def test_other_types_compile_without_spills(op: str, dtype: torch.dtype) -> None
 def test_large_reads_and_writes_are_16_bytes_wide(op: str) -> None:
     for launch in _launches(op, "vitl16"):
         name = launch.kernel.__name__
-        # Three numbers per program of the kernel before it; indices only; what its arguments say.
+        # Three numbers per program of the kernel before it; indices only; what its arguments say;
+        # the few partial sums of the kernel before it.
         few = ("_jepa_loss_terms_kernel", "_invert_index_kernel", "_write_row_kernel")
+        few += ("_column_sums_kernel",)
         if name in few:
             continue
         ptx = compile_launch(launch, 90).asm["ptx"]
@@ -77,7 +79,7 @@ def test_every_kernel_of_every_op_is_launched() -> None:
     found = {launch.kernel.__name__ for op in available_impls() for launch in _launches(op, "")}
     for op in available_impls():
         assert _kernels(f"ops.{op}.triton_kernel") <= found
-    assert _kernels("_runtime.by_index") <= found
+    assert _kernels("_runtime.by_index") | _kernels("_runtime.column_sums") <= found
 
 
 def _kernels(module: str) -> set[str]:
@@ -89,6 +91,7 @@ def _kernels(module: str) -> set[str]:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_rows_wider_than_the_registers_compile_without_spills(arch: int) -> None:
+    from njepa_kernels.ops.add_layer_norm import triton_kernel as norm
     from njepa_kernels.ops.jepa_loss import triton_kernel as loss
     from njepa_kernels.ops.predictor_tokens import triton_kernel as predictor
 
@@ -100,6 +103,11 @@ def test_rows_wider_than_the_registers_compile_without_spills(arch: int) -> None
         predictor.backward(
             grad, idx[:, 0, :10], idx[..., :40], NoiseKey(7, 1, idx[:, 0, 0]), 50, False, True
         )
+        for wide in (4096, 8192):
+            x = torch.empty(100, wide, dtype=torch.bfloat16, device="meta")
+            weight, stats = x[0].float(), x.new_empty(2, 100, dtype=torch.float32)
+            norm.forward(x, x.float(), weight, weight, 1e-6, torch.bfloat16)
+            norm.backward(x, x.float(), x.float(), stats, weight, torch.bfloat16)
     for launch in recorded:
         usage = _usage(compile_launch(launch, arch))
         assert usage["STACK"] + usage["LOCAL"] == 0, (launch.kernel.__name__, usage)

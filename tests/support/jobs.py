@@ -32,6 +32,7 @@ TINY = [
     "model.predictor={depth: 1, width: 16, heads: 2}", "model.init=xavier", "mask.min_keep=4",
     "optim.warmup_epochs=0", "optim.lr=3e-3", "optim.ema=[0.9, 1.0]",
     "run.max_steps=3", "run.log_every=1", "run.tensorboard=false", "run.progress=false",
+    "eval.report=false",
 ]  # fmt: skip
 
 

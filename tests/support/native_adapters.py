@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from njepa_kernels import JepaLoss, NoiseKey, VicregTerms
+from njepa_kernels import AddLayerNorm, JepaLoss, NoiseKey, VicregTerms
+from njepa_kernels.ops.add_layer_norm import native as norm_native
+from njepa_kernels.ops.bias_gelu import native as gelu_native
 from njepa_kernels.ops.ema_update_ import native as ema_native
 from njepa_kernels.ops.ema_update_.op import host_rates
 from njepa_kernels.ops.gather_tokens import native as gather_native
@@ -158,6 +160,64 @@ def ema_update_(
     ema_native.update(targets, sources, *rates, shadow)
 
 
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        given = x.flatten(0, 1), None if residual is None else residual.flatten(0, 1)
+        out, total, stats = norm_native.forward(*given, weight, bias, *rest)
+        ctx.save_for_backward(x if residual is None else total.view(x.shape), stats, weight)
+        ctx.x_dtype, ctx.alone = x.dtype, residual is None
+        if residual is None:
+            ctx.mark_non_differentiable(total)
+        return out.view(x.shape), total if residual is None else total.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        total, stats, weight = ctx.saved_tensors
+        through = None if ctx.alone else grad_total.flatten(0, 1)
+        dx, dresidual, sums = norm_native.backward(
+            grad.flatten(0, 1), through, total.flatten(0, 1), stats, weight, ctx.x_dtype
+        )
+        dresidual = dx if total.dtype == ctx.x_dtype else dresidual
+        dweight, dbias = (row.to(weight.dtype) for row in sums)
+        both = dx.view(total.shape), None if ctx.alone else dresidual.view(total.shape)
+        return *both, dweight, dbias, None, None
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    out_dtype: torch.dtype,
+) -> AddLayerNorm:
+    out, total = _AddLayerNorm.apply(x, residual, weight, bias, eps, out_dtype)
+    return AddLayerNorm(out, x if residual is None else total)
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        ctx.tanh = tanh
+        return gelu_native.forward(x.flatten(0, 1), bias, tanh).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, bias = ctx.saved_tensors
+        dx, dbias = gelu_native.backward(grad.flatten(0, 1), x.flatten(0, 1), bias, ctx.tanh)
+        return dx.view(x.shape), dbias.to(bias.dtype), None
+
+
+def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
+    out: Tensor = _BiasGelu.apply(x, bias, approximate == "tanh")
+    return out
+
+
 NATIVE: dict[str, Callable[..., Any]] = {
     "patchify": patchify,
     "gather_tokens": gather_tokens,
@@ -165,4 +225,6 @@ NATIVE: dict[str, Callable[..., Any]] = {
     "jepa_loss": jepa_loss,
     "vicreg": vicreg,
     "ema_update_": ema_update_,
+    "add_layer_norm": add_layer_norm,
+    "bias_gelu": bias_gelu,
 }

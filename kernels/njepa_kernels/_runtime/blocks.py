@@ -40,6 +40,17 @@ def copy_tile(width: int, dtype: torch.dtype, program_bytes: int = 8192) -> Tile
     return Tile(max(1, program_bytes // dtype.itemsize // block_d), block_d, 4)
 
 
+def elementwise_tile(width: int) -> Tile:
+    """Elements that are computed with, not only moved: 8 per thread, or registers run short.
+
+    The columns as in ``copy_tile``, at most 256.
+    """
+    divisor = width & -width
+    block_d = divisor if divisor >= 64 else next_power_of_2(width)
+    block_d = max(16, min(block_d, 256))
+    return Tile(1024 // block_d, block_d, 4)
+
+
 def row_tile(width: int) -> Tile:
     """Whole rows in registers: about 16 fp32 values per thread and array.
 
@@ -48,6 +59,16 @@ def row_tile(width: int) -> Tile:
     block_d = max(16, next_power_of_2(width)) if width <= MAX_WIDTH else MAX_WIDTH // 2
     rows = max(1, 1024 // block_d)
     return Tile(rows, block_d, 8 if block_d == 2048 else 4)
+
+
+def norm_tile(width: int) -> Tile:
+    """Whole rows in registers, however wide: 8 values per thread and array, 16 from 8192 on.
+
+    Beyond that ptxas spills.
+    """
+    block_d = max(16, next_power_of_2(width))
+    rows = max(1, 1024 // block_d)
+    return Tile(rows, block_d, min(max(rows * block_d // 256, 4), 16))
 
 
 def scatter_tile(width: int) -> Tile:

@@ -86,3 +86,14 @@ def check_like(
     """Check type and dtype, and that shape and device are those of ``like``."""
     layout = "[" + ",".join("*" * like.dim()) + "]"
     check_tensor(op, name, value, layout, like.shape, dtypes=dtypes, device=like.device)
+
+
+def check_rows(op: str, name: str, value: object) -> int:
+    """Check that ``value`` is a floating tensor [..., D] with D > 0; returns D."""
+    layout = f"{name} must be a torch.Tensor [..., D] with D of at least 1"
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {layout}, got {type(value).__name__}")
+    if value.dim() == 0 or value.shape[-1] == 0:
+        raise ValueError(f"{op}: {layout}, got {list(value.shape)}")
+    check_tensor(op, name, value, "[...,D]", value.shape)
+    return value.shape[-1]

@@ -13,7 +13,10 @@ import torch
 
 Impl = Literal["auto", "reference", "triton", "native"]
 
-OPS = ("patchify", "gather_tokens", "predictor_tokens", "jepa_loss", "vicreg", "ema_update_")
+OPS = (
+    *("patchify", "gather_tokens", "predictor_tokens", "jepa_loss", "vicreg", "ema_update_"),
+    *("add_layer_norm", "bias_gelu"),
+)
 IMPLEMENTATIONS = ("native", "triton", "reference")
 #: What "auto" tries, in this order, per device type; elsewhere the reference.
 PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}

@@ -15,6 +15,7 @@ class Launch:
     """A recorded launch: what a kernel would have been called with."""
 
     kernel: Any
+    grid: tuple[int, ...]
     args: tuple[Any, ...]
     meta: dict[str, Any]
 
@@ -42,7 +43,7 @@ def record_launches(arch: int) -> Iterator[list[Launch]]:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Run ``kernel`` on the device of its first argument; an empty grid runs nothing."""
     if _recorder is not None:
-        _recorder.launches.append(Launch(kernel, args, meta))
+        _recorder.launches.append(Launch(kernel, grid, args, meta))
     elif 0 not in grid:
         device = args[0].device
         if device.type == "cuda":

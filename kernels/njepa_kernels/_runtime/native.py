@@ -66,7 +66,16 @@ def available(op: str = "", device_type: str = "") -> str:
         return f"the native library for CUDA has no {op}, only {', '.join(CUDA_OPS)}"
     if device_type not in _status:
         _status[device_type] = load(device_type=device_type)
-    return _status[device_type]
+    status = _status[device_type]
+    if status == _YES and op and not _holds(op, device_type):
+        return f"{_name(device_type)} is older than {op}; {how_to_build(device_type)}"
+    return status
+
+
+def _holds(op: str, device_type: str) -> bool:
+    """Whether a library that is loaded has ``op``: one may be older than the sources beside it."""
+    library = getattr(torch.ops, LIBRARIES[device_type][1])
+    return hasattr(library, op) or hasattr(library, f"{op}_forward")
 
 
 def ops(device_type: str = "cpu") -> Any:

@@ -75,6 +75,8 @@ def _variants(op: str, inputs: Inputs) -> list[Inputs]:
         "patchify": lambda: {"images": _planes(inputs["images"])},
         "gather_tokens": lambda: {"pos": None},
         "predictor_tokens": lambda: {"noise": inputs["noise"]._replace(shared=True)},
+        "add_layer_norm": lambda: {"x": inputs["residual"], "residual": None},
+        "bias_gelu": lambda: {"approximate": "tanh"},
         "ema_update_": lambda: {
             "momentum": torch.empty((), dtype=torch.float64, device="meta"),
             "shadow": None,

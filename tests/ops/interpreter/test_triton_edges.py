@@ -16,6 +16,8 @@ from njepa_kernels import (
 )
 from njepa_kernels._runtime import by_index
 from njepa_kernels._runtime.launch import launch
+from njepa_kernels.ops.add_layer_norm.cases import _case as norm_case
+from njepa_kernels.ops.bias_gelu.cases import _case as gelu_case
 from njepa_kernels.ops.gather_tokens.cases import _case as gather_case
 from njepa_kernels.ops.jepa_loss.cases import _case as loss_case
 from njepa_kernels.ops.predictor_tokens import triton_kernel as predictor_kernels
@@ -105,6 +107,8 @@ WIDE = [
     loss_case("b1-m2-kt2-n9-d4100-noised", 1, 2, 2, 9, 4100, noised=True),
     gather_case("b2-n9-k4-d2304", 2, 9, 4, 2304),
     vicreg_case("m2-n9-d2304", 2, 9, 2304),
+    norm_case("b1-n5-d2304", 1, 5, 2304),  # this one is held whole all the same
+    gelu_case("b1-n40-h2304", 1, 40, 2304),
 ]
 
 

@@ -22,6 +22,7 @@ from njepa_kernels.tools import tune
 
 CPU = torch.device("cpu")
 OPS = ["patchify", "gather_tokens", "predictor_tokens", "jepa_loss", "vicreg"]
+OPS += ["add_layer_norm", "bias_gelu"]
 
 
 @pytest.fixture(autouse=True)

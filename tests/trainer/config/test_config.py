@@ -262,8 +262,9 @@ def test_what_a_resumed_run_may_change():
     free = {key for key in keys if free_on_resume(key)}
     watched = {key for key in keys if key.split(".")[0] in ("run", "eval", "impl")}
     assert free == (watched - {"run.seed", "run.max_steps"}) | {
-        "recipe", "model.attention", "model.checkpoint_blocks", "data.path", "data.eval_path",
-        "data.backend", "data.workers", "data.prefetch", "data.hw_decoder_load", "data.cache_dir",
+        "recipe", "model.attention", "model.checkpoint_blocks", "model.fused_block", "data.path",
+        "data.eval_path", "data.backend", "data.workers", "data.prefetch", "data.hw_decoder_load",
+        "data.cache_dir",
     }  # fmt: skip
     assert not free_on_resume("model.predictor.width")
     assert not free_on_resume("gone.key")

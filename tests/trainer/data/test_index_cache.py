@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from njepa.data import folders, sources
+from njepa.data import index as index_module
+from njepa.data.listing import find_source
 from njepa.data.sources import open_source
 from tests.support.pictures import class_folders, encoded, picture, write
 
@@ -91,6 +93,39 @@ def test_unchanged_folders_are_not_listed_again(tmp_path, monkeypatch):
     listings.clear()
     write(root, {"c2/bad.jpg": JPEG})  # copied again, in place
     assert opened(root, tmp_path).n == 7
+
+
+def test_only_new_and_changed_files_are_read(tmp_path, monkeypatch):
+    """The index is that of a first start, whatever happened in between."""
+    read = []
+    real = index_module._measure
+    monkeypatch.setattr(
+        index_module, "_measure", lambda file, size: (read.append(file.name), real(file, size))[1]
+    )
+    root = class_folders(tmp_path / "in", 6)
+    write(root, {"c0/bad.jpg": b"x"})
+    (tmp_path / "list.txt").write_text("".join(f"in/c{i % 3}/{i:03d}.jpg\n" for i in range(6)))
+
+    def reads(path, *changes):
+        opened(path, tmp_path)
+        for change in changes:
+            change()
+        read.clear()
+        found, names = opened(path, tmp_path), sorted(read)
+        first = index_module.build_index(find_source(path), progress=False)
+        assert (found.digest, found.unreadable) == (first.digest, first.unreadable)
+        return names
+
+    new = picture(7, 90, 33)
+    assert reads(root, lambda: write(root, {"c1/000.jpg": encoded(new)})) == ["000.jpg", "bad.jpg"]
+    assert reads(root, (root / "c0/000.jpg").unlink) == ["bad.jpg"]
+    assert reads(root, lambda: (root / "c0/003.jpg").rename(root / "c1/x.jpg"),
+                 lambda: write(root, {"c2/002.jpg": encoded(new)}),
+                 lambda: os.utime(root / "c1/001.jpg", (1, 1))) == [
+        "001.jpg", "002.jpg", "bad.jpg", "x.jpg"]  # fmt: skip
+    write(root, {"c0/000.jpg": JPEG, "c0/003.jpg": JPEG})
+    listed = tmp_path / "list.txt"
+    assert reads(listed, lambda: os.utime(root / "c1/004.jpg", (1, 1))) == ["004.jpg"]
 
 
 def test_a_damaged_cache_is_built_again(tmp_path, builds, caplog):

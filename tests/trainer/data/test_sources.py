@@ -124,8 +124,12 @@ def test_nothing_to_train_on(tmp_path):
     (tmp_path / "list.txt").write_bytes(b"no\0name.jpg\n")
     with pytest.raises(SourceError, match=r"none of the 1 images"):
         opened(tmp_path / "list.txt", tmp_path)
-    with pytest.raises(SourceError, match=r"ends in '\.zip'"):
-        opened(write(tmp_path, {"x.zip": b""}) / "x.zip", tmp_path)
+    with pytest.raises(SourceError, match=r"ends in '\.xyz'"):
+        opened(write(tmp_path, {"x.xyz": b""}) / "x.xyz", tmp_path)
+    for name, kind in (("x.zip", "a zip"), ("t10k-images-idx3-ubyte.gz", "an idx file")):
+        file = write(tmp_path, {name: b""}) / name
+        with pytest.raises(SourceError, match=rf"is {kind}.* njepa convert {file} OUT$"):
+            opened(file, tmp_path)
 
 
 # List files

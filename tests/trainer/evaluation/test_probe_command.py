@@ -100,11 +100,21 @@ def test_sources_that_cannot_be_probed(world, capsys):
     flat.mkdir(exist_ok=True)
     shutil.copy(world / "train" / "class0" / "0000.jpg", flat)
     assert "--train" in (err := refusal(capsys, arguments(world, train="flat")))
-    assert "a probe needs labels, got 1 images without any" in err
+    assert "needs labels of two classes or more, got 1 images with none" in err
     shutil.copytree(world / "train" / "class0", world / "one" / "class0", dirs_exist_ok=True)
     err = refusal(capsys, arguments(world, train="one"))
     assert "got one, 'class0', with all 30 images" in err
-    assert f"(perhaps {world}/one/class0)" in err
+    assert "give a folder with a folder for each class" in err
+    shutil.copytree(world / "train", world / "around" / "all", dirs_exist_ok=True)
+    err = refusal(capsys, arguments(world, train="around"))
+    assert f"give {world}/around/all, whose folders would be the classes" in err
+    (world / "one.txt").write_text("train/class0/0000.jpg\ta\ntrain/class0/0003.jpg\ta\n")
+    err = refusal(capsys, arguments(world, test="one.txt"))
+    assert "--test" in err
+    assert "got 2 images with none or all of one class" in err
+    (world / "images.zip").touch()
+    err = refusal(capsys, arguments(world, train="images.zip"))
+    assert f"njepa convert {world}/images.zip OUT" in err
     for name in ("class1", "other"):
         shutil.copytree(world / "test" / "class1", world / "strange" / name, dirs_exist_ok=True)
     err = refusal(capsys, arguments(world, test="strange"))
@@ -116,6 +126,18 @@ def test_sources_that_cannot_be_probed(world, capsys):
 def test_fewer_images_than_neighbours(world, capsys):
     err = refusal(capsys, arguments(world, "--k", "10,200", "--kind", "knn"))
     assert "k=200 needs as many training images, got 90; use --k with at most 90" in err
+    err = refusal(capsys, arguments(world, "--kind", "linear,knn", "--max-train", "8"))
+    assert "k=20 needs as many training images, got 8" in err  # before the linear probe
+
+
+def test_nothing_to_choose_on(world, capsys):
+    for i in range(3):
+        folder = world / "three" / f"class{i}"
+        shutil.copytree(world / "train" / f"class{i}", folder, dirs_exist_ok=True)
+        for file in sorted(folder.iterdir())[1:]:
+            file.unlink()
+    err = refusal(capsys, arguments(world, "--kind", "linear", train="three"))
+    assert "needs a class with two training images or more, got 3 images in 3 classes" in err
 
 
 def test_options_that_make_no_sense(world, capsys):
@@ -157,6 +179,13 @@ def test_subjects_that_cannot_be_read(world, capsys):
         assert message in refusal(capsys, arguments(world, subject=name)), name
     shutil.rmtree(world / "missing" / "checkpoints" / "step-00000010")
     assert "has no complete checkpoint yet" in refusal(capsys, arguments(world, subject="missing"))
+
+
+def test_a_damaged_configuration(world, capsys):
+    """It says how the untrained network was drawn."""
+    (make_run(world / "no-yaml") / "config.yaml").write_text("model: [")
+    err = refusal(capsys, arguments(world, "--kind", "knn", subject="no-yaml"))
+    assert "no-yaml/config.yaml is not YAML" in err
 
 
 def test_a_damaged_image_is_named_and_counts_as_an_error(world, capsys, caplog):

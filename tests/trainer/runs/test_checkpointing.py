@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -15,7 +17,7 @@ import torch
 
 from njepa.config import ConfigError
 from njepa.config.deepspeed_file import BatchSizes
-from njepa.data.fork_guard import forking
+from njepa.data import fork_guard
 from njepa.runs import checkpoints, saving, snapshot
 from njepa.runs.checkpoint_files import CheckpointFiles, DamagedCheckpoint
 from njepa.runs.saving import CheckpointWriter
@@ -86,6 +88,12 @@ def test_ranges_of_several_ranks_are_one_tensor(tmp_path):
         )
     with pytest.raises(DamagedCheckpoint, match=r"weight/a\[21:22\] is in no file"):
         read.read("weight/a", 15, 7)
+    del shots[1]  # what lies between is missing
+    saving.write_index(
+        tmp_path, files, {n: s.pieces for n, s in zip(("s0", "s2"), shots, strict=True)}
+    )
+    with pytest.raises(DamagedCheckpoint, match=r"weight/a\[5:21\] is in no file"):
+        CheckpointFiles(tmp_path).whole("weight/a")
 
 
 @pytest.mark.parametrize(
@@ -114,6 +122,9 @@ def test_a_damaged_one_is_named_and_the_one_before_it_is_used(tmp_path, caplog, 
     assert names(tmp_path) == ["step-00000001", "step-00000002.damaged"]
     save(tmp_path, 2)
     assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000002.damaged"]
+    harm(tmp_path / "checkpoints" / "step-00000002")  # again
+    assert checkpoints.find_checkpoint(tmp_path, ALONE).folder.name == "step-00000001"
+    assert names(tmp_path) == ["step-00000001", "step-00000002.damaged"]
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path):
@@ -184,12 +195,27 @@ def test_processes_can_be_forked_while_a_checkpoint_is_written(tmp_path, monkeyp
     writer.await_copy()
     began = time.perf_counter()
     for _ in range(3):
-        with forking():
+        with fork_guard.forking():
             time.sleep(0.01)
     assert time.perf_counter() - began < 2
     assert names(tmp_path) == [".step-00000001.tmp"]
     writer.finish()
     assert names(tmp_path) == ["step-00000001"]
+
+
+def test_no_process_is_forked_while_a_chunk_is_written():
+    held = []
+
+    class File(io.BytesIO):
+        def write(self, chunk):
+            held.append(fork_guard._at_work)
+
+        def fileno(self):
+            return os.dup(2)
+
+    with contextlib.suppress(OSError):  # a terminal cannot be synchronised
+        snapshot._write(File(), [memoryview(b"abc"), memoryview(b"d")])
+    assert held == [1, 1]
 
 
 def test_a_run_that_ends_by_an_error_keeps_what_is_in_work(tmp_path):

@@ -69,7 +69,8 @@ def test_a_run_that_cannot_go_on_says_why_and_its_bad_step_is_repeated(root):
         assert dump.sample_ids == [order.at(2).ids.tolist()]
         assert dump.not_finite_terms == ["loss", "loss_clean", "loss_consistency", "loss_noise"]
         assert "jepa.encoder.blocks.0.attn.qkv.weight" in dump.gradient["not_finite"]
-        assert dump.checkpoint == "kept/step-00000001"
+        # Which one: whether that of step 2 was on the disk already.
+        assert dump.checkpoint in ("kept/step-00000001", "kept/step-00000002")
     again = python(root, "-m", "njepa.cli", "replay", "diverged/bad/step-00000001.json")
     assert again.returncode == 0, again.stderr
     assert "as then: True" in again.stdout
@@ -102,7 +103,7 @@ def test_no_rollback_leaves_the_order_alone():
 
 def test_a_damaged_list_of_rollbacks_is_named(tmp_path):
     (tmp_path / "rollbacks.json").write_text('[{"from": 3}]')
-    with pytest.raises(ConfigError, match="rollbacks.json says which order"):
+    with pytest.raises(ConfigError, match=r"rollbacks\.json says which order"):
         read_rollbacks(tmp_path)
 
 

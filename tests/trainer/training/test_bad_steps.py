@@ -172,7 +172,7 @@ def ran(tmp_path_factory):
         }  # fmt: skip
 
     jobs = [job(name, *case, first=BROKEN, count=1) for name, case in CASES.items()]
-    ending = ["run.max_bad_steps=2", "run.checkpoint_every=1"]
+    ending = ["run.max_bad_steps=2", "run.checkpoint_every=1", "eval.report=true"]
     jobs.insert(0, job("ending", "loss", 0, {}, first=1, count=9, overrides=ending))
     return root / "runs", run_jobs(jobs, 2, root / "jobs")
 
@@ -199,7 +199,9 @@ def test_a_bad_step_of_one_rank_changes_nothing_on_any(ran, name: str):
 @pytest.mark.slow
 @pytest.mark.multirank
 def test_too_many_in_a_row_end_the_run_with_good_weights(ran):
-    record = ran[1]["ending"]
+    runs, records = ran
+    record = records["ending"]
     assert record["step"] == 3  # the first step is good, two are bad
     assert "not finite in 2 steps in a row up to step 3 (run.max_bad_steps=2)" in record["error"]
     assert all(torch.isfinite(x).all() for x in record["target"].values())
+    assert "Not finite" in (runs / "ending" / "report.html").read_text()

@@ -16,6 +16,7 @@ SHAPES = [
     "mask.aspect_ratio=[1.0, 1.0]",
 ]  # fmt: skip
 BLOCKS, RECOMPUTE = "run.compile=blocks", "model.checkpoint_blocks=true"
+FUSED = "model.fused_block=true"
 
 
 def job(root, name, overrides, stage=0, folder=None, steps=STEPS):
@@ -134,3 +135,18 @@ def test_recomputed_activations_give_the_same_bits_under_every_zero_stage(root):
             assert a.keys() == b.keys()
             for name in a:
                 assert torch.equal(a[name], b[name]), (stage, name)
+
+
+@pytest.mark.slow
+@pytest.mark.multirank
+def test_fused_blocks_train_alike_also_where_zero_3_gathers_their_weights(root):
+    variants = {"plain": ([], 0), "fused": ([FUSED], 0), "fused3": ([FUSED, RECOMPUTE], 3)}
+    records = run_jobs(
+        [job(root, name, given, stage, steps=4) for name, (given, stage) in variants.items()],
+        2,
+        root / "fused",
+    )
+    plain, *others = (torch.tensor(records[name]["losses"]) for name in variants)
+    assert len(plain) == 4
+    for losses in others:
+        torch.testing.assert_close(losses, plain, rtol=2e-5, atol=0)

@@ -1,0 +1,148 @@
+"""The verdict on a run, in words, with the numbers it rests on (docs/trouble.md, Collapse)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from njepa.report.record import RunRecord, number
+
+Mood = Literal["good", "watch", "bad", "unknown"]
+
+#: ``feature_std`` as a share of its largest value in the run, and ``rankme``: below one of them
+#: the run is collapsed, or is close to it.
+COLLAPSED_STD, COLLAPSED_RANK = 0.1, 3.0
+LOW_STD, LOW_RANK = 0.2, 5.0
+#: Below this share of their largest value, and not growing, they are worth watching.
+SHRUNK = 0.5
+#: How much the last value must exceed that of a quarter of the run earlier to count as growing.
+GROWTH = 1.1
+#: Share of the time spent waiting for images that is worth a word.
+WAIT = 0.05
+#: ``run.max_bad_steps`` where the settings do not tell it.
+_BAD_STEPS = 10
+#: Steps in which nothing need have happened yet.
+EARLY = 100
+
+
+@dataclass
+class Verdict:
+    mood: Mood
+    title: str
+    because: list[str]
+    """Sentences with the numbers behind the title."""
+    remarks: list[str] = field(default_factory=list)
+    """What else a person should know."""
+
+
+def verdict(run: RunRecord) -> Verdict:
+    """Whether the features of a run live, and whether it came to its end."""
+    found = _features(run)
+    ended = _end(run)
+    if ended is not None:
+        found.remarks.insert(0, ended)
+        if found.mood != "bad":
+            found.title = f"Unfinished, {found.title[0].lower()}{found.title[1:]}"
+            found.mood = "watch"
+    broken = _not_finite(run)
+    if broken is not None:
+        found = Verdict("bad", "Not finite", [broken, *found.because], found.remarks)
+    found.remarks += [text for text in (_skipped(run), _scores(run), _waiting(run)) if text]
+    return found
+
+
+def _features(run: RunRecord) -> Verdict:
+    std, rank = run.values("feature_std"), run.values("rankme")
+    if not std or not rank:
+        return Verdict(
+            "unknown", "No verdict", ["metrics.jsonl has no feature_std and rankme to judge by."]
+        )
+    share = std[-1][1] / max(max(value for _, value in std), 1e-30)
+    rank_share = rank[-1][1] / max(max(value for _, value in rank), 1e-30)
+    numbers = [
+        f"The features of the target encoder spread over images with a standard deviation of "
+        f"{std[-1][1]:.3g}, {100 * share:.0f} % of the largest in this run.",
+        f"They use {rank[-1][1]:.1f} dimensions (RankMe), {100 * rank_share:.0f} % of the most in "
+        f"this run.",
+    ]
+    if share < COLLAPSED_STD or rank[-1][1] < COLLAPSED_RANK:
+        return Verdict("bad", "Collapsed", [*numbers, "Almost every image has the same features."])
+    growing = _growing(std) and _growing(rank)
+    low = share < LOW_STD or rank[-1][1] < LOW_RANK
+    if low and not growing:
+        return Verdict("bad", "Collapsing", [*numbers, "Neither is growing."])
+    if run.last_step < EARLY:
+        return Verdict("unknown", "Too early to tell", numbers)
+    if low or (min(share, rank_share) < SHRUNK and growing):
+        return Verdict("watch", "Recovering", [*numbers, "Both were lower and are growing."])
+    if min(share, rank_share) < SHRUNK:
+        text = "Small models go through such a valley and leave it, or end in it; look again later."
+        return Verdict("watch", "Shrinking", [*numbers, text])
+    return Verdict("good", "Healthy", numbers)
+
+
+def _growing(values: list[tuple[float, float]]) -> bool:
+    """Whether the last value exceeds the one a quarter of the run earlier."""
+    last_step, last = values[-1]
+    earlier = [value for step, value in values if step <= 0.75 * last_step]
+    return bool(earlier) and last > GROWTH * earlier[-1]
+
+
+def _end(run: RunRecord) -> str | None:
+    if "summary.json" not in {entry.split(":")[0] for entry in run.missing}:
+        return None
+    total = run.total_steps
+    place = f"step {run.last_step:,}" + (f" of {total:,}" if total else "")
+    return (
+        f"There is no summary.json and the last line is of {place}: the run was stopped, has died, "
+        f"or still runs."
+    )
+
+
+def _not_finite(run: RunRecord) -> str | None:
+    """The end of a run that ended because its loss was no number."""
+    training = [line for line in run.lines if "lr" in line or "loss" in line]
+    if run.summary or not training:
+        return None
+    last = training[-1]
+    bad, limit = number(last.get("bad_steps")) or 0, number(run.settings.get("run.max_bad_steps"))
+    if bad < (limit or _BAD_STEPS) and "loss" in last and number(last["loss"]) is not None:
+        return None
+    return (
+        f"{bad:.0f} steps before the last line, of step {last['step']:,}, had no finite loss or "
+        f"gradient and were skipped; that many may have ended the run."
+        if bad
+        else f"The loss of the last line, of step {last['step']:,}, is not finite."
+    )
+
+
+def _skipped(run: RunRecord) -> str | None:
+    bad = sum(value for _, value in run.values("bad_steps"))
+    return f"{bad:.0f} steps had no finite loss or gradient and were skipped." if bad else None
+
+
+def _scores(run: RunRecord) -> str | None:
+    """Whether the features beat what costs nothing."""
+    score = number(run.summary.get("knn_top1"))
+    if score is None:
+        return None
+    parts, worst = [], True
+    interval = run.summary.get("knn_top1_ci95")
+    low = number(interval[0]) if isinstance(interval, list) and interval else None
+    for key, name in (("init", "the untrained network"), ("pixels", "raw pixels")):
+        floor = number(run.summary.get(f"knn_top1_{key}"))
+        if floor is not None:
+            parts.append(f"{name} {floor:.1f} %")
+            worst = worst and (low if low is not None else score) > floor
+    if not parts:
+        return None
+    text = f"kNN finds the class of {score:.1f} % of the test images; {', '.join(parts)}."
+    return text if worst else f"{text} Not clearly above both: little that helps was learnt."
+
+
+def _waiting(run: RunRecord) -> str | None:
+    waits = [value for step, value in run.values("data_wait_frac") if step > 1]
+    share = sum(waits) / len(waits) if waits else 0.0
+    if share < WAIT:
+        return None
+    return f"{100 * share:.0f} % of the time went into waiting for images (docs/trouble.md, Slow)."
