@@ -353,9 +353,6 @@ class RunConfig(Section):
     max_rollbacks: Annotated[int, Field(ge=0)] = 1
     """How often a run with too many bad steps in a row goes back to the last checkpoint before
     them and on from there with another order of the data, other crops, masks and noise."""
-    on_collapse: Literal["warn", "stop"] = "warn"
-    """When the features collapse (docs/trouble.md): keep a checkpoint and warn once, or also end
-    the run."""
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept; older ones are removed once a newer one is complete."""
     keep_every: PositiveInt | None = None

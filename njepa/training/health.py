@@ -26,10 +26,6 @@ class NonFiniteLoss(RuntimeError):
         self.step, self.row_began = step, row_began
 
 
-class Collapsed(RuntimeError):
-    """The features collapsed, and ``run.on_collapse`` says to stop."""
-
-
 def gate(loss: Tensor) -> Tensor:
     """``loss`` with its own gradient, or with one that is NaN where the loss is not finite.
 
