@@ -19,6 +19,7 @@ COMMANDS = {
     "scan": ("njepa.commands.scan", "decode every image once, list the good ones, name the bad"),
     "convert": ("njepa.commands.convert", "write images as tar shards or class folders"),
     "plan": ("njepa.commands.plan", "predict FLOPs, memory, traffic and speed without a GPU"),
+    "replay": ("njepa.commands.replay", "repeat a bad step, name what was not finite first"),
     "info": ("njepa.commands.info", "print versions, recipes, keys and what runs here"),
     "completion": ("njepa.commands.completion", "print a script that completes them in a shell"),
 }

@@ -82,13 +82,12 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         from njepa.runs.ranks import join_ranks, leave_ranks
         from njepa.runs.saving import CheckpointFailed
         from njepa.training.health import NonFiniteLoss
-        from njepa.training.loop import Loop
-        from njepa.training.setup import set_up
+        from njepa.training.run import train
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # the import sets its own level
         ranks = join_ranks(config.run.device)
         try:
-            Loop(set_up(config, ds, ranks)).run()
+            train(config, ds, ranks)
         except (NonFiniteLoss, DataError, CheckpointFailed) as error:
             if main_rank:
                 print(f"njepa: {error}", file=sys.stderr)
