@@ -9,12 +9,13 @@ ARGS ?=
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
 
-.PHONY: help setup native train test test-all bench lint types clean
+.PHONY: help setup native train test test-all bench docs lint types clean
 help:
 	@echo "make setup   create $(VENV) and install njepa with everything it uses"
 	@echo "make train   train the tiny recipe on the embedded images (a few minutes on a CPU)"
 	@echo "make test    the tests but the slow ones (7 minutes on 2 cores);  make test-all: all of them"
 	@echo "make bench   the benchmarks"
+	@echo "make docs    these documents as a site, in site/"
 	@echo "make native  build the C++ ops again (setup does it where there is a compiler)"
 	@echo "make lint    ruff;  make types: mypy"
 
@@ -23,7 +24,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
 		{ echo "make: could not create $(VENV); on Debian: apt-get install python3-venv"; exit 1; }
-	$(BIN)/pip install --quiet "setuptools>=77" -e ".[train,test,bench]"
+	$(BIN)/pip install --quiet "setuptools>=77" -e ".[train,test,bench,docs]"
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
@@ -46,6 +47,9 @@ bench: $(STAMP)
 		$(BIN)/python -m bench.results .benchmarks/raw.json && \
 		$(BIN)/python -m bench.report --png .benchmarks/roofline.png && exit $$rc
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,4 +58,4 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

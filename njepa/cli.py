@@ -1,4 +1,4 @@
-"""``njepa train | probe | export | report | scan | convert | plan | info``."""
+"""``njepa COMMAND ...``: the commands and how they end."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ import sys
 
 from njepa import __version__
 
+#: Name of the command, its module, what it does.
 COMMANDS = {
-    "train": "njepa.train",
-    "probe": "njepa.commands.probe",
-    "export": "njepa.commands.export",
-    "report": "njepa.commands.report",
-    "scan": "njepa.commands.scan",
-    "convert": "njepa.commands.convert",
-    "plan": "njepa.commands.plan",
-    "info": "njepa.commands.info",
+    "train": ("njepa.train", "pre-train an encoder in one process (like `python njepa/train.py`)"),
+    "probe": ("njepa.commands.probe", "measure a frozen encoder on labelled images"),
+    "export": ("njepa.commands.export", "write an encoder for timm, transformers, ONNX, ..."),
+    "report": ("njepa.commands.report", "draw runs on one HTML page: verdict, curves, pictures"),
+    "scan": ("njepa.commands.scan", "decode every image once, list the good ones, name the bad"),
+    "convert": ("njepa.commands.convert", "write images as tar shards or class folders"),
+    "plan": ("njepa.commands.plan", "predict FLOPs, memory, traffic and speed without a GPU"),
+    "replay": ("njepa.commands.replay", "repeat a bad step, name what was not finite first"),
+    "info": ("njepa.commands.info", "print versions, recipes, keys and what runs here"),
+    "completion": ("njepa.commands.completion", "print a script that completes them in a shell"),
 }
 
-USAGE = """usage: njepa <command> [options]
+_ROWS = "".join(f"  {name:12}{what}\n" for name, (_, what) in COMMANDS.items())
+USAGE = f"""usage: njepa <command> [options]
 
 commands:
-  train   pre-train an encoder in one process (like `python njepa/train.py`)
-  probe   measure a frozen encoder on labelled images, beside its floors
-  export  write an encoder for timm, transformers, ONNX or like an official file
-  report  draw runs on one HTML page: verdict, curves, masks, features, neighbours
-  scan    decode every image once, list the good ones, name the bad ones
-  convert write images of any source as tar shards or class folders
-  plan    predict FLOPs, memory, traffic and speed on given GPUs, without one
-  info    print versions, recipes, configuration keys and what runs on this machine
+{_ROWS}
+`njepa <command> --help` gives the options, their defaults and examples.
+`njepa --version` prints the version.
 
-`njepa <command> --help` gives the options.
+exit status: 0 done, 1 a fault, 2 input that cannot work; docs/cli.md
 """
 
 
@@ -81,7 +80,7 @@ def _command(arguments: list[str]) -> int:
     # Imported here: some take seconds for torch, which a typing error or --help should not.
     from njepa.config import ConfigError
 
-    command = importlib.import_module(COMMANDS[arguments[0]])
+    command = importlib.import_module(COMMANDS[arguments[0]][0])
     try:
         status: int = command.main(arguments[1:], prog=f"njepa {arguments[0]}")
     except ConfigError as error:

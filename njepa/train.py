@@ -15,6 +15,7 @@ import warnings
 
 from njepa.config import ConfigError, load_config, recipe_names
 from njepa.config.deepspeed_file import load_deepspeed_file
+from njepa.runs.trackers import require
 
 EPILOG = """overrides:
   section.key=value      any key of the recipe, the value in YAML, for example
@@ -22,7 +23,13 @@ EPILOG = """overrides:
   run.resume=true        continue the run in run.dir from its last checkpoint
 
 Batch size, accumulation, ZeRO stage, precision and clipping belong to the DeepSpeed file.
-`njepa info` lists the recipes, the configuration keys and what runs on this machine.
+`njepa info` lists the recipes and what runs on this machine, `njepa info --keys` every key.
+
+For example:
+
+  njepa train
+  njepa train --recipe folder-small data.path=photos method=cjepa
+  njepa train --recipe folder-small data.path=photos run.resume=true
 """
 
 
@@ -47,7 +54,9 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         help=f"recipe: {', '.join(recipe_names())}, or a .yaml file (default: shapes-tiny)",
     )
     result.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    result.add_argument("overrides", nargs="*", metavar="section.key=value", help="see below")
+    result.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings; see below"
+    )
     return result
 
 
@@ -67,18 +76,18 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     try:
         config = load_config(args.recipe, args.overrides)
         ds = load_deepspeed_file(args.ds_config)
+        require(config.run.tracker)
         # torch, DeepSpeed and DALI take seconds to import: a typing error should not.
         from njepa.data.errors import DataError
         from njepa.runs.ranks import join_ranks, leave_ranks
         from njepa.runs.saving import CheckpointFailed
         from njepa.training.health import NonFiniteLoss
-        from njepa.training.loop import Loop
-        from njepa.training.setup import set_up
+        from njepa.training.run import train
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # the import sets its own level
         ranks = join_ranks(config.run.device)
         try:
-            Loop(set_up(config, ds, ranks)).run()
+            train(config, ds, ranks)
         except (NonFiniteLoss, DataError, CheckpointFailed) as error:
             if main_rank:
                 print(f"njepa: {error}", file=sys.stderr)

@@ -15,34 +15,41 @@ EPILOG = """formats, and how each is loaded:
   safetensors   one encoder under timm's names, and a JSON file with its facts
   onnx          a graph on normalised images
 
-For example:  njepa export runs/shapes-tiny exported --format timm
+For example:
+
+  njepa export runs/shapes-tiny exported --format timm
 """
 
 
-def main(argv: list[str], prog: str) -> int:
-    """Write it, say what was written; returns the exit status (1: the library reads it wrong)."""
-    parser = argparse.ArgumentParser(
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
         prog=prog,
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     formats = ("timm", "transformers", "ijepa", "safetensors", "onnx")
-    parser.add_argument(
+    result.add_argument(
         "source",
         metavar="SOURCE",
         help="run, checkpoint, export, official .pth.tar, folder of timm or transformers, or the "
         "name of one in Hugging Face's cache",
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
-    parser.add_argument("--format", choices=formats, required=True, help="see below")
-    parser.add_argument(
+    result.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    result.add_argument("--format", choices=formats, required=True, help="see below")
+    result.add_argument(
         "--which",
         choices=("target", "context"),
         help="the encoder (default: target); with ijepa the one under the key `encoder`, where "
         "timm and transformers look (default: context, as in official files)",
     )
-    args = parser.parse_args(argv)
+    return result
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Write it, say what was written; returns the exit status (1: the library reads it wrong)."""
+    args = parser(prog).parse_args(argv)
     from njepa.exchange.export import export  # torch takes seconds; --help should not
 
     try:

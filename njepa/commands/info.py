@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from njepa import __version__
 from njepa.config import Config, Section, free_on_resume, load_config, recipe_names
 
+EPILOG = """For example:
+
+  njepa info
+  njepa info --keys | grep ema
+"""
+
+
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog=prog,
+        description="Print versions, recipes and what runs on this machine.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    keys = "print every configuration key instead, with its default and meaning"
+    result.add_argument("--keys", action="store_true", help=keys)
+    return result
+
 
 def main(argv: list[str], prog: str) -> int:
     """Print it; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description="Print versions, recipes and what runs on this machine."
-    )
-    parser.add_argument(
-        "--keys",
-        action="store_true",
-        help="print every configuration key instead: default and meaning",
-    )
-    args = parser.parse_args(argv)
+    args = parser(prog).parse_args(argv)
     if args.keys:
-        _print_keys(Config)
+        for key in all_keys():
+            resume = " A resumed run may change it." if key.free else ""
+            print(f"{key.name} = {key.default!r}\n    {key.text}{resume}")
         return 0
     import njepa_kernels
     import torch
@@ -45,12 +60,22 @@ def main(argv: list[str], prog: str) -> int:
     return 0
 
 
-def _print_keys(model: type[Section], prefix: str = "") -> None:
+class Key(NamedTuple):
+    """A key of the configuration; ``free``: a resumed run may change it."""
+
+    name: str
+    default: Any
+    text: str
+    free: bool
+
+
+def all_keys(model: type[Section] = Config, prefix: str = "") -> Iterator[Key]:
+    """Every key, section after section; its text is the docstring of its field."""
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
-            _print_keys(kind, f"{prefix}{name}.")
+            yield from all_keys(kind, f"{prefix}{name}.")
             continue
         text = " ".join((field.description or "").split())
-        resume = " A resumed run may change it." if free_on_resume(f"{prefix}{name}") else ""
-        print(f"{prefix}{name} = {field.default!r}\n    {text}{resume}")
+        key = f"{prefix}{name}"
+        yield Key(key, field.default, text, free_on_resume(key))

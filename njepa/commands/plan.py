@@ -12,7 +12,7 @@ from njepa.config.deepspeed_file import BatchSizes, DeepSpeedFile, load_deepspee
 
 DESCRIPTION = """What a step of a configuration costs, and on how many GPUs it fits:
 computed, not measured. Needs no GPU and no data."""
-EPILOG = """All ceilings are nominal unless given. For example:
+EPILOG = """Ceilings that are not given are the vendor's. For example:
 
   njepa plan --recipe in1k-vith14 --ds_config njepa/recipes/in1k.zero1.json --gpus 64 --gpu h200
   njepa plan --recipe in1k-vitl16 --step --micro 128 --gpu h100 --json step.json
@@ -24,29 +24,33 @@ SCALES = [2**i for i in range(11)]
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Print the plan; returns the exit status."""
-    args = _parser(prog).parse_intermixed_args(argv)
+    args = parser(prog).parse_intermixed_args(argv)
     print(_plan(args))
     return 0
 
 
-def _parser(prog: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
         prog=prog,
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add = result.add_argument
     add("--recipe", metavar="R", help="recipe, or a .yaml file (default: shapes-tiny)")
-    add("--ds_config", default="ds.json", metavar="FILE", help="(default: %(default)s)")
-    add("--gpus", default="8,16,64", help="numbers of GPUs (default: %(default)s)")
-    add("--gpu", default="h200", help="a100, h100, h200 or b200 (default: %(default)s)")
-    add("--memory", type=float, metavar="GB", help="of one GPU")
-    add("--reserve", type=float, default=0.1, help="share kept free (default: %(default)s)")
-    add("--tflops", type=float, help="dense bf16 ceiling of one GPU, TFLOP/s")
+    file = "DeepSpeed file (default: %(default)s)"
+    add("--ds_config", default="ds.json", metavar="FILE", help=file)
+    add("--gpus", default="8,16,64", metavar="N,N", help="numbers of GPUs (default: %(default)s)")
+    kind = "a100, h100, h200 or b200 (default: %(default)s)"
+    add("--gpu", default="h200", metavar="NAME", help=kind)
+    add("--memory", type=float, metavar="GB", help="of one GPU, 10^9 bytes")
+    free = "share of it kept free (default: %(default)s)"
+    add("--reserve", type=float, default=0.1, metavar="X", help=free)
+    add("--tflops", type=float, metavar="N", help="dense bf16 ceiling of one GPU, TFLOP/s")
     share = "share of the ceiling that matrix products reach (default: %(default)s)"
-    add("--efficiency", type=float, default=0.5, help=share)
-    add("--gbps", type=float, help="bandwidth of a GPU's memory, GB/s")
+    add("--efficiency", type=float, default=0.5, metavar="X", help=share)
+    add("--gbps", type=float, metavar="N", help="bandwidth of a GPU's memory, GB/s")
     add("--nvlink", type=float, metavar="GB/S", help="sent by a GPU within its node")
     add("--internode", type=float, metavar="GB/S", help="sent by a node of 8 GPUs")
     step = "where the time of one step is predicted to go, kernel by kernel, on one GPU"
@@ -55,8 +59,8 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
         "--micro", type=int, metavar="IMAGES", help="with --step: of the step (default: the file's)"
     )
     add("--json", metavar="FILE", help="with --step: write every kernel kind there")
-    add("overrides", nargs="*", metavar="section.key=value", help="as for njepa train")
-    return parser
+    add("overrides", nargs="*", metavar="section.key=value", help="settings, as for njepa train")
+    return result
 
 
 def _plan(args: argparse.Namespace) -> str:

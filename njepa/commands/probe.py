@@ -41,20 +41,21 @@ KINDS = ("knn", "linear", "logistic", "lowshot", "attentive", "finetune", "dense
 
 def main(argv: list[str], prog: str) -> int:
     """Print a table, write JSON; returns the exit status."""
-    args = _parser(prog).parse_args(argv)
+    args = parser(prog).parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     _run(args)
     return 0
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
         prog=prog,
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add = result.add_argument
     add("subject", metavar="SUBJECT", help="the encoder, see below")
     add("--train", type=Path, metavar="SOURCE", help="labelled training images, see below")
     add("--test", type=Path, metavar="SOURCE", help="labelled test images")
@@ -78,15 +79,18 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         metavar="N,..",
         help="labelled images of a class for lowshot (default: %(default)s)",
     )
-    add("--finetune-epochs", type=int, default=100, metavar="N", help="(default: %(default)s)")
+    tuned = "epochs of finetune (default: %(default)s)"
+    add("--finetune-epochs", type=int, default=100, metavar="N", help=tuned)
     add("--max-train", type=int, metavar="N", help="use N images of --train, the same each time")
     add("--max-test", type=int, metavar="N", help="the same for --test")
     add("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
     add("--batch-size", type=int, default=256, metavar="N", help="of features (default: 256)")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
-    add("--cache", type=Path, metavar="DIR", help="features and indices (default: ~/.cache/njepa)")
+    where = "where it computes; auto: a GPU if there is one (default: auto)"
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help=where)
+    kept = "keeps features and indices (default: ~/.cache/njepa)"
+    add("--cache", type=Path, metavar="DIR", help=kept)
     add("--no-floors", action="store_true", help="leave out pixels and the untrained network")
-    return parser
+    return result
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -20,20 +20,26 @@ The page is made from what is there, and says what is missing. docs/report.md ex
 """
 
 
-def main(argv: list[str], prog: str) -> int:
-    """Write the page, print its place and the verdicts; returns the exit status."""
-    parser = argparse.ArgumentParser(
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
         prog=prog,
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add = result.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     add("--out", type=Path, metavar="FILE", help="the page (default, of one run: RUN/report.html)")
     add("--no-pictures", action="store_true", help="numbers only: no images, no network")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
-    args = parser.parse_args(argv)
+    where = "where features are computed; auto: a GPU if there is one (default: auto)"
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help=where)
+    return result
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Write the page, print its place and the verdicts; returns the exit status."""
+    args = parser(prog).parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     out = args.out
     if out is None:

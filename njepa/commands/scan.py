@@ -8,23 +8,34 @@ from pathlib import Path
 from njepa.config import ConfigError
 from njepa.data.scan import scan
 
+DESCRIPTION = """Decode every image once, list the good ones (the list works as data.path), name the
+bad ones. Shards and Parquet are only reported on."""
+EPILOG = """For example:
+
+  njepa scan photos --out good.txt
+  njepa train --recipe folder-small data.path=good.txt
+"""
+
+
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog=prog,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("path", metavar="PATH", type=Path, help="what data.path takes")
+    out = "list of good images (default: %(default)s)"
+    add("--out", metavar="FILE", type=Path, default=Path("good.txt"), help=out)
+    add("--workers", metavar="N", type=int, help="processes (default: all cores)")
+    return result
+
 
 def main(argv: list[str], prog: str) -> int:
     """Write the list and print the report; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Decode every image once, write a list of the good ones (usable as data.path) "
-        "and name the bad ones.",
-    )
-    parser.add_argument("path", type=Path, help="image folder or list file")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("good.txt"),
-        help="list of good images (default: %(default)s)",
-    )
-    parser.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
-    args = parser.parse_args(argv)
+    args = parser(prog).parse_args(argv)
     if args.workers is not None and args.workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {args.workers}")
     print(scan(args.path, args.out, args.workers))

@@ -347,8 +347,12 @@ class RunConfig(Section):
     checkpoint_every: PositiveInt | None = None
     """Steps between two checkpoints. None: once an epoch and at the end."""
     max_bad_steps: PositiveInt = 10
-    """Steps in a row whose loss or gradient is not finite, at which the run ends. Such a step
-    changes nothing; a log line counts them (``bad_steps``)."""
+    """Steps in a row whose loss or gradient is not finite, at which the run goes back to a
+    checkpoint (``max_rollbacks``) or ends. Such a step changes nothing; a log line counts them
+    (``bad_steps``)."""
+    max_rollbacks: Annotated[int, Field(ge=0)] = 1
+    """How often a run with too many bad steps in a row goes back to the last checkpoint before
+    them and on from there with another order of the data, other crops, masks and noise."""
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept; older ones are removed once a newer one is complete."""
     keep_every: PositiveInt | None = None
@@ -362,6 +366,8 @@ class RunConfig(Section):
     """``target``: replay the target encoder's forward pass from a CUDA graph."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
+    tracker: Literal["none", "wandb", "mlflow", "trackio"] = "none"
+    """Send the numbers to this library, too, where it is installed (docs/running.md, Trackers)."""
     progress: bool = True
     """Show progress (rank 0): a bar on a terminal, else a line every ``log_every`` steps."""
 

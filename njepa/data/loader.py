@@ -163,7 +163,7 @@ class Loader:
         )
 
     def _noise(self, plan: Planned, blocks: int) -> Noise:
-        config, seed = self._config.noise, self._config.run.seed
+        config, seed = self._config.noise, self._order.seed
         sigma = block_sigmas(config, blocks, seed, plan.step, plan.ids)
         shared = config.draw == "shared"
         ids = self._tensor(plan.ids)
@@ -208,12 +208,12 @@ def build_loader(
         from njepa.data.dali_pipeline import DaliPixels
 
         pixels = DaliPixels(
-            config.data, config.run.seed, index, order, start, stop, max(workers, 1), device
+            config.data, order.seed, index, order, start, stop, max(workers, 1), device
         )
         if pixels.note:
             backend = backend._replace(reason=f"{backend.reason}; {pixels.note}")
     else:
-        pixels = TorchPixels(config.data, config.run.seed, index, order, start, stop, workers)
+        pixels = TorchPixels(config.data, order.seed, index, order, start, stop, workers)
     steps = range(start, stop)
     return Loader(config, index, order, masks, device, steps, pixels, backend)
 

@@ -68,7 +68,7 @@ class MaskSampler:
     """
 
     def __init__(self, config: MaskConfig, grid: Size, seed: int, batch: int | None = None) -> None:
-        self.config, self.grid, self.seed = config, grid, seed
+        self.config, self.grid, self.seed, self.batch = config, grid, seed, batch
         self._spare = 1 if config.compat == "fixed" else 0
         self._largest = (grid[0] - 1 + self._spare, grid[1] - 1 + self._spare)
         self._patches = grid[0] * grid[1]

@@ -39,7 +39,7 @@ class SampleOrder:
         micro_batch: samples per rank and forward pass.
         accumulation: micro-batches per optimizer step.
         world: ranks. rank: this one.
-        seed: ``run.seed``.
+        seed: ``run.seed``, or ``seed_of_try`` of it.
 
     Raises:
         ConfigError: fewer samples than one step needs. ValueError: a number out of range.

@@ -44,6 +44,17 @@ def stream_seed(seed: int, stream: str) -> int:
     return int(philox4x32(zlib.crc32(stream.encode()), 0, 0, 0, seed & _MASK32, 0)[0])
 
 
+def seed_of_try(seed: int, salt: int) -> int:
+    """The seed behind order, crops, masks, sigmas and noise after ``salt`` rollbacks.
+
+    ``run.seed`` itself without any; else word 0 of Philox at counter (CRC-32 of "rollback", salt,
+    0, 0) and key (``run.seed``, 0). Weights are drawn from ``run.seed`` whatever the salt.
+    """
+    if salt == 0:
+        return seed
+    return int(philox4x32(zlib.crc32(b"rollback"), salt, 0, 0, seed & _MASK32, 0)[0])
+
+
 def words(
     seed: int, stream: str, step: int, ids: Int64Array, count: int, attempt: int = 0
 ) -> Int64Array:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
 from njepa.config import ConfigError
 from njepa.data.sources import cache_dir
@@ -95,7 +96,11 @@ def features_of(
 
     def side(part: Side) -> dict[str, Tensor]:
         facts = {"network": digest, "image_size": image_size, "seed": settings.seed, **part.facts()}
-        batches = stream(part.index, part.ids, image_size, settings.batch_size)
+        n = -(-len(part.ids) // settings.batch_size)
+        batches = tqdm(
+            stream(part.index, part.ids, image_size, settings.batch_size),
+            "features", n, unit="batch", disable=None, leave=False,
+        )  # fmt: skip
         found = cached(folder, facts, lambda: extract(views, batches, device))
         return {name: found[name].to(device) for name in sorted(found)}  # a file has no order
 

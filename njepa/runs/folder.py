@@ -54,6 +54,11 @@ class RunFolder:
                 self.close()
                 raise
 
+    @property
+    def config(self) -> Config:
+        """What runs in it."""
+        return self._config
+
     def begin(self) -> None:
         """Record what runs; from here on the folder holds a run."""
         self._begun = True

@@ -9,6 +9,7 @@ from typing import Any
 from njepa.config import RunConfig
 from njepa.runs.folder import RunFolder
 from njepa.runs.summary import summary_table
+from njepa.runs.trackers import open_board
 from njepa.runs.tracking import Tracker
 
 #: Makes numbers; called on rank 0 only, because making them may cost a wait for the device.
@@ -32,6 +33,7 @@ class Recorder:
                 total_steps,
                 tensorboard=self._run.tensorboard,
                 progress=self._run.progress,
+                board=open_board(self._run.tracker, self._folder.path, self._folder.config),
             )
 
     def say(self, text: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from njepa.atomic import write_atomically
+from njepa.runs.trackers import Board, TensorBoard
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +28,18 @@ class Tracker:
         start: first step of this process; later lines of an interrupted run are dropped.
         total: steps of the whole run.
         progress: show it: a bar where stderr is a terminal, elsewhere a line per logged step.
+        board: one more place for the numbers (``runs/trackers.py``).
     """
 
     def __init__(
-        self, run: Path, start: int, total: int, *, tensorboard: bool = True, progress: bool = True
+        self,
+        run: Path,
+        start: int,
+        total: int,
+        *,
+        tensorboard: bool = True,
+        progress: bool = True,
+        board: Board | None = None,
     ) -> None:
         path = self._path = run / "metrics.jsonl"
         if path.is_file():
@@ -38,11 +47,8 @@ class Tracker:
             write_atomically(path, "".join(line + "\n" for line in lines))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed in close)
         self._unwritten: list[str] = []  # what a full disk did not take
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
+        self._boards: list[Board] = [TensorBoard(run, start)] if tensorboard else []
+        self._boards += [board] if board else []
         quiet = None if progress else True  # tqdm: None is quiet where stderr is no terminal
         self._bar = tqdm(total=total, initial=start, disable=quiet, unit="step", dynamic_ncols=True)
         self._lines, self._total = progress and self._bar.disable, total
@@ -55,11 +61,7 @@ class Tracker:
         """Write the numbers of ``step`` (optimizer steps done)."""
         self._unwritten.append(json.dumps({"step": step, **metrics}) + "\n")
         self._write()
-        try:
-            self._draw(step, metrics)
-        except OSError as error:
-            log.warning("TensorBoard's events cannot be written and end here: %s", error)
-            self._board = None
+        self._draw(step, metrics)
         if self._lines and "loss" in metrics:
             self.say(self._line(step, metrics))
         shown = {
@@ -81,10 +83,14 @@ class Tracker:
             self._unwritten.clear()
 
     def _draw(self, step: int, metrics: dict[str, Any]) -> None:
-        if self._board is not None:
-            for name, value in metrics.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, step)
+        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
+        for board in list(self._boards):
+            try:
+                board.log(step, numbers)
+            except Exception as error:  # a full disk, or whatever a library of others raises
+                kind = type(board).__name__
+                log.warning("%s's events cannot be written and end here: %r", kind, error)
+                self._boards.remove(board)
 
     def _line(self, step: int, metrics: dict[str, Any]) -> str:
         """``step 20 of 1536: loss 0.6846, 178 images/s, 13:25 left``; the time from the second on.
@@ -115,8 +121,11 @@ class Tracker:
         self._bar.close()
         with contextlib.suppress(OSError):  # said when they were written
             self._file.close()
-            if self._board is not None:
-                self._board.close()
+        for board in self._boards:
+            try:
+                board.close()
+            except Exception as error:  # as in _draw
+                log.warning("%s was not closed: %r", type(board).__name__, error)
 
 
 def _step(line: str) -> float:

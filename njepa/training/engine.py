@@ -26,6 +26,8 @@ class Update(NamedTuple):
     """bool, 0-dim, the same on all ranks: nothing was updated, the gradient was not finite."""
     norm: Tensor
     """0-dim: global L2 norm of the gradient before clipping; not finite where ``bad``."""
+    norms: Tensor | None = None
+    """The same of each parameter with a gradient, where this rank holds them whole."""
 
 
 class Engine(Protocol):
@@ -85,20 +87,23 @@ class PlainEngine:
 
     def update(self, rates: Rates) -> Update:
         rates.write(self.optimizer.param_groups)
-        norm = gradient_norm(self.module)
+        norm, norms = gradient_norms(self.module)
         bad = ~norm.isfinite()
         skip_where(self.optimizer, bad)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return Update(bad, norm)
+        return Update(bad, norm, norms)
 
     @contextmanager
     def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
         yield list(parameters)
 
 
-def gradient_norm(module: nn.Module) -> Tensor:
-    """Global L2 norm of gradients that every rank holds whole, on the device."""
-    return torch.nn.utils.get_total_norm(
-        [p.grad for p in module.parameters() if p.grad is not None]
-    )
+def gradient_norms(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Global L2 norm of gradients that every rank holds whole, and that of each, on the device.
+
+    The first has the bits of ``torch.nn.utils.get_total_norm``.
+    """
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    norms = torch.stack(list(torch._foreach_norm(grads)))
+    return torch.linalg.vector_norm(norms), norms

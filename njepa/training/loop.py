@@ -19,7 +19,8 @@ from njepa.runs.monitors import FeatureMonitor, MetricMeans, Stopwatch
 from njepa.runs.signals import StopRequest
 from njepa.runs.summary import device_name
 from njepa.training.compiling import compilations
-from njepa.training.health import BadSteps, NonFiniteLoss
+from njepa.training.dumping import dump_bad_steps
+from njepa.training.health import BadReading, BadSteps, NonFiniteLoss, StepNote
 from njepa.training.setup import Setup, start_table
 from njepa.training.step import StepResult, training_step
 
@@ -39,7 +40,7 @@ class Loop:
         self._length, self._recorder = setup.length, setup.recorder
         self._batches = iter(setup.loader)
         self._means, self._features = MetricMeans(), FeatureMonitor()
-        self._bad, self._watch = BadSteps(setup.plan.ranks.device), Stopwatch()
+        self._bad, self._watch = BadSteps(), Stopwatch()
         self._norm: Tensor | None = None  # of the last gradient
         self._compiled_before, self._compilations = compilations(), 0  # the second: in the log
 
@@ -106,8 +107,9 @@ class Loop:
         """One optimizer step, and the notes of the monitors on it."""
         batches = islice(self._batches, self.setup.plan.sizes.accumulation)
         result = training_step(self.setup.state, batches, self._length.schedules.at(self.step))
+        terms = [seen.metrics for seen in result.micro_batches]
+        self._bad.add(StepNote(self.step, result.update.bad, terms, result.update.norms))
         self.step += 1
-        self._bad.add(result.update.bad)
         for seen in result.micro_batches:
             counts = token_counts(seen.masks)
             self._means.add(
@@ -122,7 +124,8 @@ class Loop:
     def _log(self) -> None:
         steps = self._means.steps / self.setup.plan.sizes.accumulation
         metrics = self._means.read(self._ranks.group)
-        bad, in_a_row = self._bad.read()
+        reading = self._bad.read()
+        bad = len(reading.notes)
         loader, seconds = self.setup.loader, self._watch.lap()
         waited, loader.wait_s = loader.wait_s, 0.0
         rates = self._length.schedules.at(self.step - 1)
@@ -144,22 +147,25 @@ class Loop:
             },
         )
         if bad:
-            log.warning(
-                "%d of the last %g steps up to step %d had no finite loss and gradient and were "
-                "skipped, %d of them in a row",
-                bad,
-                steps,
-                self.step,
-                in_a_row,
-            )
-        if in_a_row >= self._config.run.max_bad_steps:
-            folder = run_dir(self._config)
+            self._judge(reading, steps)
+
+    def _judge(self, reading: BadReading, steps: float) -> None:
+        """Some of the last ``steps`` steps were bad: say so, write them down, perhaps give up."""
+        log.warning(
+            "%d of the last %g steps up to step %d had no finite loss and gradient and were "
+            "skipped, %d of them in a row",
+            len(reading.notes),
+            steps,
+            self.step,
+            reading.in_a_row,
+        )
+        dump_bad_steps(self.setup, reading.notes)
+        if reading.in_a_row >= self._config.run.max_bad_steps:
             raise NonFiniteLoss(
-                f"loss or gradient was not finite in {in_a_row} steps in a row up to step "
-                f"{self.step} (run.max_bad_steps={self._config.run.max_bad_steps}); the last "
-                f"checkpoint is {checkpoints.latest_checkpoint(folder) or 'none'}. Lower "
-                f"optim.lr, lengthen optim.warmup_epochs, or set gradient_clipping in the "
-                f"DeepSpeed file"
+                f"loss or gradient was not finite in {reading.in_a_row} steps in a row up to step "
+                f"{self.step} (run.max_bad_steps={self._config.run.max_bad_steps})",
+                self.step,
+                reading.row_began,
             )
 
     def _gradient_norm(self) -> dict[str, float]:

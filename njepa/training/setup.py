@@ -21,6 +21,7 @@ from njepa.data.loader import Loader, build_loader, choose_backend
 from njepa.data.sources import open_source
 from njepa.draws.masks import MaskSampler
 from njepa.draws.order import SampleOrder
+from njepa.draws.streams import seed_of_try
 from njepa.evaluation.evaluate import Evaluator, open_test_side
 from njepa.evaluation.online import OnlineProbe, follow_run
 from njepa.exchange.initial import InitialWeights, read_initial_weights
@@ -31,6 +32,7 @@ from njepa.runs.checkpoints import find_checkpoint, latest_checkpoint, load_chec
 from njepa.runs.folder import RunFolder, run_dir
 from njepa.runs.ranks import Ranks
 from njepa.runs.recorder import Recorder
+from njepa.runs.rollbacks import read_rollbacks
 from njepa.runs.saving import CheckpointWriter
 from njepa.runs.summary import device_name
 from njepa.training.compiling import GraphedForward, choose_compilation, compile_blocks
@@ -72,6 +74,8 @@ class Plan:
     attention: Attention
     compilation: Choice
     masks: MaskSampler
+    seed: int
+    """Behind all draws but those of the weights."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,9 @@ class Setup:
 
     plan: Plan
     index: ImageIndex
+    order: SampleOrder
+    salt: int
+    """Rollbacks before."""
     length: Length
     engine: ZeroEngine
     state: TrainState
@@ -128,19 +135,14 @@ def set_up(
     ranks.on_main(lambda: folder.append(RunFolder(config, ds)))
     recorder = Recorder(folder[0] if folder else None, config.run)
     try:
+        salt = ranks.on_main(lambda: len(read_rollbacks(run_dir(config))))
+        plan = salted(plan, salt)
         progress = config.run.progress and ranks.main
         index = open_source(config.data.path, config.data.cache_dir, progress=progress)
         online_probe = follow_run(config, index, ranks.device)
         scorers: list[Evaluator] = []  # of rank 0
         ranks.on_main(lambda: scorers.extend(_open_evaluator(config, index, ranks, evaluator)))
-        order = SampleOrder(
-            index.n,
-            plan.sizes.micro,
-            plan.sizes.accumulation,
-            ranks.world,
-            ranks.rank,
-            config.run.seed,
-        )
+        order = sample_order(plan, index.n)
         length = decide_length(config, order.steps_per_epoch)
         engine, state = build_state(plan, initial)
         first = _resume(plan, index, engine, state) if config.run.resume else 0
@@ -157,8 +159,8 @@ def set_up(
         raise
     weights = f"from {initial.told}" if initial is not None else "from the seed"
     return Setup(
-        plan, index, length, engine, state, scoring, recorder, writer, loader, first, weights,
-        online_probe,
+        plan, index, order, salt, length, engine, state, scoring, recorder, writer, loader, first,
+        weights, online_probe,
     )  # fmt: skip
 
 
@@ -193,7 +195,25 @@ def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
         ),
         compilation=choose_compilation(config, ds.stage, device),
         masks=MaskSampler(config.mask, config.grid, config.run.seed, sizes.micro * together),
+        seed=config.run.seed,
     )
+
+
+def salted(plan: Plan, salt: int) -> Plan:
+    """The plan with the masks of the try after ``salt`` rollbacks."""
+    seed = seed_of_try(plan.config.run.seed, salt)
+    masks = plan.masks
+    return replace(plan, seed=seed, masks=MaskSampler(masks.config, masks.grid, seed, masks.batch))
+
+
+def sample_order(plan: Plan, images: int) -> SampleOrder:
+    """Which samples this rank sees.
+
+    Raises:
+        ConfigError: too few images for a step.
+    """
+    sizes, ranks = plan.sizes, plan.ranks
+    return SampleOrder(images, sizes.micro, sizes.accumulation, sizes.world, ranks.rank, plan.seed)
 
 
 def _precision(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from njepa.config import OptimConfig
 from njepa.config.deepspeed_file import BatchSizes, DeepSpeedFile
 from njepa.data.batch import Batch
-from njepa.training.engine import Update, gradient_norm
+from njepa.training.engine import Update, gradient_norms
 from njepa.training.health import gate, skip_where
 from njepa.training.module import TrainModule, adamw
 from njepa.training.schedules import Rates
@@ -94,11 +94,11 @@ class ZeroEngine:
             if self.inner.optimizer.overflow:
                 return self._skipped
             return Update(self._good, self.inner.get_global_grad_norm())
-        norm = gradient_norm(self.module)
+        norm, norms = gradient_norms(self.module)
         bad = ~norm.isfinite()
         skip_where(self.inner.optimizer, bad)
         self.inner.step()
-        return Update(bad, norm)
+        return Update(bad, norm, norms)
 
     @contextmanager
     def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:

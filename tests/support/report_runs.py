@@ -35,7 +35,9 @@ def write_lines(run: Path, content: list[dict]) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content))
 
 
-def report_run(folder: Path, method: str = "njepa", stage: int = 1, **sections: Any) -> Path:
+def report_run(
+    folder: Path, method: str = "njepa", digest: str | None = None, **sections: Any
+) -> Path:
     """``folder/run``: complete, of images in ``folder/images`` with labels of ``MARKUP``."""
     source = folder / "images.txt"
     if not source.exists():
@@ -45,10 +47,8 @@ def report_run(folder: Path, method: str = "njepa", stage: int = 1, **sections: 
     data = {"path": str(source), "eval_path": str(source), "cache_dir": str(folder / "cache")}
     config = config_of(method, data=data, **sections)
     run = folder / "run"
-    checkpoint = write_run(run, config, *network(config), stage=stage)
-    state = json.loads((checkpoint / "state.json").read_text())
-    state["data_digest"] = open_source(source, folder / "cache", progress=False).digest
-    (checkpoint / "state.json").write_text(json.dumps(state | {"total_steps": 580}))
+    digest = digest or open_source(source, folder / "cache", progress=False).digest
+    write_run(run, config, *network(config), data_digest=digest, total_steps=580)
     (run / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 8}')
     write_lines(run, lines())
     return run

@@ -46,7 +46,7 @@ def network(config: Config, seed: int = 0) -> tuple[Jepa, Any]:
     return jepa, target
 
 
-def write_run(folder: Path, config: Config, jepa: Jepa, target: Any) -> Path:
+def write_run(folder: Path, config: Config, jepa: Jepa, target: Any, **state: Any) -> Path:
     """A run folder with one checkpoint, as the trainer leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config))
@@ -55,9 +55,8 @@ def write_run(folder: Path, config: Config, jepa: Jepa, target: Any) -> Path:
     )
     weights = {f"weight/jepa.{name}": tensor for name, tensor in jepa.state_dict().items()}
     versions = {"njepa": "0.1.0", "torch": "2.14"}
-    return write_checkpoint(
-        folder, 7, weights, target.state_dict(), config=dump_config(config), versions=versions
-    )
+    state |= {"config": dump_config(config), "versions": versions}
+    return write_checkpoint(folder, 7, weights, target.state_dict(), **state)
 
 
 def published(jepa: Jepa, target: Any, prefix: str = "module.") -> dict[str, Any]:

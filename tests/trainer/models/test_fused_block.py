@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
-from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
-from njepa_kernels import available_impls
-from njepa_kernels._runtime.dispatch import choose
 from njepa_kernels.testing import assert_within_baseline, stack_values
 from torch import Tensor, nn
 
@@ -34,18 +31,8 @@ SIZE = Stack(D, 2, 2, 4 * D)
 FUSED = {"fused_block": True}
 
 
-def _runs(impl: str) -> bool:
-    try:
-        return choose("bias_gelu", impl, CPU) == impl
-    except RuntimeError:
-        return False
-
-
-IMPLS = [impl for impl in available_impls()["bias_gelu"] if _runs(impl)]
-
-
-def stack(fused: bool, seed: int = 0, impl: Any = "auto") -> nn.ModuleList:
-    blocks, g = build_blocks(SIZE, fused, impl), torch.Generator().manual_seed(seed)
+def stack(fused: bool, seed: int = 0) -> nn.ModuleList:
+    blocks, g = build_blocks(SIZE, fused, "auto"), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in blocks.named_parameters():
             center = 1.0 if name.endswith(("norm1.weight", "norm2.weight")) else 0.0
@@ -91,14 +78,13 @@ def evaluate(
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("impl", IMPLS)
-def test_values_and_gradients_are_within_the_baseline(impl: str, low: bool) -> None:
+def test_values_and_gradients_are_within_the_baseline(low: bool) -> None:
     """Of the plain blocks, as the ops are of their compositions."""
     for name in LAYOUTS:
         results = []
         for fused, dtype in ((True, torch.float32), (False, torch.float32), (False, DOUBLE)):
             results.append(stack_values([
-                evaluate(stack(fused, seed, impl).to(dtype), name, seed, low and dtype != DOUBLE)
+                evaluate(stack(fused, seed).to(dtype), name, seed, low and dtype != DOUBLE)
                 for seed in range(3)
             ]))  # fmt: skip
         got, plain, exact = results

@@ -98,7 +98,7 @@ def test_a_checkpoint_that_is_gone(whole, tmp_path):
     assert [word for word in PICTURES if word in text] == [PICTURES[0]]
 
 
-@pytest.mark.parametrize("name", ["target_encoder.safetensors", "mp_rank_00_model_states.pt"])
+@pytest.mark.parametrize("name", ["target_encoder.safetensors", "shard-00000.safetensors"])
 def test_damaged_weights(whole, tmp_path, name):
     run = copied(whole, tmp_path)
     file = run / "checkpoints" / "step-00000007" / name
@@ -106,7 +106,7 @@ def test_damaged_weights(whole, tmp_path, name):
     text = page(run)
     assert len(missing(text)) == 1
     assert name in missing(text)[0]
-    features = name.startswith("mp")
+    features = name.startswith("shard")
     assert [word in text for word in PICTURES] == [True, False, features, features]
 
 
@@ -133,10 +133,8 @@ def test_some_images_that_are_gone(whole, tmp_path, monkeypatch):
     assert "images that cannot be read and are grey: images/class" in told[0]
 
 
-def test_other_images_than_those_of_the_training(whole, tmp_path):
-    run = copied(whole, tmp_path)
-    file = run / "checkpoints" / "step-00000007" / "state.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"data_digest": "other"}))
+def test_other_images_than_those_of_the_training(tmp_path):
+    run = report_run(tmp_path, digest="other")
     assert "data.path holds others now" in missing(page(run))[0]
 
 
