@@ -47,10 +47,11 @@ inline void add_layer_norm_backward(
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kSumRows;
     const int64_t last = first + kSumRows < n.rows ? first + kSumRows : n.rows;
-    float* dweight = n.sums + block * 2 * D;
-    float* dbias = dweight + D;
-    __builtin_memset(dweight, 0, 2 * D * sizeof(float));
+    float* sums = n.sums + block * 2 * D;
+    float *dweight = scratch + 4 * padded, *dbias = dweight + padded;
+    __builtin_memset(sums, 0, 2 * D * sizeof(float));
     for (int64_t row = first; row < last; ++row) {
+      if ((row - first) % kFoldRows == 0) __builtin_memset(dweight, 0, 2 * padded * sizeof(float));
       const int64_t at = row * D;
       const float* grad = read(n.grad, n.grad_type, at, D, scratch);
       const float* total = read(n.total, n.type, at, D, scratch + padded);
@@ -78,6 +79,11 @@ inline void add_layer_norm_backward(
       });
       finish(n.dx, n.x_type, at, D, out);
       if (n.dresidual) finish(n.dresidual, n.type, at, D, out);
+      // Sums of few rows are added up: a sum row by row would lose twice as much to rounding.
+      if ((row - first) % kFoldRows == kFoldRows - 1 || row == last - 1) {
+        add_row(sums, dweight, D, false);
+        add_row(sums + D, dbias, D, false);
+      }
     }
   }
 }

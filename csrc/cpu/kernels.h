@@ -147,6 +147,8 @@ struct VicregBackward {  // tasks: (m, tile of rows, tile of columns)
 
 // Rows of a sum over rows that are added to one partial sum, which are then added in their order.
 inline constexpr int64_t kSumRows = 32;
+// Of those, rows that are summed apart first.
+inline constexpr int64_t kFoldRows = 8;
 
 struct AddLayerNorm {  // rows
   const void* x;
@@ -240,7 +242,7 @@ struct Kernels {
 };
 
 // Scratch rows of round_up(D, 64) floats that a row kernel may use.
-inline constexpr int64_t kScratchRows = 4;
+inline constexpr int64_t kScratchRows = 6;
 
 namespace baseline {
 const Kernels& kernels();
