@@ -76,7 +76,6 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.modules, self.phase, self.backward = modules, "", False
         self.operators: list[Operator] = []
-        self._called: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -99,19 +98,12 @@ class _Recorder(TorchDispatchMode):
     def _module(self) -> str:
         """The innermost module that runs.
 
-        In the backward one that returned its own input stays behind when it is done; the modules
-        around it do not, so that all of them must be running, too.
+        In the backward a norm that returned its own input stays behind when it is done; its block
+        does not, so that the block must be running, too.
         """
         running = self.modules.parents
-        self._called |= running
-        return max(
-            (path for path in running if self._around(path) <= running),
-            key=lambda path: path.count("."),
-        )
-
-    def _around(self, path: str) -> set[str]:
-        parts = path.split(".")
-        return self._called & {".".join(parts[:n]) for n in range(1, len(parts))}
+        alive = (path for path in running if _blocks_around(path) <= running)
+        return max(alive, key=lambda path: path.count("."))
 
     @contextmanager
     def at(self, phase: str, backward: bool = False) -> Iterator[None]:
@@ -201,6 +193,12 @@ def _batch(config: Config, shape: Shape, batch: int) -> Batch:
     )
     images = torch.zeros(batch, side, side, 3, dtype=torch.uint8)
     return Batch(images, masks, noise, ids, 0)
+
+
+def _blocks_around(path: str) -> set[str]:
+    """``a.blocks.0`` of ``a.blocks.0.norm1``."""
+    parts = path.split(".")
+    return {".".join(parts[:n]) for n in range(1, len(parts)) if parts[n - 1].isdigit()}
 
 
 def _phase_of(name: str, module: str) -> str:

@@ -84,15 +84,14 @@ def matrix_units() -> str | None:
     return next((name for key, name in names if found.get(key)), None)
 
 
-def recorded_precision(checkpoint: Path, device_type: str) -> str:
+def recorded_precision(checkpoint: Path, ds: DeepSpeedFile, device_type: str) -> str:
     """What the run of a checkpoint is computed in.
 
-    One that does not say is older than the choice on CPUs: fp32 there, bf16 on CUDA, where a run
-    with ``auto`` was trained on this kind of device.
+    One that does not say is older than the choice on CPUs, and was computed as its file says, with
+    ``auto`` in bf16 on CUDA and in fp32 on a CPU.
     """
     state = json.loads((checkpoint / "state.json").read_text())
-    default = "torch_autocast" if device_type == "cuda" else "fp32"
-    return str(state.get("precision", default))
+    return str(state.get("precision", ds.precision_on(device_type)))
 
 
 def block_trial(

@@ -221,7 +221,7 @@ def _precision(
 ) -> Choice:
     """That of the run in the folder, or of a new one; rank 0 decides for all."""
     saved = latest_checkpoint(run_dir(config)) if config.run.resume else None
-    recorded = None if saved is None else recorded_precision(saved, device.type)
+    recorded = None if saved is None else recorded_precision(saved, ds, device.type)
     return choose_precision(
         ds, device.type, lambda: block_trial(parts, micro), recorded, matrix_units()
     )

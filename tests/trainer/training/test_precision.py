@@ -71,10 +71,12 @@ def test_a_run_keeps_the_precision_it_began_with():
 def test_a_checkpoint_that_does_not_say_is_that_of_its_device(tmp_path: Path):
     state = tmp_path / "state.json"
     state.write_text('{"step": 3}')
-    assert recorded_precision(tmp_path, "cpu") == "fp32"
-    assert recorded_precision(tmp_path, "cuda") == "torch_autocast"
+    assert recorded_precision(tmp_path, AUTO, "cpu") == "fp32"
+    assert recorded_precision(tmp_path, AUTO, "cuda") == "torch_autocast"
+    assert recorded_precision(tmp_path, ON, "cpu") == "torch_autocast"
+    assert recorded_precision(tmp_path, OFF, "cuda") == "fp32"
     state.write_text('{"precision": "bf16"}')
-    assert recorded_precision(tmp_path, "cpu") == "bf16"
+    assert recorded_precision(tmp_path, AUTO, "cpu") == "bf16"
 
 
 @pytest.mark.parametrize(
