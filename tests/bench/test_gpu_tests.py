@@ -25,6 +25,7 @@ importlib.util.find_spec = find_spec
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", ["deepspeed", "pydantic"])
 def test_without_the_trainers_packages_its_module_alone_is_skipped(
     tmp_path: Path, hidden: str

@@ -108,7 +108,13 @@ def launcher() -> list[str]:
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("launched", [False, True], ids=["python", "deepspeed"])
+@pytest.mark.parametrize(
+    "launched",
+    [
+        pytest.param(False, id="python"),
+        pytest.param(True, id="deepspeed", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_into_a_file_is_short(tmp_path, launched: bool):
     make_images(tmp_path / "images", 16)
     (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 4}')

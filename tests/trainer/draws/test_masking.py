@@ -129,7 +129,7 @@ def test_upstream_offsets_are_uniform_without_the_last_one() -> None:
         pytest.param(  # 37 % of the images are drawn again, 17 % lose a constraint
             (8, 8), 1, 2500,
             {"context_scale": (0.5, 0.7), "target_scale": (0.24, 0.3), "min_keep": 6},
-            id="redraws-and-dropped-constraints",
+            id="redraws-and-dropped-constraints", marks=pytest.mark.slow,
         ),
     ],
 )  # fmt: skip

@@ -124,6 +124,7 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.parametrize("low", [False, True], ids=["fp32", "autocast"])
 def test_a_compiled_block_is_one_graph(low: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,7 @@ leave_ranks()
 CORES = len(os.sched_getaffinity(0))
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 @pytest.mark.skipif(CORES < 2, reason="needs two cores")
 @pytest.mark.parametrize(
@@ -94,6 +95,7 @@ def test_cores_of_their_own_and_the_users_number(env, expected):
     assert [text.splitlines()[-1] for text in said] == [expected] * 2, said
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 @pytest.mark.skipif(CORES < 2, reason="needs two cores")
 def test_two_ranks_share_the_cores_and_say_so(tmp_path: Path):

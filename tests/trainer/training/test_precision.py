@@ -148,6 +148,7 @@ def test_the_trial_runs_the_runs_block_in_both_types(monkeypatch):
     assert seen[0][0] == (1, 36, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_runs_on_a_cpu_in_fp32_and_bf16_and_a_resume_that_keeps_it(tmp_path: Path):
     """Here `auto` is fp32, whatever this machine has: a trial would not be a test."""
