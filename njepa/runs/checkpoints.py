@@ -90,6 +90,18 @@ def good_checkpoint(run: Path, files: Iterable[str] | None = None) -> Checkpoint
     return None
 
 
+def set_aside_after(run: Path, step: int, ending: str) -> list[Path]:
+    """Give the checkpoints after ``step`` an ending, so that none is taken for the newest."""
+    moved = []
+    for path in all_checkpoints(run):
+        if checkpoint_step(path) > step:
+            aside = path.with_name(f"{path.name}{ending}")
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            os.rename(path, aside)
+            moved.append(aside)
+    return moved
+
+
 def find_checkpoint(run: Path, ranks: Ranks) -> CheckpointFiles | None:
     """The good checkpoint that a run goes on from, the same on all ranks. Collective.
 
@@ -100,12 +112,8 @@ def find_checkpoint(run: Path, ranks: Ranks) -> CheckpointFiles | None:
         good = good_checkpoint(run)
         if good is None:
             return None
-        for path in all_checkpoints(run):
-            if checkpoint_step(path) > checkpoint_step(good.folder):
-                aside = path.with_name(f"{path.name}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
-                os.rename(path, aside)
-                log.warning("%s is renamed to %s; remove it", path, aside.name)
+        for aside in set_aside_after(run, checkpoint_step(good.folder), ".damaged"):
+            log.warning("%s is renamed to %s; remove it", aside.with_suffix(""), aside.name)
         return str(good.folder)
 
     found = ranks.on_main(find)

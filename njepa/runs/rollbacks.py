@@ -7,14 +7,13 @@ step) and ``salt``, the number of the try, from which the draws of the data side
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from njepa.atomic import write_atomically
 from njepa.config import ConfigError
 from njepa.runs.checkpoint_files import CheckpointFiles, DamagedCheckpoint
-from njepa.runs.checkpoints import all_checkpoints, checkpoint_step
+from njepa.runs.checkpoints import all_checkpoints, checkpoint_step, set_aside_after
 
 FILE = "rollbacks.json"
 
@@ -72,9 +71,7 @@ def roll_back(run: Path, step: int, row_began: int, limit: int) -> Rollback:
     to = checkpoint_step(good)
     entry = {"from": step, "to": to, "salt": len(before) + 1}
     write_atomically(run / FILE, json.dumps([*before, entry]) + "\n")
-    for path in all_checkpoints(run):
-        if checkpoint_step(path) > to:
-            os.rename(path, path.with_name(f"{path.name}.abandoned"))
+    set_aside_after(run, to, ".abandoned")
     return Rollback(
         to,
         f"going back to {good} and on from there with another order of the data "

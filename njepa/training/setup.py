@@ -201,6 +201,8 @@ def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
 
 def salted(plan: Plan, salt: int) -> Plan:
     """The plan with the masks of the try after ``salt`` rollbacks."""
+    if not salt:
+        return plan
     seed = seed_of_try(plan.config.run.seed, salt)
     masks = plan.masks
     return replace(plan, seed=seed, masks=MaskSampler(masks.config, masks.grid, seed, masks.batch))

@@ -13,9 +13,11 @@ from njepa.config import ConfigError
 from njepa.draws.order import SampleOrder
 from njepa.draws.streams import seed_of_try
 from njepa.runs.dumps import read_dump
-from njepa.runs.rollbacks import read_rollbacks
+from njepa.runs.rollbacks import read_rollbacks, roll_back
+from njepa.runs.saving import CheckpointWriter
 from tests.support import ROOT, program_env
 from tests.support.jobs import TINY, make_images
+from tests.support.written import ALONE, names, save
 
 STEPS = 8
 
@@ -118,3 +120,15 @@ def test_what_is_no_dump_is_named(tmp_path, text, message):
         path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         replay([str(path)], "njepa replay")
+
+
+def test_a_step_that_is_abandoned_twice(tmp_path):
+    """The second time it takes the place of the first."""
+    for salt in (1, 2):
+        for step in (2, 4):
+            if step == 4 or salt == 1:
+                save(tmp_path, step, CheckpointWriter(tmp_path, ALONE, keep=9))
+        assert roll_back(tmp_path, 6, 3, limit=2).to == 2
+        assert names(tmp_path) == ["step-00000002", "step-00000004.abandoned"]
+    assert [entry["salt"] for entry in read_rollbacks(tmp_path)] == [1, 2]
+    assert roll_back(tmp_path, 6, 3, limit=2).to is None
