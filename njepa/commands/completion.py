@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
+from njepa.commands.parsers import command_parser
 from njepa.config import ConfigError
 
 SHELLS = ("bash", "zsh", "tcsh")
@@ -19,11 +20,8 @@ A new shell reads it.
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog=prog,
-        description="Print a script that completes the commands and options of njepa.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    result = command_parser(
+        prog, "Print a script that completes the commands and options of njepa.", EPILOG
     )
     result.add_argument("shell", choices=SHELLS, help="the shell to print it for")
     return result

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from njepa.commands.parsers import command_parser
 from njepa.config import ConfigError
 from njepa.data.convert import convert
 
@@ -20,12 +21,7 @@ EPILOG = """For example:
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog=prog,
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = command_parser(prog, DESCRIPTION, EPILOG)
     add = result.add_argument
     add("source", metavar="SOURCE", type=Path, help="image folder, list, tar shards, Parquet, a "
         "zip, or the images of MNIST's idx files (with the labels beside them)")  # fmt: skip

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from njepa.commands.parsers import command_parser
+
 DESCRIPTION = """Write an encoder for another library into a new folder, with a model card.
 Where that library is installed, its features are compared with ours."""
 EPILOG = """formats, and how each is loaded:
@@ -23,12 +25,7 @@ For example:
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog=prog,
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = command_parser(prog, DESCRIPTION, EPILOG)
     formats = ("timm", "transformers", "ijepa", "safetensors", "onnx")
     result.add_argument(
         "source",

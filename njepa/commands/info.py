@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from njepa import __version__
+from njepa.commands.parsers import command_parser
 from njepa.config import Config, Section, free_on_resume, load_config, recipe_names
 
 EPILOG = """For example:
@@ -18,12 +19,7 @@ EPILOG = """For example:
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog=prog,
-        description="Print versions, recipes and what runs on this machine.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = command_parser(prog, "Print versions, recipes and what runs on this machine.", EPILOG)
     keys = "print every configuration key instead, with its default and meaning"
     result.add_argument("--keys", action="store_true", help=keys)
     return result

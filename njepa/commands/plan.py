@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from njepa import planning as plan
+from njepa.commands.parsers import command_parser
 from njepa.commands.tables import columns
 from njepa.config import Config, ConfigError, load_config
 from njepa.config.deepspeed_file import BatchSizes, DeepSpeedFile, load_deepspeed_file
@@ -31,12 +32,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog=prog,
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = command_parser(prog, DESCRIPTION, EPILOG)
     add = result.add_argument
     add("--recipe", metavar="R", help="recipe, or a .yaml file (default: shapes-tiny)")
     file = "DeepSpeed file (default: %(default)s)"

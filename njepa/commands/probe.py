@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from njepa.atomic import write_atomically
 from njepa.commands.checks import check_writable, chosen_device
+from njepa.commands.parsers import command_parser
 from njepa.config import ConfigError, did_you_mean
 
 DESCRIPTION = """Probe a frozen encoder on labelled images, beside raw pixels and the same network
@@ -49,12 +50,7 @@ def main(argv: list[str], prog: str) -> int:
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog=prog,
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = command_parser(prog, DESCRIPTION, EPILOG)
     add = result.add_argument
     add("subject", metavar="SUBJECT", help="the encoder, see below")
     add("--train", type=Path, metavar="SOURCE", help="labelled training images, see below")

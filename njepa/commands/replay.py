@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from njepa.commands.parsers import command_parser
 from njepa.config import ConfigError
 from njepa.runs.dumps import Dump, read_dump
 
@@ -27,12 +28,7 @@ The second: bit for bit, where the training had two ranks.
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog=prog,
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = command_parser(prog, DESCRIPTION, EPILOG)
     add = result.add_argument
     add("dump", metavar="DUMP", type=Path, help="bad/step-XXXXXXXX.json in a run folder")
     device = "where to run (default: %(default)s)"

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from njepa.commands.checks import check_writable, chosen_device
+from njepa.commands.parsers import command_parser
 from njepa.config import ConfigError
 
 DESCRIPTION = """Draw one or several runs on a self-contained HTML page: a verdict on health in
@@ -22,12 +23,7 @@ The page is made from what is there, and says what is missing. docs/report.md ex
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog=prog,
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = command_parser(prog, DESCRIPTION, EPILOG)
     add = result.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     add("--out", type=Path, metavar="FILE", help="the page (default, of one run: RUN/report.html)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from njepa.commands.parsers import command_parser
 from njepa.config import ConfigError
 from njepa.data.scan import scan
 
@@ -19,12 +20,7 @@ EPILOG = """For example:
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog=prog,
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = command_parser(prog, DESCRIPTION, EPILOG)
     add = result.add_argument
     add("path", metavar="PATH", type=Path, help="what data.path takes")
     out = "list of good images (default: %(default)s)"
