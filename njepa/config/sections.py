@@ -324,6 +324,9 @@ class OptimConfig(Section):
     """AdamW's moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's denominator offset."""
+    fused_update: bool = False
+    """AdamW, the target encoder's average and its bf16 copy as one op of njepa_kernels: the same
+    mathematics in one pass over memory (docs/performance.md). ZeRO stage 0 without ``bf16``."""
     ema: tuple[Fraction, Fraction] = (0.996, 1.0)
     """Momentum of the target encoder at the first and the last step, linear in between."""
     schedule_scale: Annotated[float, Field(ge=1)] = 1.0

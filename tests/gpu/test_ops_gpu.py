@@ -226,7 +226,7 @@ def test_an_index_out_of_range_gives_nan(case: OpCase, impl: str, dtype: torch.d
 def test_nan_shows_where_it_shows_in_the_reference(
     case: OpCase, impl: str, dtype: torch.dtype
 ) -> None:
-    if case.op in ("patchify", "ema_update_"):
+    if case.op in ("patchify", "ema_update_", "adamw_ema_"):
         pytest.skip("one element in, one element out")
     check_nan(case, partial(case.function, impl=impl), case.make_inputs(CUDA, dtype, 0))
 

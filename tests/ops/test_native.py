@@ -61,6 +61,8 @@ CASES = [
     vicreg_case("n300-d5", None, 300, 5),
     vicreg_case("n12-d700", None, 12, 700),
 ]
+#: Of as many tensors as a network has.
+LISTS = ("ema_update_", "adamw_ema_")
 LARGE = [
     case
     for case in all_cases(small=False)
@@ -120,7 +122,7 @@ def test_values_and_gradients_are_within_the_baseline(dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in LARGE if c.op != "ema_update_"], ids=lambda case: case.name
+    "case", [c for c in LARGE if c.op not in LISTS], ids=lambda case: case.name
 )
 def test_real_sizes_are_within_the_baseline(case: OpCase) -> None:
     _agree(case, torch.float32, range(1))
@@ -134,7 +136,7 @@ def test_real_sizes_are_within_the_baseline(case: OpCase) -> None:
 def test_every_number_of_threads_gives_the_same_bits(case: OpCase) -> None:
     before = torch.get_num_threads()
     inputs = case.make_inputs(CPU, torch.float32, 0)
-    if case.op == "ema_update_":
+    if case.op in LISTS:
         inputs = {name: v[:12] if isinstance(v, list) else v for name, v in inputs.items()}
     values = []
     try:
@@ -281,6 +283,8 @@ def test_all_tokens_from_one_patch(dtype: torch.dtype) -> None:
         ("predictor_tokens", {"sigma": torch.zeros(3, 4), "noise": None}, "sample_ids must be giv"),
         ("vicreg", {"u": torch.zeros(4, 1, 8)}, "u must have views, 2 samples and channels"),
         ("ema_update_", {"targets": []}, "must be of one length"),
+        ("adamw_ema_", {"targets": [torch.zeros(3)]}, "all lists must be of one length"),
+        ("adamw_ema_", {"targets": None}, "targets_bf16 without targets"),
         ("add_layer_norm", {"residual": torch.zeros(2, 9, 63)}, "residual has a wrong shape"),
         ("add_layer_norm", {"bias": torch.zeros(63)}, "bias has a wrong shape"),
         ("bias_gelu", {"x": torch.zeros(2, 9, 128).double()}, "x must be float32, bfloat16"),

@@ -51,10 +51,8 @@ def _update_block(
     mask = at < size if MASKED else None
     g = tl.load(grad + at, mask=mask).to(tl.float32) * scale
     old = tl.load(exp_avg + at, mask=mask)
-    if NEAR:  # as torch.lerp: from the nearer end
-        m = tl.fma(g - old, take1, old)
-    else:
-        m = tl.fma(g - old, take1 - 1.0, g)
+    # As torch.lerp: from the nearer end.
+    m = tl.fma(g - old, take1 if NEAR else take1 - 1.0, old if NEAR else g)
     v = tl.fma(g * take2, g, tl.load(exp_avg_sq + at, mask=mask) * beta2)
     move = tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
     p = tl.load(param + at, mask=mask) * decay - move
