@@ -197,11 +197,12 @@ def test_triton_launches_one_kernel_for_all_tensors_and_reads_nothing() -> None:
     case = _case("many", [(3,), (0, 2), *[(5000,)] * 200])
     inputs = case.make_inputs(torch.device("meta"), torch.bfloat16, 0)
     numbers = [torch.empty((), dtype=torch.float64, device="meta") for _ in range(3)]
+    bad = torch.empty((), device="meta")
     with record_launches(90) as launches:
         triton_kernel.update(
             *(inputs[name] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")),
             *(inputs[name] for name in ("targets", "params_bf16", "targets_bf16")),
-            numbers[0], inputs["betas"], inputs["eps"], *numbers[1:], None, torch.empty((), device="meta"),
+            numbers[0], inputs["betas"], inputs["eps"], *numbers[1:], None, bad,
         )  # fmt: skip
     names = [launch.kernel.__name__ for launch in launches]
     assert names.count("_adamw_ema_kernel") == 1

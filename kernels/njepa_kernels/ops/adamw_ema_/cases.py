@@ -39,12 +39,13 @@ def adamw_ema_eager_(
     for p, grad, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
         step += 1
         g = grad.to(p.dtype) if scale is None else grad.to(p.dtype) * scale
-        t = float(step)
+        t = step.double()
         p.mul_(1.0 - lr * weight_decay)
         m.lerp_(g, 1.0 - betas[0])
         v.mul_(betas[1]).addcmul_(g, g, value=1.0 - betas[1])
-        root = (1.0 - betas[1] ** t) ** 0.5
-        p.addcdiv_(m, (v.sqrt() / root).add_(eps), value=-lr / (1.0 - betas[0] ** t))
+        root = (1.0 - betas[1] ** t).sqrt().to(p.dtype)
+        rate = (lr / (1.0 - betas[0] ** t)).to(p.dtype)
+        p.sub_(rate * m / (v.sqrt() / root).add_(eps))
     if targets is not None:
         ema_update_eager_(targets, params, momentum, targets_bf16)
     for copy, p in zip(params_bf16 or (), params, strict=params_bf16 is not None):
