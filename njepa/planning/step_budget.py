@@ -76,8 +76,8 @@ def part_of(operator: Operator) -> str:
     leaf = operator.module.rpartition(".")[2]
     in_block = "blocks." in operator.module
     if library == "njepa":
-        own = {"add_layer_norm": "norm", "bias_gelu": "GELU", "adamw_ema_": "AdamW"}
-        return own.get(name.removesuffix("_backward"), "fused ops")
+        parts = {"add_layer_norm": "norm", "bias_gelu": "GELU", "adamw_ema_": "AdamW"}
+        return parts.get(name.removesuffix("_backward"), "fused ops")
     if name in _PRODUCTS:
         own = "attention proj" if operator.module.endswith("attn.proj") else "other products"
         return _LAYERS.get(leaf, own)

@@ -188,6 +188,24 @@ def test_bad_arguments_change_nothing(
     assert all(map(torch.equal, inputs["exp_avg_sqs"], before["exp_avg_sqs"]))
 
 
+@pytest.mark.skipif(native.available("adamw_ema_", "cpu") != "yes", reason="is not built")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": [torch.zeros(3)]}, "all lists must be of one length"),
+        ({"exp_avgs": [torch.zeros(2)] * 4}, "contiguous of the sizes of params"),
+        ({"targets": []}, "targets_bf16 without targets"),
+    ],
+)
+def test_the_library_checks_what_it_would_read(change: dict[str, Any], message: str) -> None:
+    """Also for who calls it without the checks above."""
+    inputs = _inputs() | change
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", *_WRITTEN[4:])
+    lists = [inputs[name] for name in names]
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        native.ops().adamw_ema_(*lists, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9, 0.1, 1.0)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_triton_launches_one_kernel_for_all_tensors_and_reads_nothing() -> None:
     """Meta tensors have no values to read."""
