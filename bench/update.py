@@ -6,7 +6,8 @@ The update alone, on the parameters of the encoder: ``casts`` is torch's fused A
 and a cast of the target's weights, as autocast made it in every step; in ``apart`` the average
 writes the bf16 weights; ``one`` is ``adamw_ema_``. Then whole steps under bf16 autocast with random
 masks, in the same three ways. All take turns; the medians, and their ratio to ``casts``. Results
-are compared before anything is timed.
+are compared before anything is timed. Last, errors of the target's features against fp64, with the
+residual stream in fp32, as it is, and in bf16, which is why it is not.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch
 from njepa_kernels import adamw_ema_, ema_update_
@@ -26,7 +28,9 @@ from bench.our_step import OurStep
 from bench.step_sizes import parse_case, step_config
 from njepa.config import Config
 from njepa.data.batch import Batch, Masks
+from njepa.models.encoder import build_encoder
 from njepa.models.jepa import build_jepa
+from njepa.training.ema import low_target, make_target
 
 Calls = dict[str, Callable[[int], None]]
 CPU = torch.device("cpu")
@@ -105,6 +109,24 @@ def steps(name: str) -> Calls:
     return calls
 
 
+def stream(name: str) -> str:
+    """What the target's features lose under bf16 autocast, with either residual stream."""
+    torch.manual_seed(0)
+    config = step_config(parse_case(name))
+    target = make_target(build_encoder(config))
+    images = torch.randint(256, (2, *(config.data.image_size,) * 2, 3), dtype=torch.uint8)
+    low = low_target(target).encoder
+    with torch.no_grad():
+        exact = deepcopy(target).double()(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            fp32 = low(images)
+            low.pos_embed = torch.nn.Parameter(low.pos_embed.bfloat16(), requires_grad=False)
+            bf16 = low(images)
+    wide, narrow = (float((x.double() - exact).abs().max()) for x in (fp32, bf16))
+    bound = 2.0 * wide + torch.finfo(torch.bfloat16).eps * float(exact.abs().max())
+    return f"largest error: fp32 stream {wide:.4f}, bf16 stream {narrow:.4f}, rule {bound:.4f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.update", description=__doc__)
     parser.add_argument("--size", default="vits16-224-b8")
@@ -126,6 +148,7 @@ def main() -> None:
             ratio = timing.median / found["casts"].median
             sys.stdout.write(f"{what:24} {name:6} {times} {ratio:6.3f}\n")
         sys.stdout.flush()
+    sys.stdout.write(f"{stream(given.size)}\n")
 
 
 if __name__ == "__main__":
