@@ -197,14 +197,16 @@ def cut(images: Tensor, patch: int) -> Tensor:
     """Patches of images, [B, S, S, 3] to [B, N, O]."""
     side = images.shape[1] // patch
     grid = images.unflatten(1, (side, patch)).unflatten(3, (side, patch))
-    return grid.transpose(2, 3).flatten(1, 2).flatten(2)
+    patches: Tensor = grid.transpose(2, 3).flatten(1, 2).flatten(2)
+    return patches
 
 
 def join(patches: Tensor, patch: int) -> Tensor:
     """The images of patches, [B, N, O] to [B, S, S, 3]: ``cut`` backwards."""
     side = math.isqrt(patches.shape[1])
     grid = patches.unflatten(2, (patch, patch, 3)).unflatten(1, (side, side))
-    return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    images: Tensor = grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return images
 
 
 def at_targets(values: Tensor, masks: Masks) -> Tensor:
@@ -285,7 +287,8 @@ class Decoding:
     def __init__(self, config: Config, train: Seen, test: Seen, seed: int) -> None:
         self.train, self.test, self.seed = train, test, seed
         # Pixels are whole numbers, so this sum is exact whatever its order.
-        total = sum(cut(x, train.patch).long().sum(0) for x in train.images.split(TOGETHER))
+        parts = train.images.split(TOGETHER)
+        total = torch.stack([cut(x, train.patch).long().sum(0) for x in parts]).sum(0)
         self.at_place = (total / (255 * len(train.images))).float().to(train.device)
         self.mean = self.at_place.mean(0)
         self.parameters = 0

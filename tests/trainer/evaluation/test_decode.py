@@ -210,7 +210,7 @@ def test_what_is_refused(world, tmp_path, capsys):
     assert "needs a predictor with its context and target encoders, got" in err
     make_run(tmp_path / "half")  # a checkpoint with a target encoder alone
     err = refusal(capsys, arguments(world, str(tmp_path / "half")))
-    assert "half" in err
+    assert "with no predictor; give a run folder, a checkpoint" in err
     for more, message in (
         (("--picture", str(world / "x.jpg")), "--picture must be a .png file, got"),
         (("--picture", str(world / "no" / "x.png")), "cannot be written in"),
