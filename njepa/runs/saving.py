@@ -85,9 +85,6 @@ class CheckpointWriter:
         self._job: _Job | None = None
         self._thread: threading.Thread | None = None
         self._failed: str | None = None
-        if ranks.main and self._root.is_dir():
-            for left in (*self._root.glob(".step-*.tmp"), *self._root.glob(".step-*.old")):
-                shutil.rmtree(left, ignore_errors=True)
 
     @property
     def nbytes(self) -> int:
@@ -123,7 +120,8 @@ class CheckpointWriter:
         facts = json.dumps({"step": step, "world": self._ranks.world, **state}, indent=2) + "\n"
 
         def prepare() -> None:
-            shutil.rmtree(folder, ignore_errors=True)
+            for left in (*self._root.glob(".step-*.tmp"), *self._root.glob(".step-*.old")):
+                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
             folder.mkdir(parents=True)
 
         self._failed = None

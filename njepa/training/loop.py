@@ -21,7 +21,8 @@ from njepa.runs.summary import device_name
 from njepa.training.compiling import compilations
 from njepa.training.dumping import dump_bad_steps
 from njepa.training.health import BadReading, BadSteps, NonFiniteLoss, StepNote
-from njepa.training.setup import Setup, start_table
+from njepa.training.setup import Setup
+from njepa.training.start_table import start_table
 from njepa.training.step import StepResult, training_step
 
 log = logging.getLogger(__name__)
