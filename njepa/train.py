@@ -83,6 +83,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         require(config.run.tracker)
         # torch, DeepSpeed and DALI take seconds to import: a typing error should not.
         from njepa.data.errors import DataError
+        from njepa.runs.collapse import Collapsed
         from njepa.runs.ranks import join_ranks, leave_ranks
         from njepa.runs.saving import CheckpointFailed
         from njepa.training.dry_run import dry_run
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
                 print(text if main_rank else "", end="", flush=True)
             else:
                 train(config, ds, ranks)
-        except (NonFiniteLoss, DataError, CheckpointFailed) as error:
+        except (NonFiniteLoss, Collapsed, DataError, CheckpointFailed) as error:
             if main_rank:
                 print(f"njepa: {error}", file=sys.stderr)
             return 1

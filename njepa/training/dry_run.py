@@ -9,12 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-import socket
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
-import psutil
 import torch
 
 from njepa import planning
@@ -24,6 +20,7 @@ from njepa.data.batch import Batch
 from njepa.data.errors import DataError
 from njepa.runs.folder import existing_part, run_dir
 from njepa.runs.ranks import Ranks
+from njepa.runs.room import free_memory
 from njepa.training.masks_text import masks_text
 from njepa.training.setup import Setup, set_up
 from njepa.training.start_table import start_table, table
@@ -33,7 +30,6 @@ log = logging.getLogger(__name__)
 
 #: On a CPU forward and backward are tried up to so many floating-point operations: seconds.
 _TRIED = 3e11
-_LIMIT, _USED = (Path("/sys/fs/cgroup/memory") / name for name in ("max", "current"))
 
 
 def dry_run(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> str:
@@ -43,7 +39,7 @@ def dry_run(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> str:
         ConfigError: what a start would refuse, a batch that cannot be loaded, or a step that does
             not fit into the GPU.
     """
-    began, free = time.perf_counter(), _free(ranks)
+    began, free = time.perf_counter(), free_memory(ranks)
     setup = set_up(config, ds, ranks, dry=True)
     try:
         batch = _first_batch(setup)
@@ -96,36 +92,20 @@ def _parameters(engine: ZeroEngine) -> str:
 def _memory(setup: Setup, free: float) -> str:
     """What a step is predicted to need on each rank, beside what is free there."""
     plan = setup.plan
-    config, sizes, zero = plan.config, plan.sizes, _zero(setup)
+    config, sizes = plan.config, plan.sizes
+    zero = planning.zero_settings(plan.ds, plan.ranks.device.type)
     states = sum(planning.state_bytes(planning.network(config), zero, sizes.world).values())
     shape = planning.largest(planning.drawn_shapes(config, sizes))
     peak = planning.peak_bytes(
         config, shape, sizes.micro, zero, sizes.world, config.model.checkpoint_blocks
     )
     text = (
-        f"{_size(peak)} a rank, predicted ({_size(states)} of weights, gradients and moments, the "
-        f"rest for the micro-batch); {_size(free)} free"
+        f"{_size(peak)} a rank, predicted ({_size(states)} of weights, gradients, moments and "
+        f"ZeRO's buckets, the rest for the micro-batch); {_size(free)} free"
     )
     if peak > free:
         text += ": it may not fit (docs/trouble.md, Out of memory)"
     return text
-
-
-def _zero(setup: Setup) -> planning.ZeroSettings:
-    return planning.zero_settings(setup.plan.ds, setup.plan.ranks.device.type)
-
-
-def _free(ranks: Ranks) -> float:
-    """Bytes that are free for a rank, on the device that has the fewest."""
-    if ranks.on_gpu:
-        return min(ranks.gather(torch.cuda.mem_get_info(ranks.device)[0]))
-    free = psutil.virtual_memory().available
-    try:
-        free = min(free, int(_LIMIT.read_text()) - int(_USED.read_text()))
-    except (OSError, ValueError):  # no container, or one without a limit
-        pass
-    hosts = ranks.gather((socket.gethostname(), free))
-    return min(least / sum(other == host for other, _ in hosts) for host, least in hosts)
 
 
 def _disk(setup: Setup) -> str:

@@ -269,9 +269,7 @@ def _open_evaluator(
     return [] if test is None else [evaluator(config, index, test, ranks.device)]
 
 
-def _resume(
-    plan: Plan, index: ImageIndex, engine: ZeroEngine, state: TrainState, dry: bool
-) -> int:
+def _resume(plan: Plan, index: ImageIndex, engine: ZeroEngine, state: TrainState, dry: bool) -> int:
     """Load the last good checkpoint; returns the steps that were done."""
     saved = find_checkpoint(run_dir(plan.config), plan.ranks, rename=not dry)
     if saved is None:

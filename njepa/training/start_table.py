@@ -9,7 +9,6 @@ from njepa.runs.folder import run_dir
 from njepa.runs.summary import device_name
 from njepa.training.setup import Setup
 
-
 _WIDTH = 11  # of the names
 
 
