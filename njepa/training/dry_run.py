@@ -53,7 +53,9 @@ def dry_run(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> str:
     finally:
         setup.close()
     left_out = len(setup.index.unreadable)
-    rows["unreadable"] = f"{left_out} images left out of the index, {unreadable} in the first step"
+    rows["unreadable"] = (
+        f"{left_out} images left out of the index, {unreadable} of the first that were read"
+    )
     rows["dry run"] = f"nothing trained or written, {time.perf_counter() - began:.1f} s"
     return f"{start_table(setup)}\n\n{table(rows)}\n" + (
         "" if batch is None else f"\n{masks_text(batch, setup.index.name, config.grid)}\n"

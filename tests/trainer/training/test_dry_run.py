@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from njepa import train
 from njepa.data.batch import Batch, Lengths, Masks
 from njepa.runs.room import host_memory
 from njepa.training.masks_text import masks_text
@@ -39,20 +40,34 @@ def attempts():
 @pytest.fixture
 def attempt(tmp_path, attempts):
     """A dry run in a folder with 12 images; returns (status, stdout, stderr)."""
-    make_images(tmp_path / "images", 12)
-    (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 4}')
+    return calls(tmp_path, attempts)
+
+
+@pytest.fixture
+def here(tmp_path, capfd, monkeypatch):
+    """The same in this process: for what is refused before DeepSpeed begins."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return calls(tmp_path, lambda _, *arguments: (train.main([*arguments]), *capfd.readouterr()))
+
+
+def calls(folder, command):
+    make_images(folder / "images", 12)
+    (folder / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 4}')
 
     def run(*overrides, options=("--dry-run",)):
         common = [*TINY, "data.path=images", "data.cache_dir=cache", "run.dir=runs/a"]
-        before = tree(tmp_path)
-        found = attempts(tmp_path, *options, *common, *overrides)
+        before = tree(folder)
+        found = command(folder, *options, *common, *overrides)
         if options:
-            assert tree(tmp_path) == before
+            assert tree(folder) == before
         return found
 
     return run
 
 
+@pytest.mark.slow
 def test_what_it_says(attempt):
     status, said, err = attempt("method=ncjepa", "optim.epochs=4", "optim.warmup_epochs=1")
     assert status == 0, err
@@ -67,12 +82,13 @@ def test_what_it_says(attempt):
     assert rows["first pass"].startswith("loss ")
     assert "a rank, predicted" in rows["memory"]
     assert rows["memory"].endswith(" free")
-    assert rows["unreadable"] == "0 images left out of the index, 0 in the first step"
+    assert rows["unreadable"] == "0 images left out of the index, 0 of the first that were read"
     grids = masks.split("\n\n")[1].splitlines()
     assert len(grids) == 8  # patches of 4 in 32 pixels
     assert {cell for line in grids for cell in line.split()} <= set("o1234+.")
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_that_of_the_run(attempt, tmp_path):
     _, said, _ = attempt()
     attempt("run.max_steps=1", "run.checkpoint_every=1", options=())
@@ -80,6 +96,7 @@ def test_the_first_loss_is_that_of_the_run(attempt, tmp_path):
     assert f"loss {line['loss']:.4f}, forward and backward" in said
 
 
+@pytest.mark.slow
 def test_a_run_in_the_folder(attempt, tmp_path):
     """Refused, or read as a resume would read it, but left as it is, damaged checkpoints too."""
     assert attempt("run.stop_after=2", "run.checkpoint_every=1", options=())[0] == 0
@@ -111,6 +128,20 @@ def test_a_run_in_the_folder(attempt, tmp_path):
     assert "in use by another process" in err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_accumulation_and_stages(attempt, tmp_path, stage):
+    ds = {"train_batch_size": 4, "gradient_accumulation_steps": 2}
+    (tmp_path / "ds.json").write_text(json.dumps(ds | {"zero_optimization": {"stage": stage}}))
+    status, said, err = attempt("method=cjepa")
+    assert status == 0, err
+    assert "effective 4 = 2 x 2 accumulated x 1 ranks" in said
+    assert "images 2 x 32 x 32 x 3" in said
+    assert "encoder 0.03 M" in said
+    assert "first pass  loss" in said
+
+
+@pytest.mark.slow
 def test_all_steps_done(attempt):
     assert attempt(options=())[0] == 0
     status, said, _ = attempt("run.resume=true")
@@ -127,7 +158,6 @@ def test_all_steps_done(attempt):
         (["data.path=nowhere"], "data: nowhere does not exist"),
         (["data.path=few"], "the source has 2 images, but one step needs 4"),
         (["data.path=broken"], "none of the 4 images of"),
-        (["data.path=cut"], "unreadable, and so is every image that could replace it"),
         (["model.init_from=ds.json"], "ds.json"),
         (["impl.default=triton"], "impl.default=triton"),
         (["run.tracker=trackio"], "is not installed: pip install trackio"),
@@ -135,19 +165,26 @@ def test_all_steps_done(attempt):
         (["eval.online=true", "data.path=plain"], "eval.online=true needs labels"),
     ],
 )
-def test_what_a_start_would_refuse(attempt, tmp_path, overrides, message):
+def test_what_a_start_would_refuse(here, tmp_path, overrides, message):
     make_images(tmp_path / "few", 2)
     make_images(tmp_path / "plain", 4, classes=1)
     make_images(tmp_path / "broken", 4)
-    make_images(tmp_path / "cut", 4)
     for path in (tmp_path / "broken").rglob("*.jpg"):
         path.write_bytes(b"no image")
-    for path in (tmp_path / "cut").rglob("*.jpg"):  # what the index reads is right
-        path.write_bytes(path.read_bytes()[:-60])
-    status, said, err = attempt(*overrides)
+    status, said, err = here(*overrides)
     assert (status, said) == (2, "")
     assert message in err
     assert len(err.splitlines()) < 12
+
+
+@pytest.mark.slow
+def test_a_batch_without_a_readable_image(attempt, tmp_path):
+    make_images(tmp_path / "cut", 4)
+    for path in (tmp_path / "cut").rglob("*.jpg"):  # what the index reads is right
+        path.write_bytes(path.read_bytes()[:-60])
+    status, said, err = attempt("data.path=cut")
+    assert (status, said) == (2, "")
+    assert "unreadable, and so is every image that could replace it" in err
 
 
 @pytest.mark.slow
