@@ -56,7 +56,9 @@ def dry_run(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> str:
     rows["unreadable"] = (
         f"{left_out} images left out of the index, {unreadable} of the first that were read"
     )
-    rows["dry run"] = f"nothing trained or written, {time.perf_counter() - began:.1f} s"
+    rows["dry run"] = (
+        f"nothing trained or written but data.cache_dir, {time.perf_counter() - began:.1f} s"
+    )
     return f"{start_table(setup)}\n\n{table(rows)}\n" + (
         "" if batch is None else f"\n{masks_text(batch, setup.index.name, config.grid)}\n"
     )
