@@ -13,30 +13,27 @@
 # SIGUSR1 comes 120 s before the time limit; run.grace_s below is less, for the end of the job.
 #SBATCH --signal=B:USR1@120
 
-# Of the statuses (docs/cli.md), these two say "asked to stop, can go on".
-STOPPED=75 STEPS_LOST=76
 MAX_RESTARTS=1000
 
 srun python -m njepa.train "$@" run.resume=true run.grace_s=90 &
 step=$!
-# srun hands the signal on to every task. bash runs a trap at once only while it waits.
-trap 'kill -USR1 "$step" 2>/dev/null' USR1 TERM
+asked=no
+# srun hands SIGUSR1 on to every task; at SIGTERM it would kill them. After SIGTERM alone (scancel,
+# pre-emption) nothing is requeued here: a job that is pre-empted is requeued by Slurm itself.
+trap 'asked=yes; kill -USR1 "$step" 2>/dev/null' USR1
+trap 'kill -USR1 "$step" 2>/dev/null' TERM
 
+while kill -0 "$step" 2>/dev/null; do wait "$step"; done # a trap ends a wait, not the step
 wait "$step"
 status=$?
-while kill -0 "$step" 2>/dev/null; do # it was the trap that ended the wait
-    wait "$step"
-    status=$?
-done
 
-case $status in
-"$STOPPED" | "$STEPS_LOST")
+# The statuses that say "stopped as asked, can go on" (docs/cli.md).
+if [ "$asked" = yes ] && { [ "$status" -eq 75 ] || [ "$status" -eq 76 ]; }; then
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_RESTARTS" ]; then
         echo "restarted $SLURM_RESTART_COUNT times: given up; submit again to go on" >&2
-        exit "$status"
+    else
+        # This ends the job, and Slurm starts the script again when there is room.
+        exec scontrol requeue "$SLURM_JOB_ID"
     fi
-    # This ends the job, and Slurm starts the script again when there is room.
-    exec scontrol requeue "$SLURM_JOB_ID"
-    ;;
-*) exit "$status" ;;
-esac
+fi
+exit "$status"
