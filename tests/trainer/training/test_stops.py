@@ -2,8 +2,10 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -123,3 +125,37 @@ def test_a_stop_that_the_recipe_asks_for_is_the_end_of_the_command(runs):
     [(status, told)] = runs[1]["asked for"]
     assert status == 0, told
     assert "stopped after step 2 of 6" in told
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_ranks_stops_both_after_the_same_step(runs, tmp_path):
+    root, run = runs[0], tmp_path / "run"
+    command = [
+        sys.executable, "-m", "njepa.train", "--ds_config", f"{root}/ds.json", *TINY,
+        f"data.path={root}/images", f"data.cache_dir={root}/cache", f"run.dir={run}",
+        "run.max_steps=100000", "run.device=cpu", "run.checkpoint_every=100000",
+    ]  # fmt: skip
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    logs = [tmp_path / f"rank{rank}.log" for rank in (0, 1)]
+    ranks = []
+    for rank, log in enumerate(logs):
+        env = program_env(OMP_NUM_THREADS="1", RANK=str(rank), LOCAL_RANK=str(rank), **place)
+        with open(log, "w") as file:
+            ranks.append(subprocess.Popen(command, env=env, stdout=file, stderr=file))
+    try:
+        deadline = time.monotonic() + 200
+        while not (run / "metrics.jsonl").is_file() or len(lines(run)) < 3:
+            assert time.monotonic() < deadline, [log.read_text() for log in logs]
+            time.sleep(0.05)
+        ranks[1].send_signal(USR1)
+        told = [rank.wait(timeout=60) for rank in ranks], [log.read_text() for log in logs]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert told[0] == [STOPPED, STOPPED], told
+    done = lines(run)[-1]["step"]
+    assert f"stopped after step {done} of" in told[1][0]
+    assert latest_checkpoint(run).name == f"step-{done:08d}"
