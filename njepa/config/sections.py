@@ -348,6 +348,9 @@ class RunConfig(Section):
     stop_after: PositiveInt | None = None
     """Write a checkpoint and stop after this global step, as if interrupted (schedules keep their
     full length)."""
+    grace_s: Annotated[float, Field(gt=0)] = 25.0
+    """Seconds that a checkpoint and the end of the run may take after the first SIGTERM, SIGUSR1 or
+    Ctrl-C (docs/running.md, Stop and resume). Slurm, Kubernetes and launchers kill after 30."""
     log_every: PositiveInt = 10
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: PositiveInt | None = None
@@ -359,6 +362,9 @@ class RunConfig(Section):
     max_rollbacks: Annotated[int, Field(ge=0)] = 1
     """How often a run with too many bad steps in a row goes back to the last checkpoint before
     them and on from there with another order of the data, other crops, masks and noise."""
+    on_collapse: Annotated[Literal["warn", "stop", "off"], _Off] = "warn"
+    """Where every image gets the same features (docs/trouble.md, Collapse): ``warn`` says so once
+    and keeps a checkpoint, ``stop`` ends the run, too, with status 1. ``off``: nothing."""
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept; older ones are removed once a newer one is complete."""
     keep_every: PositiveInt | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -13,15 +14,20 @@ from torch import Tensor
 from njepa.config import dump_config
 from njepa.data.batch import Masks
 from njepa.data.errors import DataError
-from njepa.runs import checkpoints
+from njepa.runs.checkpoints import checkpoint_step, latest_checkpoint, versions
+from njepa.runs.collapse import CollapseAlarm, Collapsed
 from njepa.runs.folder import run_dir
 from njepa.runs.monitors import FeatureMonitor, MetricMeans, Stopwatch
-from njepa.runs.signals import StopRequest
+from njepa.runs.saving import keep_saved
+from njepa.runs.signals import Stopped, StopSignals
+from njepa.runs.stopping import StopRequest
 from njepa.runs.summary import device_name
 from njepa.training.compiling import compilations
 from njepa.training.dumping import dump_bad_steps
 from njepa.training.health import BadReading, BadSteps, NonFiniteLoss, StepNote
-from njepa.training.setup import Setup, start_table
+from njepa.training.scoring import Encoders
+from njepa.training.setup import Setup
+from njepa.training.start_table import start_table
 from njepa.training.step import StepResult, training_step
 
 log = logging.getLogger(__name__)
@@ -42,34 +48,42 @@ class Loop:
         self._means, self._features = MetricMeans(), FeatureMonitor()
         self._bad, self._watch = BadSteps(), Stopwatch()
         self._norm: Tensor | None = None  # of the last gradient
+        self._alarm = CollapseAlarm("off", [])  # until the run begins
         self._compiled_before, self._compilations = compilations(), 0  # the second: in the log
 
-    def run(self) -> dict[str, Any] | None:
-        """Train to the end, or until a stop is asked for; returns the summary on rank 0.
+    def run(self, signals: StopSignals | None = None) -> dict[str, Any] | None:
+        """Train to the end; returns the summary on rank 0, None after ``run.stop_after``.
 
         Raises:
+            Stopped: ``signals`` asked for it, and nothing is lost.
             NonFiniteLoss: too many steps in a row had no finite loss and gradient.
             DataError: the loader cannot go on; the steps done are saved.
+            Collapsed: with ``run.on_collapse=stop``; the steps done are saved.
         """
         say, total = self._recorder.say, self._length.total_steps
         self._recorder.begin(self.step, total)
+        self._alarm = CollapseAlarm(self._config.run.on_collapse, self._recorder.lines())
         say(start_table(self.setup))
-        stop, began, first_step = StopRequest(self._ranks), time.perf_counter(), self.step
+        stop, began, first_step = StopRequest(self._ranks, signals), time.perf_counter(), self.step
+        if signals is not None:
+            signals.lost = self._lost
         self._watch.lap()
         try:
-            self._train(stop)
+            asked = stop.agreed_now() or self._train(stop)
             self.setup.writer.finish()
-            if self.step < total:
-                say(
-                    f"stopped after step {self.step} of {total}; the checkpoint is in "
-                    f"{run_dir(self._config)}; continue with run.resume=true"
-                )
+            if asked or self.step < total:
+                where = "before the first step"
+                if self.step:
+                    where = f"after step {self.step} of {total}; the checkpoint is in"
+                say(f"stopped {where} {run_dir(self._config)}; continue with run.resume=true")
+                if asked:
+                    raise Stopped
                 return None
             images = (self.step - first_step) * self.setup.plan.sizes.total
-            summary = self._summarise(images, time.perf_counter() - began)
+            summary = self._summarise(stop, images, time.perf_counter() - began)
             self._report()
             return summary
-        except NonFiniteLoss:
+        except (NonFiniteLoss, Collapsed):
             self._report()
             raise
         except DataError:
@@ -84,24 +98,33 @@ class Loop:
             stop.close()
             self.setup.close()
 
-    def _train(self, stop: StopRequest) -> None:
-        """Step until the end or a stop; log, save and evaluate in between."""
+    def _train(self, stop: StopRequest) -> bool:
+        """Step until the end or a stop; log, save and evaluate in between.
+
+        Returns:
+            Whether a signal asked to stop.
+        """
         run, every_eval = self._config.run, self._config.eval.every
         every_save = run.checkpoint_every or self._length.steps_per_epoch
-        last = False
+        asked = last = False
         while self.step < self._length.total_steps and not last:
             self.advance()
-            stopped = stop.agreed() or self.step == run.stop_after
-            last = stopped or self.step == self._length.total_steps
+            asked = stop.agreed()
+            last = asked or self.step in (run.stop_after, self._length.total_steps)
             self._recorder.advance()
+            collapse = None
             if self.step % run.log_every == 0 or self.step == 1 or last:
                 self._log()
+                collapse = self._alarm.rings(self._ranks)
             pause = time.perf_counter()
-            if self.step % every_save == 0 or last:
+            if self.step % every_save == 0 or last or collapse:
                 self._save()
+            if collapse:
+                self._keep_collapsed(collapse, last)
             if every_eval and self.step % every_eval == 0 and not last:
-                self._evaluate()
+                self._evaluate(stop)
             self._watch.pause(time.perf_counter() - pause)
+        return asked
 
     def advance(self) -> StepResult:
         """One optimizer step, and the notes of the monitors on it."""
@@ -138,7 +161,7 @@ class Loop:
                 "wd": rates.weight_decay,
                 "ema": rates.momentum,
                 **self._gradient_norm(),
-                **self._features.read(),
+                **self._alarm.see(self.step, self._features.read()),
                 **(self.setup.online_probe.read() if self.setup.online_probe else {}),
                 **self._new_compilations(),
                 **({"bad_steps": bad} if bad else {}),
@@ -148,6 +171,15 @@ class Loop:
         )
         if bad:
             self._judge(reading, steps)
+
+    def _keep_collapsed(self, told: str, last: bool) -> None:
+        """The features collapse: keep the checkpoint of this step, say so, perhaps stop."""
+        kept = keep_saved(self.setup.writer, run_dir(self._config), self.step, self._ranks)
+        if self._config.run.on_collapse == "stop" and not last:
+            raise Collapsed(
+                f"{told}; {kept}; run.resume=true run.on_collapse=warn goes on from here"
+            )
+        log.warning("%s; %s", told, kept)
 
     def _judge(self, reading: BadReading, steps: float) -> None:
         """Some of the last ``steps`` steps were bad: say so, write them down, perhaps give up."""
@@ -197,20 +229,34 @@ class Loop:
                 "impl": {op: choice.name for op, choice in plan.impl.items()},
                 "attention": str(plan.attention),
                 "precision": plan.precision.name,
-                "versions": checkpoints.versions(),
+                "versions": versions(),
             },
         )
 
-    def _evaluate(self) -> None:
-        scoring = self.setup.scoring
-        encoders = scoring.encoders()
-        self._recorder.log(self.step, lambda: scoring.knn(encoders))
+    def _lost(self) -> str | None:
+        """What the checkpoints do not have, for people."""
+        last = latest_checkpoint(run_dir(self._config))
+        steps = self.step - (checkpoint_step(last) if last else 0)
+        if steps <= 0:
+            return None
+        return f"{steps} steps are lost, the last good checkpoint is {last or 'none'}"
+
+    def _evaluate(self, stop: StopRequest) -> None:
+        """Left unfinished where rank 0 is asked to stop: the checkpoint comes first."""
+        encoders = self._encoders(stop)
+        with suppress(Stopped):
+            self._recorder.log(self.step, lambda: self.setup.scoring.knn(encoders))
         self._ranks.barrier()
 
-    def _summarise(self, images: int, seconds: float) -> dict[str, Any] | None:
+    def _encoders(self, stop: StopRequest) -> Encoders:
+        """Collective."""
+        encoders = self.setup.scoring.encoders()
+        return {suffix: stop.until_asked(encode) for suffix, encode in encoders.items()}
+
+    def _summarise(self, stop: StopRequest, images: int, seconds: float) -> dict[str, Any] | None:
         skipped = self._ranks.sum(self.setup.loader.skipped)
         scoring, plan, config = self.setup.scoring, self.setup.plan, self._config
-        encoders, device = scoring.encoders(), self._ranks.device
+        encoders, device = self._encoders(stop), self._ranks.device
 
         def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
             losses = [line["loss"] for line in lines if "loss" in line] or [None]
@@ -239,7 +285,15 @@ class Loop:
                 "seconds": round(seconds, 1),
             }
 
-        summary: dict[str, Any] | None = self._recorder.finish(summarise)
+        summary: dict[str, Any] | None = None
+        with suppress(Stopped):
+            summary = self._recorder.finish(summarise)
+        if stop.agreed_now() and self._ranks.on_main(lambda: summary is None):
+            self._recorder.say(
+                f"stopped in the evaluation after the last step; {run_dir(self._config)} has the "
+                f"checkpoint; run.resume=true evaluates it"
+            )
+            raise Stopped
         return summary
 
     def _report(self) -> None:
