@@ -61,9 +61,11 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    """Run from the command line; returns the exit status (0 done or stopped, 2 bad input)."""
+    """Run from the command line; returns the exit status (docs/cli.md)."""
     args = parser(prog).parse_intermixed_args(argv)
     main_rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    # One of each host: a file may be missing, or differ, on one of them alone.
+    speaks = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0
     logging.basicConfig(
         level=logging.WARNING if main_rank else logging.ERROR,
         format="%(levelname)s %(message)s",
@@ -79,26 +81,35 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         require(config.run.tracker)
         # torch, DeepSpeed and DALI take seconds to import: a typing error should not.
         from njepa.data.errors import DataError
-        from njepa.runs.ranks import join_ranks, leave_ranks
+        from njepa.runs.peers import STATUS
+        from njepa.runs.ranks import RanksMissing, join_ranks, leave_ranks
         from njepa.runs.saving import CheckpointFailed
         from njepa.training.health import NonFiniteLoss
         from njepa.training.run import train
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # the import sets its own level
-        ranks = join_ranks(config.run.device)
+        alone: BaseException | None = None
         try:
-            train(config, ds, ranks)
-        except (NonFiniteLoss, DataError, CheckpointFailed) as error:
-            if main_rank:
-                print(f"njepa: {error}", file=sys.stderr)
-            return 1
+            train(config, ds, join_ranks(config.run.device, config.run.timeout_s))
+        except (NonFiniteLoss, CheckpointFailed) as error:  # of all ranks alike
+            return _end(error, 1, main_rank)
+        except BaseException as error:
+            alone = error
+            if isinstance(error, (DataError, RanksMissing)):
+                return _end(error, 1 if isinstance(error, DataError) else STATUS, True)
+            raise
         finally:
-            leave_ranks()
+            leave_ranks(alone)
     except ConfigError as error:
-        if main_rank:
-            print(f"njepa: {error}", file=sys.stderr)
-        return 2
+        return _end(error, 2, speaks)
     return 0
+
+
+def _end(error: Exception, status: int, speaks: bool) -> int:
+    """Say why it ends, on the ranks that are to; the exit status."""
+    if speaks:
+        print(f"njepa: {error}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from njepa.runs.place import waiting
 from njepa.runs.ranks import Ranks
 
 
@@ -46,7 +47,8 @@ class StopRequest:
             return self._signal != 0
         answer = False
         if self._work is not None and self._vote is not None:
-            self._work.wait()
+            with waiting():
+                self._work.wait()
             answer = bool(self._vote.item())
         self._vote = torch.tensor([self._signal])
         self._work = dist.all_reduce(
@@ -56,6 +58,7 @@ class StopRequest:
 
     def close(self) -> None:
         if self._work is not None:
-            self._work.wait()
+            with waiting():
+                self._work.wait()
         for number, handler in self._before.items():
             signal.signal(number, handler)

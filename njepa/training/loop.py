@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from itertools import islice
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
 from njepa.config import dump_config
-from njepa.data.batch import Masks
+from njepa.data.batch import Batch, Masks
 from njepa.data.errors import DataError
 from njepa.runs import checkpoints
 from njepa.runs.folder import run_dir
 from njepa.runs.monitors import FeatureMonitor, MetricMeans, Stopwatch
+from njepa.runs.place import at_step, here, phase
 from njepa.runs.signals import StopRequest
 from njepa.runs.summary import device_name
 from njepa.training.compiling import compilations
@@ -58,6 +59,7 @@ class Loop:
         self._watch.lap()
         try:
             self._train(stop)
+            here.phase = "ending"
             self.setup.writer.finish()
             if self.step < total:
                 say(
@@ -98,15 +100,18 @@ class Loop:
                 self._log()
             pause = time.perf_counter()
             if self.step % every_save == 0 or last:
-                self._save()
+                with phase("saving"):
+                    self._save()
             if every_eval and self.step % every_eval == 0 and not last:
-                self._evaluate()
+                with phase("evaluating"):
+                    self._evaluate()
             self._watch.pause(time.perf_counter() - pause)
 
     def advance(self) -> StepResult:
         """One optimizer step, and the notes of the monitors on it."""
-        batches = islice(self._batches, self.setup.plan.sizes.accumulation)
-        result = training_step(self.setup.state, batches, self._length.schedules.at(self.step))
+        at_step(self.step + 1)
+        rates = self._length.schedules.at(self.step)
+        result = training_step(self.setup.state, self._micro_batches(), rates)
         terms = [seen.metrics for seen in result.micro_batches]
         self._bad.add(StepNote(self.step, result.update.bad, terms, result.update.norms))
         self.step += 1
@@ -120,6 +125,17 @@ class Loop:
                 self.setup.online_probe.add(seen.features, seen.sample_ids)
         self._norm = result.update.norm
         return result
+
+    def _micro_batches(self) -> Iterator[Batch]:
+        """Those of one step: all of them, or an error on this rank that ends the others, too."""
+        for n in range(self.setup.plan.sizes.accumulation):
+            batch = next(self._batches, None)
+            if batch is None:
+                raise DataError(
+                    f"the loader of rank {self._ranks.rank} ended at micro-batch {n + 1} of step "
+                    f"{self.step + 1}, of {self._length.total_steps} steps: a bug in it"
+                )
+            yield batch
 
     def _log(self) -> None:
         steps = self._means.steps / self.setup.plan.sizes.accumulation
