@@ -13,8 +13,6 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from njepa.runs.place import moved
-
 Int64Array = npt.NDArray[np.int64]
 
 THREADS = 16  # they wait for the disk or the network, not for a core
@@ -80,7 +78,6 @@ def walk(root: Path, progress: bool = False) -> tuple[list[Found], Watch]:
                 files += found
                 below += deeper
                 bar.update(len(found))
-                moved()
             level = below
     files.sort(key=lambda f: os.fsencode(f[0]))
     times = np.array([changed for _, changed in folders], dtype=np.int64)

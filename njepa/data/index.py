@@ -18,7 +18,6 @@ from njepa.data import parquet
 from njepa.data.decode import fault
 from njepa.data.errors import SourceError
 from njepa.data.listing import EXPECTED, Entries, Source, list_entries
-from njepa.runs.place import moved
 
 Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
@@ -181,7 +180,6 @@ def _headers(
             for i, size in zip(chunk, sizes, strict=True):
                 read[i] = size
             shown.update(len(chunk))
-            moved()
     return entries, read
 
 

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from njepa.data.errors import SourceError
 from njepa.data.parquet_layout import Layout, pyarrow, read_footer
-from njepa.runs.place import moved
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +152,6 @@ def read_rows(
             for found in pool.map(one, tasks):
                 rows += found
                 bar.update(len(found))
-                moved()
     finally:
         pool.shutdown(cancel_futures=True)
     bare = [row.name for row in rows if row.label is None]

@@ -27,7 +27,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from njepa.runs.place import here, look
+from njepa.runs.place import here, look, waiting
 
 #: Exit status of a process that ends because of another rank, or is itself the one that hangs.
 STATUS = 3
@@ -66,7 +66,11 @@ class Verdict(NamedTuple):
 
 
 def judge(
-    peers: Mapping[int, Peer], now: float, timeout: float, everybody: bool = True
+    peers: Mapping[int, Peer],
+    now: float,
+    timeout: float,
+    everybody: bool = True,
+    grace: float = _GRACE,
 ) -> Verdict | None:
     """Why the run is to end; None: it is not.
 
@@ -74,9 +78,10 @@ def judge(
         peers: by rank.
         now: as ``Peer.heard``, in seconds.
         everybody: these are all ranks, so a hang can be seen, too.
+        grace: seconds that the others get to end by themselves after an error of one.
     """
     for peer in peers.values():
-        if peer.ended and now - peer.ended_at >= _GRACE:
+        if peer.ended and now - peer.ended_at >= grace:
             return Verdict([peer.rank], f"{peer.told()} ended: {peer.ended}")
         if peer.ended is None and now - peer.heard >= timeout:
             return Verdict(
@@ -85,7 +90,8 @@ def judge(
                 f"stopped, or its host or the network is gone",
             )
     running = [peer for peer in peers.values() if peer.ended is None]
-    if not everybody or not running or any(peer.still < timeout for peer in running):
+    ending = any(peer.ended for peer in peers.values())
+    if not everybody or ending or not running or any(p.still < timeout for p in running):
         return None
     idle = [peer for peer in running if not peer.waits]
     if not idle:
@@ -118,6 +124,7 @@ class Watch:
         self._place: tuple[object, ...] = ()
         self._links: dict[int, _Link] = {}
         self._leaving: str | None = None
+        self._echo = False
         self._selector = selectors.DefaultSelector()
         self._waker, wakened = socket.socketpair()
         self._sockets = [self._waker, wakened]
@@ -145,10 +152,12 @@ class Watch:
         Args:
             error: why this rank ends, where it should not; the others then end, too.
             echo: the error may come from another rank's end. What is known of that is waited for,
-                and then this process ends here.
+                and then this process ends here; rank 0 is the first to say that it is its own.
         """
         if echo:
-            self._thread.join(_GRACE)
+            self._echo = True
+            with waiting():
+                self._thread.join(2 * _GRACE if self._rank else _GRACE)
         if self._leaving is None:
             self._leaving = error[:2000]
             with suppress(OSError):
@@ -169,9 +178,11 @@ class Watch:
             if now >= self._next:
                 self._next = now + self._interval
                 self._beat(now)
-            verdict = judge(self._peers, now, self._timeout, everybody=self._rank == 0)
+            grace = 0.0 if self._echo else _GRACE
+            verdict = judge(self._peers, now, self._timeout, self._rank == 0, grace)
             if verdict is not None:
                 self._end(verdict)
+        self._beat(time.monotonic())
         self._send({"end": self._leaving})
         _finish(self._links.values())
         self._forget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -67,7 +68,12 @@ class Look(NamedTuple):
     """The main thread at one moment."""
 
     place: tuple[object, ...]
-    """Equal as long as nothing has gone on: marks, and the instruction of every function."""
+    """Equal as long as nothing has gone on: marks, how often the thread has slept, and the
+    instruction of every function.
+
+    The stack alone is not enough: a loop that spends nearly all of its time in one call looks the
+    same at every look. Nor is the time on the CPU: a wait for a GPU spins.
+    """
     waits: bool
     """Waits for other ranks."""
     at: str
@@ -88,4 +94,13 @@ def look() -> Look:
             frames.append(f"{code.co_name} ({module}, line {frame.f_lineno})")
         found = found or ours
         frame = frame.f_back
-    return Look((here.marks, *stack), waits, ", called from ".join(frames))
+    return Look((here.marks, _sleeps(), *stack), waits, ", called from ".join(frames))
+
+
+def _sleeps() -> str:
+    """How often the main thread has given up the CPU by itself; see proc_pid_status(5)."""
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/status") as file:
+            return next(line for line in file if line.startswith("voluntary_ctxt_switches"))
+    except (OSError, StopIteration):  # a container without /proc
+        return ""

@@ -2,9 +2,9 @@
 
     python -m tests.faults.peers [CASE ...]
 
-Two ranks each. Prints a JSON line for each case: {case, statuses, seconds, logs}. Seconds count from
-the fault, or the last step before it, to the end of the last rank; a status of None is a process
-that was stopped and cannot end.
+Two ranks each. Prints a JSON line for each case: {case, statuses, seconds, logs, wrote}. Seconds
+count from the fault, or the last step before it, to the end of the last rank; a status of None is
+a process that was stopped and cannot end; wrote: the run folder was made.
 """
 
 from __future__ import annotations
