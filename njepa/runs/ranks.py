@@ -132,7 +132,7 @@ def join_ranks(device: str = "auto", timeout_s: float = 1800) -> Ranks:
         )
     control: dist.ProcessGroup | None = None
     if world > 1:
-        control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        control = cast(dist.ProcessGroup, dist.new_group(timeout=_BACKSTOP, backend="gloo"))
     place = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return Ranks(rank, world, local_rank, place, control, set_threads(control))
 
