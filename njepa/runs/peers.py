@@ -143,6 +143,7 @@ class Watch:
             self._add(_Link(socket.create_connection(address, timeout_s)))
         # A loader's process would hold the connections open after this one has died.
         os.register_at_fork(after_in_child=self._forget)
+        self._beat(now)  # from here on rank 0 knows who it is that dies
         self._thread = threading.Thread(target=self._run, name="njepa-watch", daemon=True)
         self._thread.start()
 
