@@ -1,6 +1,6 @@
 """A watch over the ranks: one that dies, falls silent or stands still ends all of them, by name.
 
-A thread of each process tells rank 0 every few seconds where its main thread is; the thread of rank
+A thread of each process tells rank 0 every second where its main thread is; the thread of rank
 0 judges and tells all. What a collective does on a lost peer depends on its library: gloo raises,
 NCCL waits. So this uses sockets of its own and asks neither.
 
@@ -117,8 +117,7 @@ class Watch:
 
     def __init__(self, store: Any, rank: int, world: int, timeout_s: float) -> None:
         self._rank, self._world, self._timeout = rank, world, timeout_s
-        # At most 300 messages lie in a connection before its silent end is given up.
-        self._interval = max(0.1, min(1.0, timeout_s / 20), timeout_s / 300)
+        self._interval = max(0.1, min(1.0, timeout_s / 20))
         now = time.monotonic()
         self._turn, self._next, self._moved = now, now, now
         self._place: tuple[object, ...] = ()
@@ -270,12 +269,15 @@ class _Link:
     def __init__(self, connected: socket.socket) -> None:
         connected.setblocking(False)
         self.socket, self._rest = connected, b""
+        self._whole = True  # no message was cut by a full buffer
         self.rank: int | None = None
         """Of the other end, once it has given the token."""
 
     def send(self, message: dict[str, Any]) -> None:
+        line = json.dumps(message).encode() + b"\n"
         with suppress(OSError):  # who does not listen is found silent
-            self.socket.send(json.dumps(message).encode() + b"\n")
+            if self._whole:
+                self._whole = self.socket.send(line) == len(line)
 
     def read(self) -> tuple[list[dict[str, Any]], bool]:
         """Whole messages, and whether the other end is still there."""
