@@ -9,7 +9,6 @@ from typing import Any
 
 from njepa.config import Config
 from njepa.config.deepspeed_file import DeepSpeedFile
-from njepa.runs.alike import check_alike
 from njepa.runs.checkpoints import latest_checkpoint
 from njepa.runs.folder import run_dir
 from njepa.runs.place import here
@@ -26,14 +25,13 @@ def train(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> dict[str, Any] | N
     """Train to the end or a stop; the summary on rank 0. Collective.
 
     Raises:
-        NonFiniteLoss: too many bad steps in a row, and no way back is left. As ``check_alike``,
-            ``set_up`` and ``Loop.run`` otherwise.
+        NonFiniteLoss: too many bad steps in a row, and no way back is left. As ``set_up`` and
+            ``Loop.run`` otherwise.
     """
     run = run_dir(config)
     here.way_out = lambda: (
         f"the last checkpoint is {latest_checkpoint(run) or 'none'}; go on with run.resume=true"
     )
-    check_alike(ranks, config, ds)
     while True:
         setup = set_up(config, ds, ranks)
         try:
