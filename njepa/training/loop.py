@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
 from typing import Any
 
 from torch import Tensor
 
 from njepa.config import dump_config
-from njepa.data.batch import Masks
+from njepa.data.batch import Batch, Masks
 from njepa.data.errors import DataError
 from njepa.runs.checkpoints import checkpoint_step, latest_checkpoint, versions
 from njepa.runs.collapse import CollapseAlarm, Collapsed
 from njepa.runs.folder import run_dir
 from njepa.runs.monitors import FeatureMonitor, MetricMeans, Stopwatch
+from njepa.runs.place import at_step, here, phase
 from njepa.runs.saving import keep_saved
 from njepa.runs.signals import Stopped, StopSignals
 from njepa.runs.stopping import StopRequest
@@ -70,6 +71,7 @@ class Loop:
         self._watch.lap()
         try:
             asked = stop.agreed_now() or self._train(stop)
+            here.phase = "ending"
             self.setup.writer.finish()
             if asked or self.step < total:
                 where = "before the first step"
@@ -118,18 +120,21 @@ class Loop:
                 collapse = self._alarm.rings(self._ranks)
             pause = time.perf_counter()
             if self.step % every_save == 0 or last or collapse:
-                self._save()
+                with phase("saving"):
+                    self._save()
             if collapse:
                 self._keep_collapsed(collapse, last)
             if every_eval and self.step % every_eval == 0 and not last:
-                self._evaluate(stop)
+                with phase("evaluating"):
+                    self._evaluate(stop)
             self._watch.pause(time.perf_counter() - pause)
         return asked
 
     def advance(self) -> StepResult:
         """One optimizer step, and the notes of the monitors on it."""
-        batches = islice(self._batches, self.setup.plan.sizes.accumulation)
-        result = training_step(self.setup.state, batches, self._length.schedules.at(self.step))
+        at_step(self.step + 1)
+        rates = self._length.schedules.at(self.step)
+        result = training_step(self.setup.state, self._micro_batches(), rates)
         terms = [seen.metrics for seen in result.micro_batches]
         self._bad.add(StepNote(self.step, result.update.bad, terms, result.update.norms))
         self.step += 1
@@ -143,6 +148,17 @@ class Loop:
                 self.setup.online_probe.add(seen.features, seen.sample_ids)
         self._norm = result.update.norm
         return result
+
+    def _micro_batches(self) -> Iterator[Batch]:
+        """Those of one step: all of them, or an error on this rank that ends the others, too."""
+        for n in range(self.setup.plan.sizes.accumulation):
+            batch = next(self._batches, None)
+            if batch is None:
+                raise DataError(
+                    f"the loader of rank {self._ranks.rank} ended at micro-batch {n + 1} of step "
+                    f"{self.step + 1}, of {self._length.total_steps} steps: a bug in it"
+                )
+            yield batch
 
     def _log(self) -> None:
         steps = self._means.steps / self.setup.plan.sizes.accumulation
