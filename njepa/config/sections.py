@@ -81,6 +81,12 @@ class DataConfig(Section):
     hw_decoder_load: Annotated[Fraction, FREE] = 0.65
     """Share of the JPEGs that DALI gives to the GPU's hardware decoder, where there is one (A100,
     H100, H200); the rest is decoded by its CUDA kernels. DALI's default."""
+    on_error: Annotated[Literal["skip", "stop"], FREE] = "skip"
+    """An image that cannot be read or decoded: ``skip`` takes the next one of the epoch's order in
+    its place, names and counts it; ``stop`` ends the run before the step that needs it."""
+    max_bad_frac: Annotated[Fraction, FREE] = 0.02
+    """More unreadable images than this share of the source end the run: those that the index left
+    out, and those that any rank has met since its start; looked at with every line of the log."""
     cache_dir: Annotated[Path | None, FREE] = None
     """Where the index of a source and the embedded set are kept. None: ``~/.cache/njepa``."""
 

@@ -9,19 +9,17 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from njepa.config import DataConfig
-from njepa.data.decode import decode, resize
+from njepa.data.decode import resize
 from njepa.data.errors import DecodeError
 from njepa.data.fork_guard import forking
 from njepa.data.index import ImageIndex
-from njepa.data.pixels import Pixels, planned_views
-from njepa.draws.crops import crop_windows
-from njepa.draws.order import Planned, SampleOrder
+from njepa.data.pixels import Pixels, View, Views, decode_sample
+from njepa.draws.order import SampleOrder
 
 
 class PlannedImages(Dataset["Pixels | DecodeError"]):
@@ -30,7 +28,8 @@ class PlannedImages(Dataset["Pixels | DecodeError"]):
     def __init__(
         self, config: DataConfig, seed: int, index: ImageIndex, order: SampleOrder
     ) -> None:
-        self._config, self._seed, self._index, self._order = config, seed, index, order
+        self._index, self._order, self._size = index, order, config.image_size
+        self._views = Views(config, seed, index, order)
 
     def __getitem__(self, micro_step: int) -> Pixels | DecodeError:
         try:
@@ -41,54 +40,25 @@ class PlannedImages(Dataset["Pixels | DecodeError"]):
     def load(self, micro_step: int) -> Pixels:
         """Decode the micro-batch.
 
-        An unreadable image is replaced by the next readable sample of the epoch's order, seen
-        through the crop draws of the planned one.
-
         Raises:
             DecodeError: an image and everything that could replace it is unreadable.
         """
         plan = self._order.at(micro_step)
-        config, index, size = self._config, self._index, self._config.image_size
-        windows, mirrored = planned_views(config, self._seed, index, plan)
-        images = torch.empty(len(plan.ids), size, size, 3, dtype=torch.uint8)
+        windows, mirrored = self._views.planned(plan)
+        images = torch.empty(len(plan.ids), self._size, self._size, 3, dtype=torch.uint8)
         unreadable: list[tuple[int, str]] = []
-        for slot, sample in enumerate(plan.ids.tolist()):
-            try:
-                view = self._view(sample, windows[slot])
-            except (OSError, DecodeError) as error:
-                unreadable.append((sample, str(error)))
-                view = self._replacement(plan, slot, unreadable)
+        for slot, window in enumerate(windows):
+            view, fault = self._views.first_readable(plan, slot, window, self._read)
+            if fault:
+                unreadable.append((int(plan.ids[slot]), fault))
             images[slot] = (view.flip(2) if mirrored[slot] else view).permute(1, 2, 0)
         return Pixels(images, plan.ids, unreadable)
 
-    def _view(self, sample: int, window: np.ndarray) -> Tensor:
-        image = decode(self._index.read(sample))
-        expected = (int(self._index.heights[sample]), int(self._index.widths[sample]))
-        if image.shape[1:] != expected:
-            raise DecodeError(
-                f"has {image.shape[2]} x {image.shape[1]} pixels, "
-                f"{expected[1]} x {expected[0]} when it was indexed"
-            )
-        left, top, width, height = window.tolist()
+    def _read(self, view: View) -> Tensor:
+        image = decode_sample(self._index, view.sample, self._index.read(view.sample))
+        left, top, width, height = view.window.tolist()
         crop = image[:, top : top + height, left : left + width]
-        return resize(crop, self._config.image_size, self._config.image_size)
-
-    def _replacement(self, plan: Planned, slot: int, unreadable: list[tuple[int, str]]) -> Tensor:
-        index, config = self._index, self._config
-        for other in self._order.replacements(plan.micro_step, slot):
-            window = crop_windows(
-                self._seed, plan.epoch, plan.ids[slot : slot + 1], index.widths[[other]],
-                index.heights[[other]], config.crop_scale, config.crop_ratio,
-            )  # fmt: skip
-            try:
-                return self._view(other, window[0])
-            except (OSError, DecodeError):
-                continue
-        sample, reason = unreadable[-1]
-        raise DecodeError(
-            f"{index.name(sample)} ({reason}) is unreadable, and so is every image that could "
-            f"replace it; look at the source with: njepa scan PATH --out good.txt"
-        )
+        return resize(crop, self._size, self._size)
 
 
 class TorchPixels:

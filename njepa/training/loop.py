@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from itertools import islice
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
 from njepa.config import dump_config
-from njepa.data.batch import Masks
+from njepa.data.bad_images import BadImages
+from njepa.data.batch import Batch, Masks
 from njepa.data.errors import DataError
 from njepa.runs import checkpoints
 from njepa.runs.folder import run_dir
@@ -38,7 +39,7 @@ class Loop:
         self.setup, self.step = setup, setup.first_step
         self._config, self._ranks = setup.plan.config, setup.plan.ranks
         self._length, self._recorder = setup.length, setup.recorder
-        self._batches = iter(setup.loader)
+        self._bad_images = BadImages(self._config.data, setup.index)
         self._means, self._features = MetricMeans(), FeatureMonitor()
         self._bad, self._watch = BadSteps(), Stopwatch()
         self._norm: Tensor | None = None  # of the last gradient
@@ -73,8 +74,7 @@ class Loop:
             self._report()
             raise
         except DataError:
-            # Of several ranks one alone meets the image, and a checkpoint needs all of them.
-            if self._ranks.world == 1 and self.setup.engine.between_steps:
+            if self.setup.engine.between_steps:  # on all ranks or on none
                 self._save()
             raise
         except KeyboardInterrupt:  # in haste
@@ -105,8 +105,8 @@ class Loop:
 
     def advance(self) -> StepResult:
         """One optimizer step, and the notes of the monitors on it."""
-        batches = islice(self._batches, self.setup.plan.sizes.accumulation)
-        result = training_step(self.setup.state, batches, self._length.schedules.at(self.step))
+        rates = self._length.schedules.at(self.step)
+        result = training_step(self.setup.state, self._batches(), rates)
         terms = [seen.metrics for seen in result.micro_batches]
         self._bad.add(StepNote(self.step, result.update.bad, terms, result.update.norms))
         self.step += 1
@@ -121,6 +121,27 @@ class Loop:
         self._norm = result.update.norm
         return result
 
+    def _batches(self) -> Iterator[Batch]:
+        """The micro-batches of a step. Where a rank has none, all of them end alike.
+
+        Raises:
+            DataError: the same on all ranks.
+        """
+        for _ in range(self.setup.plan.sizes.accumulation):
+            batch: Batch | None = None
+            fault: DataError | None = None
+            try:
+                batch = next(self.setup.loader)
+            except DataError as error:
+                fault = error
+            if self._ranks.sum(batch is None):
+                told = self._ranks.gather(fault and str(fault))
+                if self._ranks.world == 1 and fault is not None:
+                    raise fault
+                raise DataError("; ".join(f"rank {r}: {why}" for r, why in enumerate(told) if why))
+            assert batch is not None  # nobody lacks one
+            yield batch
+
     def _log(self) -> None:
         steps = self._means.steps / self.setup.plan.sizes.accumulation
         metrics = self._means.read(self._ranks.group)
@@ -128,6 +149,7 @@ class Loop:
         bad = len(reading.notes)
         loader, seconds = self.setup.loader, self._watch.lap()
         waited, loader.wait_s = loader.wait_s, 0.0
+        skipped = self._count_skipped()
         rates = self._length.schedules.at(self.step - 1)
         self._recorder.log(
             self.step,
@@ -142,12 +164,23 @@ class Loop:
                 **(self.setup.online_probe.read() if self.setup.online_probe else {}),
                 **self._new_compilations(),
                 **({"bad_steps": bad} if bad else {}),
+                **({"skipped_images": skipped} if skipped else {}),
                 "images_per_s": round(steps * self.setup.plan.sizes.total / seconds, 2),
                 "data_wait_frac": round(waited / seconds, 4),
             },
         )
         if bad:
             self._judge(reading, steps)
+        self._bad_images.check()
+
+    def _count_skipped(self) -> int:
+        """Images that were replaced since the last line, on all ranks; ``_bad_images`` learns."""
+        mine, self.setup.loader.skipped = self.setup.loader.skipped, []
+        count = self._ranks.sum(len(mine))
+        if count:
+            for samples in self._ranks.gather(mine):
+                self._bad_images.add(samples)
+        return count
 
     def _judge(self, reading: BadReading, steps: float) -> None:
         """Some of the last ``steps`` steps were bad: say so, write them down, perhaps give up."""
@@ -208,7 +241,6 @@ class Loop:
         self._ranks.barrier()
 
     def _summarise(self, images: int, seconds: float) -> dict[str, Any] | None:
-        skipped = self._ranks.sum(self.setup.loader.skipped)
         scoring, plan, config = self.setup.scoring, self.setup.plan, self._config
         encoders, device = scoring.encoders(), self._ranks.device
 
@@ -235,7 +267,7 @@ class Loop:
                 "precision": plan.precision.name,
                 "compile": plan.compilation.name,
                 "compilations": compilations() - self._compiled_before,
-                "skipped_images": skipped,
+                "skipped_images": sum(line.get("skipped_images", 0) for line in lines),
                 "seconds": round(seconds, 1),
             }
 

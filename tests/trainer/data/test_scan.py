@@ -40,7 +40,8 @@ def test_the_list_of_a_folder_is_a_source(tmp_path, mixed, where):
     assert out.read_text().splitlines()[0].endswith("c0/000.jpg\tc0")
     text = str(report)
     assert "151 of 155 images are good" in text
-    assert "bad: c1/half.jpg (image file is truncated" in text
+    assert "bad: 2 truncated, 1 empty, 1 not an image" in text
+    assert "    c1/half.jpg (image file is truncated" in text
     assert f"data.path={out}" in text
 
 
