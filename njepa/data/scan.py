@@ -94,31 +94,14 @@ def scan(
         SourceError: nothing there, or no image is readable. ConfigError: ``out`` cannot be written.
     """
     source = find_source(Path(path).expanduser())
-    fingerprint = source.fingerprint()
-    index = build_index(source, progress)
-    workers = workers or len(os.sched_getaffinity(0))
-    chunks = [range(i, min(i + _CHUNK, index.n)) for i in range(0, index.n, _CHUNK)]
-    bad: dict[int, str] = {}
     try:
-        journal = ScanJournal(out, f"{fingerprint} by {_CHUNK}")
+        journal = ScanJournal(out, f"{source.fingerprint()} by {_CHUNK}")
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error}") from None
-    for chunk in journal.done:
-        bad |= journal.done[chunk]
-    known = sum(len(chunks[chunk]) for chunk in journal.done)
-    todo = [chunk for k, chunk in enumerate(chunks) if k not in journal.done]
-    open_ = {k: len(chunk) for k, chunk in enumerate(chunks)}
-    quiet = None if progress else True  # tqdm: None is quiet where stderr is no terminal
-    bar = tqdm(total=index.n, initial=known, desc="decoding", unit="img", disable=quiet)
-    with journal, bar:
-        for i, fault in faults(index, todo, workers):
-            k = i // _CHUNK
-            if fault:
-                bad[i] = fault
-            open_[k] -= 1
-            if not open_[k]:
-                journal.add(k, {j: bad[j] for j in chunks[k] if j in bad})
-            bar.update()
+    with journal:
+        index = build_index(source, progress)
+        bad = _decode(index, journal, workers or len(os.sched_getaffinity(0)), progress)
+    known = sum(min(_CHUNK, index.n - k * _CHUNK) for k in journal.done)
     if out is not None:
         unlisted = (i for i, name in enumerate(index.names) if "\t" in name or "\n" in name)
         bad |= dict.fromkeys(unlisted, "a list cannot hold a name with a tab or a line break")
@@ -133,6 +116,28 @@ def scan(
         out = None
     journal.remove()
     return ScanReport(Path(path), out, len(good), named, known)
+
+
+def _decode(
+    index: ImageIndex, journal: ScanJournal, workers: int, progress: bool
+) -> dict[int, str]:
+    """The bad samples of an index with the reasons; what the journal knows is not decoded."""
+    chunks = [range(i, min(i + _CHUNK, index.n)) for i in range(0, index.n, _CHUNK)]
+    todo = [chunk for k, chunk in enumerate(chunks) if k not in journal.done]
+    bad = {i: why for found in journal.done.values() for i, why in found.items()}
+    missing = [len(chunk) for chunk in chunks]
+    known = index.n - sum(len(chunk) for chunk in todo)
+    quiet = None if progress else True  # tqdm: None is quiet where stderr is no terminal
+    with tqdm(total=index.n, initial=known, desc="decoding", unit="img", disable=quiet) as bar:
+        for i, fault in faults(index, todo, workers):
+            k = i // _CHUNK
+            if fault:
+                bad[i] = fault
+            missing[k] -= 1
+            if not missing[k]:
+                journal.add(k, {j: bad[j] for j in chunks[k] if j in bad})
+            bar.update()
+    return bad
 
 
 def _write_list(out: Path, index: ImageIndex, good: list[int]) -> None:

@@ -47,6 +47,7 @@ class ScanJournal:
         self._file.seek(kept)
         if not kept:
             self._file.write(head.encode())
+        self._empty = not self.done
         if self.done:
             logger.warning("%s: the interrupted scan goes on", self._path)
 
@@ -54,6 +55,7 @@ class ScanJournal:
         """A chunk is done; it stays so if the process is killed now."""
         if self._path is not None:
             self._file.write(json.dumps([chunk, list(bad.items())]).encode() + b"\n")
+            self._empty = False
 
     def remove(self) -> None:
         """The scan is complete."""
@@ -71,6 +73,8 @@ class ScanJournal:
     ) -> None:
         if self._path is not None:
             self._file.close()
+            if self._empty:
+                self.remove()
 
     def _take(self, line: bytes) -> bool:
         if not line.endswith(b"\n"):
