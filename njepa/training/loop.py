@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -17,6 +18,7 @@ from njepa.data.errors import DataError
 from njepa.runs import checkpoints
 from njepa.runs.folder import run_dir
 from njepa.runs.monitors import FeatureMonitor, MetricMeans, Stopwatch
+from njepa.runs.saving import CheckpointFailed
 from njepa.runs.signals import StopRequest
 from njepa.runs.summary import device_name
 from njepa.training.compiling import compilations
@@ -76,6 +78,8 @@ class Loop:
         except DataError:
             if self.setup.engine.between_steps:  # on all ranks or on none
                 self._save()
+                with contextlib.suppress(CheckpointFailed):  # it was said; the images are the end
+                    self.setup.writer.finish()  # a launcher ends the others when one has ended
             raise
         except KeyboardInterrupt:  # in haste
             self.setup.writer.abandon()
