@@ -17,6 +17,7 @@ from torch.utils.dlpack import from_dlpack
 
 from njepa.config import DataConfig
 from njepa.data.errors import DataError, DecodeError
+from njepa.data.headers import header_holds
 from njepa.data.index import ImageIndex
 from njepa.data.pixels import Pixels, View, Views, decode_sample
 from njepa.data.region_probe import region_fault, versions
@@ -51,7 +52,7 @@ class DaliPixels:
     flips enter as inputs, so there is no DALI state to save.
 
     A pipeline that meets an image it cannot decode is lost, with all that it has read ahead. So the
-    bytes are looked at before. Where one fails all the same, its images are tried alone, and
+    bytes are looked at before (``headers.py``: some would crash it). Where one fails all the same, its images are tried alone, and
     another pipeline begins at the same micro-step; from then on our decoder has the last word on
     the images that were refused: it replaces them like the torch backend, or hands DALI the pixels.
 
@@ -191,7 +192,8 @@ class DaliPixels:
         """
         sample, (left, top, width, height) = view.sample, view.window.tolist()
         data = self._index.read(sample)
-        refused = sample in self._refused or not data.startswith(_FORMATS)
+        size = int(self._index.widths[sample]), int(self._index.heights[sample])
+        refused = sample in self._refused or not header_holds(data, *size)
         if not refused and (sample in self._complete or self._looks_complete(sample, data)):
             return Encoded(sample, np.frombuffer(data, np.uint8), view.window)
         image = decode_sample(self._index, sample, data)
@@ -248,11 +250,6 @@ class DaliPixels:
                     refused.add(tried.sample)
             pipeline = None
             gc.collect()
-
-
-#: What DALI decodes like Pillow: JPEG, PNG, WebP, BMP, PPM. It has no GIF and other pixels for
-#: float and LAB TIFF; and what is no image at all would cost a pipeline.
-_FORMATS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"BM", b"P5", b"P6")
 
 
 def _inputs_of(

@@ -30,6 +30,13 @@ def spoil(case, sample, damage):
 
 GOOD = encoded(picture(5, 80, 60), quality=90)
 
+
+def without_tables(data):
+    """The first Huffman table of a JPEG holds nothing that is one."""
+    start = data.index(b"\xff\xc4") + 4
+    return data[:start] + b"\xff" * 24 + data[start + 24 :]
+
+
 DAMAGE = {
     "empty": (b"", "empty file"),
     "text": (b"not an image at all", "not an image"),
@@ -38,8 +45,9 @@ DAMAGE = {
     "cut_by_two_bytes": (lambda data: data[:-2], "truncated"),
     "other_size": (GOOD, "has 80 x 60 pixels, "),
     "missing": (None, "No such file"),
-    # Only a decoder sees that: as long as before, and with the marks of a whole file.
+    # As long as before, and with the marks of a whole file:
     "hollow": (lambda data: data[:20] + bytes(len(data) - 22) + data[-2:], "not an image"),
+    "tables": (lambda data: without_tables(data), "broken data stream"),  # only a decoder sees that
 }
 
 
@@ -96,7 +104,7 @@ def test_it_gives_up_where_nothing_is_readable(tmp_path, backend):
     loader.close()
 
 
-@pytest.mark.parametrize("kind", ["half", "hollow"])
+@pytest.mark.parametrize("kind", ["half", "tables"])
 def test_stop_ends_at_the_batch_that_needs_the_image(tmp_path, backend, kind):
     case = Case(class_folders(tmp_path / "in", 32), tmp_path, data={"on_error": "stop"})
     case.loader(backend, stop=8).close()
@@ -130,12 +138,12 @@ def gaps(case, ours, theirs):
 
 @pytest.mark.slow
 def test_both_backends_deliver_the_same_in_the_place_of_bad_images(tmp_path, dali, monkeypatch):
-    """All kinds of damage in one source, two epochs; DALI loses its pipeline once a hollow."""
+    """All kinds of damage in one source, two epochs; DALI loses its pipeline once."""
     from njepa.data.dali_pipeline import DaliPixels
 
     case = Case(class_folders(tmp_path / "in", 40), tmp_path)
     good = case.batches("torch", micro=5, stop=16)
-    for bad, (damage, _) in zip(range(1, 40, 5), [*DAMAGE.values(), DAMAGE["hollow"]], strict=True):
+    for bad, (damage, _) in zip(range(1, 40, 5), DAMAGE.values(), strict=True):
         spoil(case, bad, damage)
     ours = case.batches("torch", micro=5, stop=16)
     lost, rebuild = [], DaliPixels._rebuild
@@ -144,7 +152,7 @@ def test_both_backends_deliver_the_same_in_the_place_of_bad_images(tmp_path, dal
     assert gaps(case, ours, list(loader)) < TOLERANCE
     assert gaps(case, good, ours) > 10
     assert sorted(loader.skipped) == sorted([*range(1, 40, 5)] * 2)
-    assert 1 <= len(lost) <= 2
+    assert len(lost) == 1
     again = case.batches("dali", micro=5, start=9, stop=16)  # has to learn what that one knew
     assert gaps(case, ours[9:], again) < TOLERANCE
 
