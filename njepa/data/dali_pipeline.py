@@ -51,10 +51,11 @@ class DaliPixels:
     The same pipeline on CPU and GPU. Randomness stays outside: the bytes of the files, windows and
     flips enter as inputs, so there is no DALI state to save.
 
-    A pipeline that meets an image it cannot decode is lost, with all that it has read ahead. So the
-    bytes are looked at before (``headers.py``: some would crash it). Where one fails all the same, its images are tried alone, and
-    another pipeline begins at the same micro-step; from then on our decoder has the last word on
-    the images that were refused: it replaces them like the torch backend, or hands DALI the pixels.
+    A pipeline that meets an image it cannot decode is lost, with all that it has read ahead. So
+    the bytes are looked at before (``headers.py``: some would crash it). Where it fails all the
+    same, its images are tried alone, and another pipeline begins at the same micro-step; from then
+    on our decoder has the last word on the images that were refused: it replaces them like the
+    torch backend, or hands DALI the pixels.
 
     Args:
         threads: CPU threads that read, and those of the pipeline.

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from njepa.data.errors import DecodeError
+
+#: Pixels of a reduced JPEG for each pixel of the resized window, at least, along a side.
+SPARE = 2
+#: Of a side. Decoding at 1/2 saves no time: Pillow, which can do it, is slower than torchvision.
+SCALES = (8, 4)
 
 
 def decode(data: bytes) -> Tensor:
@@ -40,6 +46,67 @@ def decode(data: bytes) -> Tensor:
             pixels = np.array(upright.convert("RGB"))
     except Exception as error:  # damaged files make Pillow raise almost anything
         raise DecodeError(fault(error, len(data))) from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def decode_window(
+    data: bytes, shape: tuple[int, int], window: Sequence[int], size: int, *, reduce: bool
+) -> Tensor:
+    """The window of an image, resized: uint8 [3, size, size].
+
+    Args:
+        shape: width and height of the upright image, as it was indexed.
+        window: left, top, width, height in it.
+        reduce: decode a JPEG at 1/4 or 1/8 of its size, by fewer coefficients of its blocks, where
+            at least ``SPARE * size`` pixels remain a side of the window.
+
+    Raises:
+        DecodeError: as ``decode``; or the image has another shape.
+    """
+    if reduce and data[:2] == b"\xff\xd8" and min(window[2:]) >= SCALES[-1] * SPARE * size:
+        view = _reduced_window(data, shape, window, size)
+        if view is not None:
+            return view
+    image = decode(data)
+    check_shape((image.shape[2], image.shape[1]), shape)
+    left, top, width, height = window
+    return resize(image[:, top : top + height, left : left + width], size, size)
+
+
+def check_shape(found: tuple[int, int], indexed: tuple[int, int]) -> None:
+    """Hold width and height against those of the index.
+
+    Raises:
+        DecodeError: they differ.
+    """
+    if found != indexed:
+        raise DecodeError(
+            f"has {found[0]} x {found[1]} pixels, {indexed[0]} x {indexed[1]} when it was indexed"
+        )
+
+
+def _reduced_window(
+    data: bytes, shape: tuple[int, int], window: Sequence[int], size: int
+) -> Tensor | None:
+    """None where this JPEG has no such scale or is damaged; decoding it whole will tell."""
+    left, top, width, height = window
+    wanted = next(s for s in SCALES if min(width, height) >= s * SPARE * size)
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            full = opened.size
+            opened.draft(None, (full[0] // wanted, full[1] // wanted))
+            scale = round(full[0] / opened.width)
+            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            # Of a last row or column that is cut off, a turned image would make the first.
+            cut = full[0] % scale or full[1] % scale
+            upright = ImageOps.exif_transpose(opened).convert("RGB")
+            expected = tuple(-(-x // scale) for x in shape)
+            if scale == 1 or (turned and cut) or upright.size != expected:
+                return None
+            box = (left / scale, top / scale, (left + width) / scale, (top + height) / scale)
+            pixels = np.array(upright.resize((size, size), Image.Resampling.BILINEAR, box))
+    except Exception:  # damaged files make Pillow raise almost anything
+        return None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

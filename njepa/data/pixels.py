@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from njepa.config import DataConfig
-from njepa.data.decode import decode
+from njepa.data.decode import check_shape, decode
 from njepa.data.errors import DecodeError
 from njepa.data.index import ImageIndex, measure
 from njepa.draws.crops import crop_windows, flips
@@ -119,19 +119,24 @@ def decode_sample(index: ImageIndex, sample: int, data: bytes) -> Tensor:
     Raises:
         DecodeError: not a complete image of the size that was indexed.
     """
-    if len(data) != index.sizes[sample]:  # written again: its header may ask for any memory
-        width, height, why = measure(data, len(data))
-        if why:
-            raise DecodeError(why)
-        _check_size(index, sample, width, height)
+    check_rewritten(index, sample, data)
     image = decode(data)
-    _check_size(index, sample, image.shape[2], image.shape[1])
+    check_shape((image.shape[2], image.shape[1]), _indexed_shape(index, sample))
     return image
 
 
-def _check_size(index: ImageIndex, sample: int, width: int, height: int) -> None:
-    expected = int(index.widths[sample]), int(index.heights[sample])
-    if (width, height) != expected:
-        raise DecodeError(
-            f"has {width} x {height} pixels, {expected[0]} x {expected[1]} when it was indexed"
-        )
+def check_rewritten(index: ImageIndex, sample: int, data: bytes) -> None:
+    """Look at the header of a file that was written again: it may ask for any memory.
+
+    Raises:
+        DecodeError: no image of the size that was indexed.
+    """
+    if len(data) != index.sizes[sample]:
+        width, height, why = measure(data, len(data))
+        if why:
+            raise DecodeError(why)
+        check_shape((width, height), _indexed_shape(index, sample))
+
+
+def _indexed_shape(index: ImageIndex, sample: int) -> tuple[int, int]:
+    return int(index.widths[sample]), int(index.heights[sample])

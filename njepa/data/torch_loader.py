@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from njepa.config import DataConfig
-from njepa.data.decode import resize
+from njepa.data.decode import decode_window
 from njepa.data.errors import DecodeError
 from njepa.data.fork_guard import forking
 from njepa.data.index import ImageIndex
-from njepa.data.pixels import Pixels, View, Views, decode_sample
+from njepa.data.pixels import Pixels, View, Views, check_rewritten
 from njepa.draws.order import SampleOrder
 
 
@@ -28,7 +28,7 @@ class PlannedImages(Dataset["Pixels | DecodeError"]):
     def __init__(
         self, config: DataConfig, seed: int, index: ImageIndex, order: SampleOrder
     ) -> None:
-        self._index, self._order, self._size = index, order, config.image_size
+        self._config, self._index, self._order = config, index, order
         self._views = Views(config, seed, index, order)
 
     def __getitem__(self, micro_step: int) -> Pixels | DecodeError:
@@ -45,7 +45,8 @@ class PlannedImages(Dataset["Pixels | DecodeError"]):
         """
         plan = self._order.at(micro_step)
         windows, mirrored = self._views.planned(plan)
-        images = torch.empty(len(plan.ids), self._size, self._size, 3, dtype=torch.uint8)
+        size = self._config.image_size
+        images = torch.empty(len(plan.ids), size, size, 3, dtype=torch.uint8)
         unreadable: list[tuple[int, str]] = []
         for slot, window in enumerate(windows):
             view, fault = self._views.first_readable(plan, slot, window, self._read)
@@ -55,10 +56,16 @@ class PlannedImages(Dataset["Pixels | DecodeError"]):
         return Pixels(images, plan.ids, unreadable)
 
     def _read(self, view: View) -> Tensor:
-        image = decode_sample(self._index, view.sample, self._index.read(view.sample))
-        left, top, width, height = view.window.tolist()
-        crop = image[:, top : top + height, left : left + width]
-        return resize(crop, self._size, self._size)
+        index, sample = self._index, view.sample
+        data = index.read(sample)
+        check_rewritten(index, sample, data)
+        return decode_window(
+            data,
+            (int(index.widths[sample]), int(index.heights[sample])),
+            view.window.tolist(),
+            self._config.image_size,
+            reduce=self._config.reduced_decode,
+        )
 
 
 class TorchPixels:
