@@ -13,8 +13,9 @@ import os
 import sys
 import warnings
 
-from njepa.config import ConfigError, load_config, recipe_names
-from njepa.config.deepspeed_file import load_deepspeed_file
+from njepa.config import Config, ConfigError, load_config, recipe_names
+from njepa.config.deepspeed_file import DeepSpeedFile, load_deepspeed_file
+from njepa.runs.signals import STOPPED, Stopped, StopSignals
 from njepa.runs.trackers import require
 
 EPILOG = """overrides:
@@ -65,7 +66,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    """Run from the command line; returns the exit status (0 done or stopped, 2 bad input)."""
+    """Run from the command line; returns the exit status (docs/cli.md)."""
     args = parser(prog).parse_intermixed_args(argv)
     main_rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
     logging.basicConfig(
@@ -81,33 +82,43 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         config = load_config(args.recipe, args.overrides)
         ds = load_deepspeed_file(args.ds_config)
         require(config.run.tracker)
-        # torch, DeepSpeed and DALI take seconds to import: a typing error should not.
-        from njepa.data.errors import DataError
-        from njepa.runs.collapse import Collapsed
-        from njepa.runs.ranks import join_ranks, leave_ranks
-        from njepa.runs.saving import CheckpointFailed
-        from njepa.training.dry_run import dry_run
-        from njepa.training.health import NonFiniteLoss
-        from njepa.training.run import train
-
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # the import sets its own level
-        ranks = join_ranks(config.run.device)
-        try:
-            if args.dry_run:
-                text = dry_run(config, ds, ranks)
-                print(text if main_rank else "", end="", flush=True)
-            else:
-                train(config, ds, ranks)
-        except (NonFiniteLoss, Collapsed, DataError, CheckpointFailed) as error:
-            if main_rank:
-                print(f"njepa: {error}", file=sys.stderr)
-            return 1
-        finally:
-            leave_ranks()
+        if args.dry_run:  # has nothing to save
+            return _train(config, ds, None, main_rank)
+        with StopSignals(config.run.grace_s) as signals:
+            return _train(config, ds, signals, main_rank)
     except ConfigError as error:
         if main_rank:
             print(f"njepa: {error}", file=sys.stderr)
         return 2
+
+
+def _train(config: Config, ds: DeepSpeedFile, signals: StopSignals | None, main_rank: bool) -> int:
+    """A training, or without ``signals`` a dry run."""
+    # torch, DeepSpeed and DALI take seconds to import: a typing error should not.
+    from njepa.data.errors import DataError
+    from njepa.runs.collapse import Collapsed
+    from njepa.runs.ranks import join_ranks, leave_ranks
+    from njepa.runs.saving import CheckpointFailed
+    from njepa.training.dry_run import dry_run
+    from njepa.training.health import NonFiniteLoss
+    from njepa.training.run import train
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # the import sets its own level
+    ranks = join_ranks(config.run.device)
+    try:
+        if signals is None:
+            text = dry_run(config, ds, ranks)
+            print(text if main_rank else "", end="", flush=True)
+        else:
+            train(config, ds, ranks, signals)
+    except Stopped:
+        return STOPPED
+    except (NonFiniteLoss, Collapsed, DataError, CheckpointFailed) as error:
+        if main_rank:
+            print(f"njepa: {error}", file=sys.stderr)
+        return 1
+    finally:
+        leave_ranks()
     return 0
 
 

@@ -351,6 +351,9 @@ class RunConfig(Section):
     stop_after: PositiveInt | None = None
     """Write a checkpoint and stop after this global step, as if interrupted (schedules keep their
     full length)."""
+    grace_s: Annotated[float, Field(gt=0)] = 25.0
+    """Seconds that a checkpoint and the end of the run may take after the first SIGTERM, SIGUSR1 or
+    Ctrl-C (docs/running.md, Stop and resume). Slurm, Kubernetes and launchers kill after 30."""
     log_every: PositiveInt = 10
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: PositiveInt | None = None
