@@ -372,6 +372,9 @@ class RunConfig(Section):
     """Checkpoints kept; older ones are removed once a newer one is complete."""
     keep_every: PositiveInt | None = None
     """Checkpoints of multiples of so many steps stay for ever. None: no others than the newest."""
+    timeout_s: Annotated[float, Field(ge=1, le=86400)] = 1800.0
+    """Seconds after which the run ends, with several ranks: one of them is silent, or none moves
+    (docs/running.md, Several ranks). More than the longest single read, write or compilation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: CUDA where there is one."""
     compile: Annotated[Literal["auto", "off", "blocks"], _Off] = "auto"

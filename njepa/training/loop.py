@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -13,16 +12,18 @@ from torch import Tensor
 
 from njepa.config import dump_config
 from njepa.data.bad_images import BadImages
-from njepa.data.batch import Batch, Masks
+from njepa.data.batch import Masks
 from njepa.data.errors import DataError
 from njepa.runs.checkpoints import checkpoint_step, latest_checkpoint, versions
 from njepa.runs.collapse import CollapseAlarm, Collapsed
 from njepa.runs.folder import run_dir
 from njepa.runs.monitors import FeatureMonitor, MetricMeans, Stopwatch
+from njepa.runs.place import at_step, here, phase
 from njepa.runs.saving import CheckpointFailed, keep_saved
 from njepa.runs.signals import Stopped, StopSignals
 from njepa.runs.stopping import StopRequest
 from njepa.runs.summary import device_name
+from njepa.training.agreed_batches import agreed_batches
 from njepa.training.compiling import compilations
 from njepa.training.dumping import dump_bad_steps
 from njepa.training.health import BadReading, BadSteps, NonFiniteLoss, StepNote
@@ -71,6 +72,7 @@ class Loop:
         self._watch.lap()
         try:
             asked = stop.agreed_now() or self._train(stop)
+            here.phase = "ending"
             self.setup.writer.finish()
             if asked or self.step < total:
                 where = "before the first step"
@@ -120,18 +122,23 @@ class Loop:
                 collapse = self._alarm.rings(self._ranks)
             pause = time.perf_counter()
             if self.step % every_save == 0 or last or collapse:
-                self._save()
+                with phase("saving"):
+                    self._save()
             if collapse:
                 self._keep_collapsed(collapse, last)
             if every_eval and self.step % every_eval == 0 and not last:
-                self._evaluate(stop)
+                with phase("evaluating"):
+                    self._evaluate(stop)
             self._watch.pause(time.perf_counter() - pause)
         return asked
 
     def advance(self) -> StepResult:
         """One optimizer step, and the notes of the monitors on it."""
+        at_step(self.step + 1)
         rates = self._length.schedules.at(self.step)
-        result = training_step(self.setup.state, self._batches(), rates)
+        accumulation = self.setup.plan.sizes.accumulation
+        batches = agreed_batches(self.setup.loader, self._ranks, accumulation, self.step + 1)
+        result = training_step(self.setup.state, batches, rates)
         terms = [seen.metrics for seen in result.micro_batches]
         self._bad.add(StepNote(self.step, result.update.bad, terms, result.update.norms))
         self.step += 1
@@ -145,27 +152,6 @@ class Loop:
                 self.setup.online_probe.add(seen.features, seen.sample_ids)
         self._norm = result.update.norm
         return result
-
-    def _batches(self) -> Iterator[Batch]:
-        """The micro-batches of a step. Where a rank has none, all of them end alike.
-
-        Raises:
-            DataError: the same on all ranks.
-        """
-        for _ in range(self.setup.plan.sizes.accumulation):
-            batch: Batch | None = None
-            fault: DataError | None = None
-            try:
-                batch = next(self.setup.loader)
-            except DataError as error:
-                fault = error
-            if self._ranks.sum(batch is None):
-                told = self._ranks.gather(fault and str(fault))
-                if self._ranks.world == 1 and fault is not None:
-                    raise fault
-                raise DataError("; ".join(f"rank {r}: {why}" for r, why in enumerate(told) if why))
-            assert batch is not None  # nobody lacks one
-            yield batch
 
     def _log(self) -> None:
         steps = self._means.steps / self.setup.plan.sizes.accumulation
