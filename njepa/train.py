@@ -115,12 +115,7 @@ def _train(config: Config, ds: DeepSpeedFile, signals: StopSignals | None, main_
             train(config, ds, ranks, signals)
     except Stopped:
         return STOPPED
-    except (
-        NonFiniteLoss,
-        Collapsed,
-        CheckpointFailed,
-        DataError,
-    ) as error:  # alike on all ranks  # of all ranks alike
+    except (NonFiniteLoss, Collapsed, CheckpointFailed, DataError) as error:  # of all ranks
         return _end(error, 1, main_rank)
     except BaseException as error:
         alone = error
