@@ -69,6 +69,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Run from the command line; returns the exit status (docs/cli.md)."""
     args = parser(prog).parse_intermixed_args(argv)
     main_rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    # One of each host: a file may be missing, or differ, on one of them alone.
+    speaks = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0
     logging.basicConfig(
         level=logging.WARNING if main_rank else logging.ERROR,
         format="%(levelname)s %(message)s",
@@ -87,9 +89,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         with StopSignals(config.run.grace_s) as signals:
             return _train(config, ds, signals, main_rank)
     except ConfigError as error:
-        if main_rank:
-            print(f"njepa: {error}", file=sys.stderr)
-        return 2
+        return _end(error, 2, speaks)
 
 
 def _train(config: Config, ds: DeepSpeedFile, signals: StopSignals | None, main_rank: bool) -> int:
@@ -97,15 +97,17 @@ def _train(config: Config, ds: DeepSpeedFile, signals: StopSignals | None, main_
     # torch, DeepSpeed and DALI take seconds to import: a typing error should not.
     from njepa.data.errors import DataError
     from njepa.runs.collapse import Collapsed
-    from njepa.runs.ranks import join_ranks, leave_ranks
+    from njepa.runs.peers import STATUS
+    from njepa.runs.ranks import RanksMissing, join_ranks, leave_ranks
     from njepa.runs.saving import CheckpointFailed
     from njepa.training.dry_run import dry_run
     from njepa.training.health import NonFiniteLoss
     from njepa.training.run import train
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # the import sets its own level
-    ranks = join_ranks(config.run.device)
+    alone: BaseException | None = None
     try:
+        ranks = join_ranks(config.run.device, config.run.timeout_s)
         if signals is None:
             text = dry_run(config, ds, ranks)
             print(text if main_rank else "", end="", flush=True)
@@ -113,13 +115,23 @@ def _train(config: Config, ds: DeepSpeedFile, signals: StopSignals | None, main_
             train(config, ds, ranks, signals)
     except Stopped:
         return STOPPED
-    except (NonFiniteLoss, Collapsed, DataError, CheckpointFailed) as error:
-        if main_rank:
-            print(f"njepa: {error}", file=sys.stderr)
-        return 1
+    except (NonFiniteLoss, Collapsed, CheckpointFailed, DataError) as error:  # of all ranks
+        return _end(error, 1, main_rank)
+    except BaseException as error:
+        alone = error
+        if isinstance(error, RanksMissing):
+            return _end(error, STATUS, True)
+        raise
     finally:
-        leave_ranks()
+        leave_ranks(alone)
     return 0
+
+
+def _end(error: Exception, status: int, speaks: bool) -> int:
+    """Say why it ends, on the ranks that are to; the exit status."""
+    if speaks:
+        print(f"njepa: {error}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -84,6 +84,12 @@ class DataConfig(Section):
     reduced_decode: Annotated[bool, FREE] = False
     """Decode a JPEG at 1/4 or 1/8 of its size where its crop keeps twice the pixels a side that are
     needed: faster for large photographs, slightly other pixels (torchvision only; docs/data.md)."""
+    on_error: Annotated[Literal["skip", "stop"], FREE] = "skip"
+    """An image that cannot be read or decoded: ``skip`` takes the next one of the epoch's order in
+    its place, names and counts it; ``stop`` ends the run before the step that needs it."""
+    max_bad_frac: Annotated[Fraction, FREE] = 0.02
+    """More unreadable images than this share of the source end the run: those that the index left
+    out, and those that any rank has met since its start; looked at with every line of the log."""
     cache_dir: Annotated[Path | None, FREE] = None
     """Where the index of a source and the embedded set are kept. None: ``~/.cache/njepa``."""
 
@@ -369,6 +375,9 @@ class RunConfig(Section):
     """Checkpoints kept; older ones are removed once a newer one is complete."""
     keep_every: PositiveInt | None = None
     """Checkpoints of multiples of so many steps stay for ever. None: no others than the newest."""
+    timeout_s: Annotated[float, Field(ge=1, le=86400)] = 1800.0
+    """Seconds after which the run ends, with several ranks: one of them is silent, or none moves
+    (docs/running.md, Several ranks). More than the longest single read, write or compilation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: CUDA where there is one."""
     compile: Annotated[Literal["auto", "off", "blocks"], _Off] = "auto"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 import os
 import re
 import tarfile
@@ -26,6 +27,8 @@ from njepa.data.errors import SourceError
 from njepa.data.folders import THREADS, Watch, walk
 from njepa.data.idx import is_idx
 from njepa.data.parquet_layout import require_pyarrow
+
+logger = logging.getLogger(__name__)
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -289,6 +292,7 @@ def _shard_rows(root: Path, shard: str) -> list[_Row]:
                     data = tar.extractfile(member)
                     assert data is not None  # a regular member
                     labels[key] = data.read(4096).decode("utf-8", "replace").strip()
+            _check_end(tar)
     except tarfile.TarError as error:
         raise SourceError(
             f"data: {path} cannot be read as a tar file ({error}). Compressed shards are not "
@@ -299,6 +303,17 @@ def _shard_rows(root: Path, shard: str) -> list[_Row]:
         (f"{shard}/{name}", labels.get(key), offset, size)
         for key, (name, offset, size) in images.items()
     ]
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """tarfile takes any header that it cannot read, but the first, for the end of the file."""
+    assert tar.fileobj is not None  # open
+    tar.fileobj.seek(tar.offset)
+    block = tar.fileobj.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0"):
+        raise tarfile.ReadError(f"no header of a member at byte {tar.offset}")
+    if not block:
+        logger.warning("%s has no mark at its end: perhaps it was cut short", tar.name)
 
 
 def _is_image(name: str) -> bool:

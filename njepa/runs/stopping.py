@@ -8,6 +8,7 @@ from typing import ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 
+from njepa.runs.place import waiting
 from njepa.runs.ranks import Ranks
 from njepa.runs.signals import Stopped, StopSignals
 
@@ -42,7 +43,8 @@ class StopRequest:
             return self.asked
         answer = False
         if self._work is not None and self._vote is not None:
-            self._work.wait()
+            with waiting():
+                self._work.wait()
             answer = bool(self._vote.item())
         self._vote = torch.tensor([int(self.asked)])
         self._work = dist.all_reduce(
@@ -62,7 +64,8 @@ class StopRequest:
 
     def close(self) -> None:
         if self._work is not None:
-            self._work.wait()
+            with waiting():
+                self._work.wait()
 
     def _noted(self, answer: bool) -> bool:
         """The time of this rank runs, too."""

@@ -11,6 +11,7 @@ from njepa.config import Config
 from njepa.config.deepspeed_file import DeepSpeedFile
 from njepa.runs.checkpoints import latest_checkpoint
 from njepa.runs.folder import run_dir
+from njepa.runs.place import here
 from njepa.runs.ranks import Ranks
 from njepa.runs.rollbacks import roll_back
 from njepa.runs.signals import StopSignals
@@ -31,6 +32,9 @@ def train(
             ``Loop.run`` otherwise.
     """
     run = run_dir(config)
+    here.way_out = lambda: (
+        f"the last checkpoint is {latest_checkpoint(run) or 'none'}; go on with run.resume=true"
+    )
     while True:
         setup = set_up(config, ds, ranks)
         try:
