@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import difflib
 
+#: Of a message.
+_LINES, _CHARACTERS = 40, 4000
+
 
 class ConfigError(ValueError):
-    """A configuration that cannot run; the message says what it got and expected, and the fix."""
+    """A configuration that cannot run; the message says what it got and expected, and the fix.
+
+    As text it fits a screen, and no name from a file or an archive controls the terminal.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        lines = text[:_CHARACTERS].split("\n")
+        shown = "\n".join("".join(map(_printable, line)) for line in lines[:_LINES])
+        return shown + " ..." * (len(text) > _CHARACTERS or len(lines) > _LINES)
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else ascii(character)[1:-1]
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from njepa.data.errors import DecodeError
+
+#: What Pillow may take a file for, whatever its name says. Not among them: what it hands to other
+#: programs (EPS, to Ghostscript), and thirty rare formats that images of a data set do not have.
+#: JPEG includes MPO.
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+
+def open_image(file: Path | bytes) -> ImageFile.ImageFile:
+    """The header of an image by Pillow, which decodes nothing yet.
+
+    Raises:
+        Exception: almost any, of a damaged file or one with more than 179 million pixels.
+    """
+    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
 
 
 def decode(data: bytes) -> Tensor:
@@ -33,7 +48,7 @@ def decode(data: bytes) -> Tensor:
         except RuntimeError:
             pass  # Pillow has the last word, and the clearer message
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with open_image(data) as opened:
             upright = ImageOps.exif_transpose(opened)
             if upright.mode.startswith("I;16"):  # Pillow would clip at 255
                 upright = Image.fromarray(np.uint8(np.rint(np.asarray(upright) / 257)))

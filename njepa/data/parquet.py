@@ -238,7 +238,7 @@ def _read_group(path: Path, group: int, footer: _Footer, *more: str) -> Any:
         with parquet.ParquetFile(path, metadata=footer.metadata, pre_buffer=False) as file:
             columns = [footer.layout.leaf, *more]
             table = file.read_row_group(group, columns=columns, use_threads=False)
-    except (OSError, pyarrow().lib.ArrowException) as error:
+    except Exception as error:  # damaged pages make pyarrow raise almost anything
         reason = " ".join(str(error).split())[:200]
         raise OSError(f"{path}: row group {group} cannot be decoded ({reason})") from None
     return table if more else table.column(0)

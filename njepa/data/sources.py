@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,10 +125,13 @@ def _load(cached: Path) -> _Stored | None:
                 _unpack(file["unreadable"]), str(file["digest"]),
             )  # fmt: skip
             watch = Watch(watched, file["watched_times"], int(file["listed"])) if watched else None
+            rows = (index.widths, index.heights, index.sizes, index.shard, index.offsets)
+            if {len(row) for row in rows} != {index.n} or len(labels) not in (0, index.n):
+                raise ValueError("its parts differ in length")
             return _Stored(str(file["fingerprint"]), index, file["times"], watch)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file makes the reader raise almost anything
         logger.warning("%s is damaged and will be built again: %s", cached, error)
         return None
 

@@ -12,11 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from njepa.atomic import write_atomically
 from njepa.config import Config, ConfigError, dump_config, free_on_resume
 from njepa.config.deepspeed_file import DeepSpeedFile
+from njepa.config.reading import read_yaml, read_yaml_file
 
 
 class RunFolder:
@@ -29,7 +28,10 @@ class RunFolder:
 
     def __init__(self, config: Config, ds: DeepSpeedFile) -> None:
         self.path = run_dir(config)
-        held = (self.path / "config.yaml").is_file()
+        try:
+            held = (self.path / "config.yaml").is_file()
+        except OSError as error:
+            raise ConfigError(f"run.dir={self.path} cannot be read: {error}") from None
         if held and not config.run.resume:
             raise ConfigError(
                 f"run.dir={self.path} already holds a run; continue it with run.resume=true, or "
@@ -84,8 +86,8 @@ def run_dir(config: Config) -> Path:
 
 def _check_same_run(file: Path, config: Config) -> None:
     before, now = (
-        flat(yaml.safe_load(file.read_text())),
-        flat(yaml.safe_load(dump_config(config))),
+        flat(read_yaml_file(file, str(file))),
+        flat(read_yaml(dump_config(config), "the configuration")),
     )
     changed = [
         f"  {key}: {before.get(key)!r} -> {now.get(key)!r}"
