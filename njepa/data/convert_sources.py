@@ -134,7 +134,7 @@ def _members(path: Path, archive: zipfile.ZipFile) -> Iterator[zipfile.ZipInfo]:
     """Files that are not hidden. An archive that reaches out of its folder is refused whole."""
     for member in archive.infolist():
         parts = member.filename.split("/")
-        reason = ""
+        reason = "" if member.filename else "it has no name"
         if member.filename.startswith("/") or ".." in parts or ":" in parts[0]:
             reason = "its name leaves the archive's folder"
         elif stat.S_IFMT(mode := member.external_attr >> 16) and not (

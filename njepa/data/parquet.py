@@ -285,7 +285,10 @@ def _group_sizes(footer: _Footer) -> Iterator[tuple[int, int]]:
 
 
 def _is_leaf(column: Any, layout: Layout) -> bool:
-    return bool(column.path_in_schema == layout.leaf)
+    try:
+        return bool(column.path_in_schema == layout.leaf)
+    except UnicodeDecodeError:  # of a damaged footer; reading the group says so
+        return False
 
 
 def _described(layout: Layout) -> str:

@@ -160,6 +160,14 @@ def test_a_cached_index_that_lies_is_built_again(tmp_path, caplog):
         assert opened(root, tmp_path).digest == digest
         assert "is damaged and will be built again" in caplog.text
         caplog.clear()
+    with zipfile.ZipFile(cached, "w") as archive:  # numpy gives bytes for what is no array
+        for name, array in arrays.items():
+            buffer = io.BytesIO()
+            np.save(buffer, array)
+            content = b"no array" if name == "watched_times" else buffer.getvalue()
+            archive.writestr(f"{name}.npy", content)
+    assert opened(root, tmp_path).digest == digest
+    assert "watched_times is no row of integers" in caplog.text
 
 
 SAFETENSORS = {
