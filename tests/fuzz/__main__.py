@@ -62,7 +62,7 @@ def main() -> int:
             for one in found:
                 args.keep.mkdir(exist_ok=True)
                 digest = hashlib.sha256(one.content).hexdigest()[:8]
-                (args.keep / f"{name}+{digest}").write_bytes(one.content)
+                (args.keep / f"{name}+{digest}.bin").write_bytes(one.content)
                 told.append(f"{digest}: {one.what}")
         bad += len(told)
         print(f"| {name} | {count} | {'; '.join(told) or 'nothing'} |", flush=True)

@@ -23,7 +23,7 @@ def test_changed_files(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", FOUND, ids=lambda path: path.name)
 def test_what_was_found(path: Path, tmp_path: Path) -> None:
-    """``found/READER+HASH``."""
+    """``found/READER+HASH.bin``."""
     one = Fuzz(path.name.partition("+")[0], tmp_path / "files")
     assert one.fault(path.read_bytes()) == ""
 

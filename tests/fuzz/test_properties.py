@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from njepa_kernels.testing import Inputs, OpCase, all_cases, evaluate
 
 from njepa.commands.info import all_keys
-from njepa.config import ConfigError, MaskConfig, dump_config, load_config, recipe_names
+from njepa.config import ConfigError, MaskConfig, dump_config, load_config, parse_config
+from njepa.config import recipe_names as all_recipes
 from njepa.config.deepspeed_file import parse_deepspeed
 from njepa.config.reading import read_yaml
-from njepa.config.schema import Config
 from njepa.draws.crops import crop_windows
 from njepa.draws.masks import MaskSampler
 from njepa.training.setup import decide, decide_length
@@ -69,7 +69,7 @@ DS = st.dictionaries(
 
 @few
 @given(
-    recipe=st.sampled_from(recipe_names()),
+    recipe=st.sampled_from(all_recipes()),
     changes=st.lists(st.tuples(st.sampled_from(KEYS), VALUES), max_size=4),
     ds=st.just({"train_micro_batch_size_per_gpu": 4}) | DS,
 )
@@ -83,22 +83,19 @@ def test_configurations(recipe: str, changes: list[tuple[str, Any]], ds: dict[st
             node = node[section] if isinstance(node.get(section), dict) else {}
         node[last] = value
     try:
-        config = Config.model_validate(raw) if not changes else _parsed(raw)
-        text = dump_config(config)
-        assert _parsed(read_yaml(text, "it")) == config
+        config = parse_config(raw)
+        assert parse_config(read_yaml(dump_config(config), "it")) == config
         plan = decide(config, parse_deepspeed(ds), ALONE)
         decide_length(config, 100).schedules.at(0)
     except ConfigError as error:
-        assert str(error).count("\n") < 41
-        assert len(str(error)) < 4100
+        _on_a_screen(error)
     else:
         assert plan.sizes.total > 0
 
 
-def _parsed(raw: Any) -> Config:
-    from njepa.config import parse_config
-
-    return parse_config(raw)
+def _on_a_screen(error: ConfigError) -> None:
+    assert str(error).count("\n") <= 40
+    assert len(str(error)) <= 4100
 
 
 def _ranges(low: float, high: float) -> Any:
@@ -125,7 +122,7 @@ def test_masks(data: st.DataObject) -> None:
     try:
         masks = MaskSampler(config, grid, draw(st.integers(0, 2**32 - 1)), len(ids))
     except ConfigError as error:
-        assert len(str(error)) < 1000
+        _on_a_screen(error)
         return
     context, target, lengths = masks(step, ids)
     (h, w), (ch, cw) = masks.block_sizes(step)
@@ -258,7 +255,8 @@ def _result(case: OpCase, inputs: Inputs, impl: str) -> dict[str, torch.Tensor] 
     except (TypeError, ValueError):
         return None
     except RuntimeError as error:
-        assert f"impl='{impl}' cannot run" in str(error), repr(error)
+        if f"impl='{impl}' cannot run" not in str(error):
+            raise
         return str(error)
     raise AssertionError(f"{impl} of {case.name} takes {inputs}")
 
@@ -270,4 +268,4 @@ def test_every_key_takes_or_refuses_any_kind_of_value(key: str) -> None:
         try:
             load_config("shapes-tiny", [f"{key}={value}"])
         except ConfigError as error:
-            assert len(str(error)) < 2000
+            _on_a_screen(error)
