@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from njepa.config import ConfigError
@@ -111,8 +111,8 @@ class CheckpointFiles:
                 raise self._damaged(INDEX, f"it does not list {name}")
             try:
                 found = read_back(self.folder / name)
-            except OSError as error:
-                raise self._damaged(name, str(error.strerror)) from None
+            except (OSError, ValueError) as error:  # ValueError: no file can have that name
+                raise self._damaged(name, getattr(error, "strerror", str(error))) from None
             if found.bytes != expected.bytes:
                 raise self._damaged(
                     name, f"it has {found.bytes} bytes, {expected.bytes} were written"
@@ -172,7 +172,7 @@ class CheckpointFiles:
             if name not in self._handles:
                 self._handles[name] = safe_open(self.folder / name, framework="pt")
             tensor: Tensor = self._handles[name].get_tensor(key)
-        except (SafetensorError, OSError) as error:
+        except Exception as error:  # a header that lies makes the reader raise almost anything
             raise self._damaged(name, str(error)) from None
         return tensor
 

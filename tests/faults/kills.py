@@ -107,6 +107,7 @@ class Run:
             sizes = {"WORLD_SIZE": self.case.ranks, "LOCAL_WORLD_SIZE": self.case.ranks}
             os.environ.update({key: str(value) for key, value in (place | sizes).items()})
             os.environ["MASTER_ADDR"] = "127.0.0.1"
+            self.in_child()
             from njepa import train
 
             status = train.main(self._arguments())
@@ -118,6 +119,9 @@ class Run:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+
+    def in_child(self) -> None:
+        """In the process that will train, before it does."""
 
     def _arguments(self) -> list[str]:
         case = self.case
