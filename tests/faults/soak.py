@@ -8,7 +8,7 @@ the time a second run, with the same settings, goes through the same steps under
 too. One of the images is cut short. Checked are
 
 - flat: from the middle third of the samples to the last one, the median memory grows by no more
-  than 2 %, and the most handles and threads are no more;
+  than 2 %, and the fewest handles and threads, those while no save is under way, do not grow;
 - nothing lost: every loss that the second run logs, at whatever time it makes a step, is that of
   the first bit for bit, and so are all tensors of the last checkpoint that both have;
 - no traceback, and never a start without a checkpoint to go on from once there was one.
@@ -48,12 +48,7 @@ class Soaked(Run):
 
     def __init__(self, root: Path, disk: Path, name: str) -> None:
         super().__init__(CASE, root, name)
-        self.dir, self.disk, self.slow, self.filler = (
-            disk / name,
-            disk,
-            root / "slow",
-            disk / "full",
-        )
+        self.dir, self.slow, self.filler = disk / name, root / "slow", disk / "full"
         self.samples: list[tuple[int, int, int]] = []
 
     def _arguments(self) -> list[str]:
@@ -183,9 +178,8 @@ def growth(samples: list[tuple[int, int, int]]) -> tuple[list[str], bool]:
     assert third >= 5, f"{len(samples)} samples are too few to judge: more minutes"
     middle, last = samples[third : 2 * third], samples[2 * third :]
     rows, flat = [], True
-    for k, (name, of) in enumerate(
-        (("memory, MB", statistics.median), ("handles", max), ("threads", max))
-    ):
+    judged = (("memory, MB", statistics.median), ("handles", min), ("threads", min))
+    for k, (name, of) in enumerate(judged):
         before, after = (of([sample[k] for sample in part]) for part in (middle, last))
         fine = after <= before * (GROWTH if k == 0 else 1)
         unit = 1e6 if k == 0 else 1
@@ -232,17 +226,19 @@ def main() -> int:
         mild = ["slow", *(["full", "full and slow"] if own else [])]
         hard = ["kill", "SIGTERM", *mild, "kill, slow", "SIGTERM, slow"]
         hard += ["kill, full", "SIGTERM, full"] if own else []
-        tries = [soak(steady, mild, seconds / 3, rng), soak(beaten, hard, seconds * 2 / 3, rng)]
+        try:
+            tries = [soak(steady, mild, seconds / 3, rng), soak(beaten, hard, seconds * 2 / 3, rng)]
+        finally:
+            steady.kill()
+            beaten.kill()
         flat, is_flat = growth(steady.samples)
         same, is_same = compare(steady, beaten)
         left = steady.unfinished() + beaten.unfinished()
-    print(f"{args.minutes:g} minutes, seed {args.seed}" + "" * own + ", no full disk" * (not own))
+    print(f"{args.minutes:g} minutes, seed {args.seed}" + ", no full disk" * (not own))
     print("| fault | one process | with restarts |\n|---|---|---|")
     for kind in hard:
         print(f"| {kind} | {tries[0][kind]} | {tries[1][kind]} |")
-    print(
-        "| of the one process | middle third | last third | |\n|---|---|---|---|", *flat, sep="\n"
-    )
+    print("| one process | middle third | last third | |\n|---|---|---|---|", *flat, sep="\n")
     print("| of both | | |\n|---|---|---|", *same, sep="\n")
     print(f"| unfinished checkpoints left | {len(left)} | {_word(not left)} |")
     return 0 if is_flat and is_same and not left else 1
