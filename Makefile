@@ -15,6 +15,7 @@ help:
 	@echo "make train   train the tiny recipe on the embedded images (a few minutes on a CPU)"
 	@echo "make test    the tests but the slow ones (under 8 minutes on 2 cores);  make test-all: all of them"
 	@echo "make bench   the benchmarks"
+	@echo "make fuzz    changed files for every reader;  make soak: a training under faults (MINUTES=30)"
 	@echo "make docs    these documents as a site, in site/"
 	@echo "make native  build the C++ ops again (setup does it where there is a compiler)"
 	@echo "make lint    ruff;  make types: mypy"

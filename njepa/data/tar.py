@@ -28,7 +28,7 @@ def shard_rows(root: Path, shard: str) -> list[Row]:
         with tarfile.open(path, mode="r:") as tar:
             end = path.stat().st_size
             for member in tar:
-                # A size below zero would be read for ever (CVE-2025-8194, Python before 3.11.14).
+                # A size below zero would be read for ever (CVE-2025-8194).
                 if not 0 <= member.size <= end - member.offset_data:
                     raise tarfile.ReadError(f"unexpected end of data in {member.name!r}")
                 if member.isdir():

@@ -24,6 +24,7 @@ from njepa.data.sources import open_source
 from njepa.exchange.reading import read_encoder
 from njepa.runs.checkpoint_files import INDEX, CheckpointFiles, DamagedCheckpoint
 from njepa.runs.checkpoints import good_checkpoint
+from njepa.training.replaying import _inside as inside
 from tests.support.pictures import class_folders, encoded, picture, shard, write
 from tests.support.written import names, save
 
@@ -64,7 +65,7 @@ def test_shards_with_such_members_are_refused(case, tmp_path):
 
 @pytest.mark.parametrize("size", [-512, -1024, 1 << 40, 1 << 62])
 def test_a_tar_header_that_lies_about_its_size(tmp_path, size):
-    """Below zero: Python's reader before 3.11.14 would come to the same header for ever."""
+    """Below zero: Python's reader may come to the same header for ever."""
     path = shard(tmp_path / "a.tar", {"a.jpg": JPEG})
     content = bytearray(path.read_bytes())
     content[124:136] = size.to_bytes(12, "big", signed=True)
@@ -201,6 +202,17 @@ def test_a_checkpoint_that_names_files_outside(tmp_path, name):
     with pytest.raises(ConfigError, match="no checkpoint that is whole"):
         good_checkpoint(tmp_path)
     assert names(tmp_path) == ["step-00000010"]
+
+
+@pytest.mark.parametrize("name", ["..", "../other", "/etc", ".", "run/../../other", "inside/up"])
+def test_a_dump_that_names_a_checkpoint_outside(tmp_path, name):
+    run = tmp_path / "run"
+    (run / "inside").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    (run / "inside" / "up").symlink_to(tmp_path / "other")
+    assert inside(run, "inside") == run / "inside"
+    with pytest.raises(ConfigError, match="is not a folder inside of"):
+        inside(run, name)
 
 
 @pytest.mark.parametrize("count", [200, 400, 1e999])
