@@ -15,6 +15,7 @@ import warnings
 
 from njepa.config import ConfigError, load_config, recipe_names
 from njepa.config.deepspeed_file import load_deepspeed_file
+from njepa.config.messages import log_to_stderr, printable
 from njepa.runs.trackers import require
 
 EPILOG = """overrides:
@@ -64,11 +65,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Run from the command line; returns the exit status (0 done or stopped, 2 bad input)."""
     args = parser(prog).parse_intermixed_args(argv)
     main_rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
-    logging.basicConfig(
-        level=logging.WARNING if main_rank else logging.ERROR,
-        format="%(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    log_to_stderr(logging.WARNING if main_rank else logging.ERROR)
     # Every rank reads images of its own, and says which it could not read.
     logging.getLogger("njepa.data.loader").setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch 2.14 renames; nothing a user could fix.
@@ -90,7 +87,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
             train(config, ds, ranks)
         except (NonFiniteLoss, DataError, CheckpointFailed) as error:
             if main_rank:
-                print(f"njepa: {error}", file=sys.stderr)
+                print(printable(f"njepa: {error}"), file=sys.stderr)
             return 1
         finally:
             leave_ranks()

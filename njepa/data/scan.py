@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from njepa.config.messages import printable
 from njepa.data.decode import decode
 from njepa.data.errors import DecodeError, SourceError
 from njepa.data.fork_guard import forking
@@ -44,7 +45,7 @@ class ScanReport:
                 "a list cannot select images inside tar shards or Parquet files; write new ones "
                 "without the bad images"
             )
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 def scan(

@@ -3,7 +3,7 @@
     python -m tests.fuzz --minutes 10 [--only tar,zip] [--seed 1] [--keep FOLDER]
 
 The minutes are divided among the readers (``readers.py``) and the properties
-(``test_properties.py``). Ends with status 1 where something was found; the inputs are in FOLDER,
+(``properties.py``). Ends with status 1 where something was found; the inputs are in FOLDER,
 each a test as soon as it lies in ``tests/fuzz/found``.
 """
 
@@ -15,30 +15,20 @@ import sys
 import time
 from pathlib import Path
 
-import hypothesis
-
-from tests.fuzz import test_properties
+from tests.fuzz import properties
 from tests.fuzz.fuzzer import fuzz
 from tests.fuzz.readers import READERS
 
-PROPERTIES = {
-    name.removeprefix("test_"): value
-    for name, value in vars(test_properties).items()
-    if name.startswith("test_") and hasattr(value, "hypothesis")
-}
 
-
-def check(name: str, seconds: float, seed: int) -> tuple[int, str]:
+def look(name: str, seconds: float, seed: int) -> tuple[int, str]:
     """A property on examples that no test draws; how many, and the first fault."""
     stop, count = time.monotonic() + seconds, 0
     while time.monotonic() < stop:
-        one = hypothesis.seed(seed + count)(PROPERTIES[name])
-        one = hypothesis.settings(one, max_examples=200, derandomize=False, database=None)
         try:
-            one()
+            properties.check(name, 100, seed + count)
         except Exception as error:
             return count, f"{type(error).__name__}: {error}"[:500]
-        count += 200
+        count += 100
     return count, ""
 
 
@@ -49,13 +39,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", type=Path, default=Path(".fuzz"))
     args = parser.parse_args()
-    names = args.only.split(",") if args.only else [*PROPERTIES, *READERS]
+    names = args.only.split(",") if args.only else [*properties.PROPERTIES, *READERS]
     seconds, bad = 60 * args.minutes / len(names), 0
     print(f"{seconds:.0f} s each, seed {args.seed}\n| what | inputs | found |\n|---|---|---|")
     for name in names:
         told = []
-        if name in PROPERTIES:
-            count, fault = check(name, seconds, args.seed)
+        if name in properties.PROPERTIES:
+            count, fault = look(name, seconds, args.seed)
             told = [fault] if fault else []
         else:
             count, found = fuzz(name, seconds, args.seed)

@@ -1,4 +1,4 @@
-"""The readers on a few changed files, and on every file that `make fuzz` has found so far."""
+"""A few examples of what `make fuzz` looks for, and every file that it has found so far."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from njepa.config import ConfigError, load_config
 from tests.fuzz.fuzzer import Fuzz
-from tests.fuzz.readers import READERS
+from tests.fuzz.properties import KEYS, PROPERTIES, check, on_a_screen
+from tests.fuzz.readers import READERS, Start
 
 FOUND = sorted((Path(__file__).parent / "found").iterdir())
 #: Changed files of each reader: of those that take long fewer.
@@ -40,7 +42,20 @@ def test_the_fuzzer_sees_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "" in faults
 
 
-def _starts(folder: Path):
-    from tests.fuzz.readers import Start
-
+def _starts(folder: Path) -> list[Start]:
     return [Start(b"text that begins with a t")]
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_properties(name: str) -> None:
+    check(name, 40, seed=0)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_takes_or_refuses_any_kind_of_value(key: str) -> None:
+    for value in ("0", "-1", "1", "0.5", "x", "[1]", "{a: 1}", "null", "true", "1e400", "9" * 30,
+                  '"\\0"', "[0.1, 0.2]", "'../x'"):  # fmt: skip
+        try:
+            load_config("shapes-tiny", [f"{key}={value}"])
+        except ConfigError as error:
+            on_a_screen(error)
