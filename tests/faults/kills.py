@@ -274,6 +274,7 @@ def prepare() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import deepspeed  # noqa: F401
 
+    import njepa.train
     import njepa.training.loop  # noqa: F401
 
 

@@ -71,6 +71,11 @@ class Soaked(Run):
     def pid(self) -> int:
         return self._pids[0]
 
+    def alive(self) -> bool:
+        if os.waitpid(self.pid, os.WNOHANG)[0]:
+            self._pids = []
+        return bool(self._pids)
+
     def begin(self) -> None:
         """Start, and wait for the first new step."""
         before = max(self.losses(), default=0)
@@ -80,7 +85,7 @@ class Soaked(Run):
     def until(self, reached, limit: float = LIMIT) -> None:
         deadline = time.monotonic() + limit
         while not reached():
-            assert os.waitpid(self.pid, os.WNOHANG)[0] == 0, self.text()
+            assert self.alive(), self.text()
             assert time.monotonic() < deadline, f"nothing for {limit} s\n{self.text()}"
             time.sleep(0.05)
 
@@ -91,10 +96,9 @@ class Soaked(Run):
         """By SIGTERM to all of its processes; whatever its status, without a traceback."""
         os.killpg(self.pid, signal.SIGTERM)
         deadline = time.monotonic() + LIMIT
-        while os.waitpid(self.pid, os.WNOHANG)[0] == 0:
+        while self.alive():
             assert time.monotonic() < deadline, f"SIGTERM, and no end\n{self.text()}"
             time.sleep(0.05)
-        self._pids = []
         assert "Traceback" not in self.text(), self.text()
 
     def fill(self) -> None:
@@ -122,7 +126,7 @@ class Soaked(Run):
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             self.sample()
-            assert os.waitpid(self.pid, os.WNOHANG)[0] == 0, self.text()
+            assert self.alive(), self.text()
             time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
 
 
