@@ -94,11 +94,7 @@ def configurations(recipe: str, changes: list[tuple[str, Any]], ds: dict[str, An
     """It runs as far as one can tell without data, or ends with a message of one screen."""
     raw = load_config(recipe, ["data.path=."]).model_dump(mode="json", exclude_unset=True)
     for key, value in changes:
-        node = raw
-        *sections, last = key.split(".")
-        for section in sections:
-            node = node[section] if isinstance(node.get(section), dict) else {}
-        node[last] = value
+        put(raw, key, value)
     try:
         config = parse_config(raw)
         assert parse_config(read_yaml(dump_config(config), "it")) == config
@@ -108,6 +104,14 @@ def configurations(recipe: str, changes: list[tuple[str, Any]], ds: dict[str, An
         on_a_screen(error)
     else:
         assert plan.sizes.total > 0
+
+
+def put(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``section.key``."""
+    *sections, last = key.split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+    raw[last] = value
 
 
 def on_a_screen(error: ConfigError) -> None:
