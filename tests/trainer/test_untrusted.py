@@ -89,6 +89,20 @@ def test_zips_with_such_members_are_refused(tmp_path, mode):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_zip_with_a_member_without_a_name(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("aaaaa", JPEG)
+    # Both headers: no name, and its bytes an extra field of one byte.
+    content = bytearray(path.read_bytes().replace(b"aaaaa", b"aa\x01\x00x"))
+    for mark, at in ((b"PK\x01\x02", 28), (b"PK\x03\x04", 26)):
+        place = content.index(mark) + at
+        content[place : place + 4] = struct.pack("<HH", 0, 5)
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match="'': it has no name"):
+        convert(path, tmp_path / "out", progress=False)
+
+
 def test_a_list_names_files_and_nothing_else_is_opened(tmp_path):
     """Paths that leave the folder are what a list is for; a pipe would be waited for."""
     os.mkfifo(tmp_path / "pipe.jpg")
