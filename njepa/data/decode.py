@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import math
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -18,6 +21,12 @@ from njepa.data.errors import DecodeError
 #: programs (EPS, to Ghostscript), and thirty rare formats that images of a data set do not have.
 #: JPEG includes MPO.
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+#: Markers of a JPEG behind which its size stands.
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+#: Pixels of a reduced JPEG for each pixel of the resized window, at least, along a side.
+SPARE = 2
+#: Of a side. Decoding at 1/2 saves no time: Pillow, which can do it, is slower than torchvision.
+SCALES = (8, 4)
 
 
 def open_image(file: Path | bytes) -> ImageFile.ImageFile:
@@ -27,6 +36,20 @@ def open_image(file: Path | bytes) -> ImageFile.ImageFile:
         Exception: almost any, of a damaged file or one with more than 179 million pixels.
     """
     return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
+
+
+def _fits(data: bytes) -> bool:
+    """Whether a JPEG says in plain order that it has no more pixels than Pillow takes.
+
+    torchvision has no such limit: 400 bytes can declare, and then take, 12 GB.
+    """
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 9 <= len(data):
+        if data[at + 1] in _FRAMES:
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            return 0 < height * width <= 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
 
 
 def decode(data: bytes) -> Tensor:
@@ -40,7 +63,7 @@ def decode(data: bytes) -> Tensor:
     Raises:
         DecodeError: not an image, or cut short.
     """
-    if data[:2] == b"\xff\xd8":
+    if data[:2] == b"\xff\xd8" and _fits(data):
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         try:
             image: Tensor = decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
@@ -55,6 +78,59 @@ def decode(data: bytes) -> Tensor:
             pixels = np.array(upright.convert("RGB"))
     except Exception as error:  # damaged files make Pillow raise almost anything
         raise DecodeError(fault(error, len(data))) from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def decode_window(
+    data: bytes, shape: tuple[int, int], window: Sequence[int], size: int, *, reduce: bool
+) -> Tensor:
+    """The window of an image, resized: uint8 [3, size, size].
+
+    Args:
+        shape: width and height of the upright image, as it was indexed.
+        window: left, top, width, height in it.
+        reduce: decode a JPEG at 1/4 or 1/8 of its size, by fewer coefficients of its blocks, where
+            at least ``SPARE * size`` pixels remain a side of the window.
+
+    Raises:
+        DecodeError: as ``decode``; or the image has another shape.
+    """
+    if reduce and data[:2] == b"\xff\xd8" and min(window[2:]) >= SCALES[-1] * SPARE * size:
+        view = _reduced_window(data, shape, window, size)
+        if view is not None:
+            return view
+    image = decode(data)
+    if image.shape[1:] != shape[::-1]:
+        raise DecodeError(
+            f"has {image.shape[2]} x {image.shape[1]} pixels, {shape[0]} x {shape[1]} when it was "
+            f"indexed"
+        )
+    left, top, width, height = window
+    return resize(image[:, top : top + height, left : left + width], size, size)
+
+
+def _reduced_window(
+    data: bytes, shape: tuple[int, int], window: Sequence[int], size: int
+) -> Tensor | None:
+    """None where this JPEG has no such scale or is damaged; decoding it whole will tell."""
+    left, top, width, height = window
+    wanted = next(s for s in SCALES if min(width, height) >= s * SPARE * size)
+    try:
+        with open_image(data) as opened:
+            full = opened.size
+            opened.draft(None, (full[0] // wanted, full[1] // wanted))
+            scale = round(full[0] / opened.width)
+            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            # Of a last row or column that is cut off, a turned image would make the first.
+            cut = full[0] % scale or full[1] % scale
+            upright = ImageOps.exif_transpose(opened).convert("RGB")
+            expected = tuple(-(-x // scale) for x in shape)
+            if scale == 1 or (turned and cut) or upright.size != expected:
+                return None
+            box = (left / scale, top / scale, (left + width) / scale, (top + height) / scale)
+            pixels = np.array(upright.resize((size, size), Image.Resampling.BILINEAR, box))
+    except Exception:  # damaged files make Pillow raise almost anything
+        return None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from njepa.config import DataConfig
-from njepa.data.decode import decode, resize
+from njepa.data.decode import decode_window
 from njepa.data.errors import DecodeError
 from njepa.data.fork_guard import forking
 from njepa.data.index import ImageIndex
@@ -62,16 +62,14 @@ class PlannedImages(Dataset["Pixels | DecodeError"]):
         return Pixels(images, plan.ids, unreadable)
 
     def _view(self, sample: int, window: np.ndarray) -> Tensor:
-        image = decode(self._index.read(sample))
-        expected = (int(self._index.heights[sample]), int(self._index.widths[sample]))
-        if image.shape[1:] != expected:
-            raise DecodeError(
-                f"has {image.shape[2]} x {image.shape[1]} pixels, "
-                f"{expected[1]} x {expected[0]} when it was indexed"
-            )
-        left, top, width, height = window.tolist()
-        crop = image[:, top : top + height, left : left + width]
-        return resize(crop, self._config.image_size, self._config.image_size)
+        index, config = self._index, self._config
+        return decode_window(
+            index.read(sample),
+            (int(index.widths[sample]), int(index.heights[sample])),
+            window.tolist(),
+            config.image_size,
+            reduce=config.reduced_decode,
+        )
 
     def _replacement(self, plan: Planned, slot: int, unreadable: list[tuple[int, str]]) -> Tensor:
         index, config = self._index, self._config

@@ -146,6 +146,7 @@ HUGE = {
     "bmp": b"BM" + struct.pack("<IHHI", 1000, 0, 0, 54)
     + struct.pack("<IiiHHIIiiII", 40, 60000, 60000, 1, 24, 0, 0, 0, 0, 0, 0),
     "ppm": b"P6 60000 60000 255\n",
+    "jpg": JPEG.replace(struct.pack(">HH", 40, 60), struct.pack(">HH", 60000, 60000)),
 }  # fmt: skip
 
 
