@@ -135,7 +135,8 @@ def masks(data: st.DataObject) -> None:
     config = MaskConfig(
         compat=draw(st.sampled_from(["fixed", "upstream"])), n_targets=draw(st.integers(1, 8)),
         target_scale=draw(scales), context_scale=draw(_ranges(0.8, 1) if static else scales),
-        aspect_ratio=draw(_ranges(0.75, 1.5) if static else _ranges(0.002, 1000)), min_keep=draw(st.integers(0, 40)),
+        aspect_ratio=draw(_ranges(0.75, 1.5) if static else _ranges(0.002, 1000)),
+        min_keep=draw(st.integers(0, 40)),
         allow_overlap=draw(st.booleans()), ragged=ragged, static_shapes=static,
     )  # fmt: skip
     ids = np.array(draw(st.lists(st.integers(0, 2**62), min_size=1, max_size=8)), dtype=np.int64)
