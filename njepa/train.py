@@ -29,6 +29,7 @@ Batch size, accumulation, ZeRO stage, precision and clipping belong to the DeepS
 For example:
 
   njepa train
+  njepa train --recipe folder-small data.path=photos method=cjepa --dry-run
   njepa train --recipe folder-small data.path=photos method=cjepa
   njepa train --recipe folder-small data.path=photos run.resume=true
 """
@@ -54,6 +55,9 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         metavar="R",
         help=f"recipe: {', '.join(recipe_names())}, or a .yaml file (default: shapes-tiny)",
     )
+    result.add_argument(
+        "--dry-run", action="store_true", help="build and check everything, train and write nothing"
+    )
     result.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     result.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings; see below"
@@ -76,16 +80,22 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         require(config.run.tracker)
         # torch, DeepSpeed and DALI take seconds to import: a typing error should not.
         from njepa.data.errors import DataError
+        from njepa.runs.collapse import Collapsed
         from njepa.runs.ranks import join_ranks, leave_ranks
         from njepa.runs.saving import CheckpointFailed
+        from njepa.training.dry_run import dry_run
         from njepa.training.health import NonFiniteLoss
         from njepa.training.run import train
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # the import sets its own level
         ranks = join_ranks(config.run.device)
         try:
-            train(config, ds, ranks)
-        except (NonFiniteLoss, DataError, CheckpointFailed) as error:
+            if args.dry_run:
+                text = dry_run(config, ds, ranks)
+                print(text if main_rank else "", end="", flush=True)
+            else:
+                train(config, ds, ranks)
+        except (NonFiniteLoss, Collapsed, DataError, CheckpointFailed) as error:
             if main_rank:
                 print(printable(f"njepa: {error}"), file=sys.stderr)
             return 1

@@ -373,6 +373,9 @@ class RunConfig(Section):
     max_rollbacks: Annotated[int, Field(ge=0)] = 1
     """How often a run with too many bad steps in a row goes back to the last checkpoint before
     them and on from there with another order of the data, other crops, masks and noise."""
+    on_collapse: Annotated[Literal["warn", "stop", "off"], _Off] = "warn"
+    """Where every image gets the same features (docs/trouble.md, Collapse): ``warn`` says so once
+    and keeps a checkpoint, ``stop`` ends the run, too, with status 1. ``off``: nothing."""
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept; older ones are removed once a newer one is complete."""
     keep_every: PositiveInt | None = None

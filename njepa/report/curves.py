@@ -39,6 +39,7 @@ CHARTS = (
     Chart("VICReg, covariance", "unweighted", {"vicreg_cov": "covariance"}),
     Chart("RankMe", "dimensions in use", {"rankme": "target encoder"}),
     Chart("Feature std", "over images", {"feature_std": "target encoder"}),
+    Chart("Feature cosine", "between images", {"feature_cosine": "target encoder"}),
     Chart(
         "kNN while training", "top-1, %",
         {"knn_top1": "kNN", "knn_top1_context": "kNN, context encoder"}, sparse=True, span=10,

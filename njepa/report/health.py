@@ -6,23 +6,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from njepa.report.record import RunRecord, number
+from njepa.runs.collapse import EARLY, FeatureCurve, Features
 
 Mood = Literal["good", "watch", "bad", "unknown"]
 
-#: ``feature_std`` as a share of its largest value in the run, and ``rankme``: below one of them
-#: the run is collapsed, or is close to it.
-COLLAPSED_STD, COLLAPSED_RANK = 0.1, 3.0
-LOW_STD, LOW_RANK = 0.2, 5.0
 #: Below this share of their largest value, and not growing, they are worth watching.
 SHRUNK = 0.5
-#: How much the last value must exceed that of a quarter of the run earlier to count as growing.
-GROWTH = 1.1
 #: Share of the time spent waiting for images that is worth a word.
 WAIT = 0.05
 #: ``run.max_bad_steps`` where the settings do not tell it.
 _BAD_STEPS = 10
-#: Steps in which nothing need have happened yet.
-EARLY = 100
 
 
 @dataclass
@@ -52,40 +45,36 @@ def verdict(run: RunRecord) -> Verdict:
 
 
 def _features(run: RunRecord) -> Verdict:
-    std, rank = run.values("feature_std"), run.values("rankme")
-    if not std or not rank:
+    curve, judged = FeatureCurve(), None
+    ranks, cosines = dict(run.values("rankme")), dict(run.values("feature_cosine"))
+    for step, std in run.values("feature_std"):
+        if step in ranks:
+            judged = curve.add(Features(step, std, ranks[step], cosines.get(step)))
+    if judged is None:
         return Verdict(
             "unknown", "No verdict", ["metrics.jsonl has no feature_std and rankme to judge by."]
         )
-    share = std[-1][1] / max(max(value for _, value in std), 1e-30)
-    rank_share = rank[-1][1] / max(max(value for _, value in rank), 1e-30)
+    last, shares = curve.lines[-1], (judged.share, judged.rank_share)
     numbers = [
         f"The features of the target encoder spread over images with a standard deviation of "
-        f"{std[-1][1]:.3g}, {100 * share:.0f} % of the largest in this run.",
-        f"They use {rank[-1][1]:.1f} dimensions (RankMe), {100 * rank_share:.0f} % of the most in "
-        f"this run.",
+        f"{last.std:.3g}, {100 * judged.share:.0f} % of the largest in this run.",
+        f"They use {last.rank:.1f} dimensions (RankMe), {100 * judged.rank_share:.0f} % of the "
+        f"most in this run.",
     ]
-    if share < COLLAPSED_STD or rank[-1][1] < COLLAPSED_RANK:
+    if last.cosine is not None:
+        numbers.append(f"Those of two images have a cosine of {last.cosine:.4f} in the mean.")
+    if judged.collapsed:
         return Verdict("bad", "Collapsed", [*numbers, "Almost every image has the same features."])
-    growing = _growing(std) and _growing(rank)
-    low = share < LOW_STD or rank[-1][1] < LOW_RANK
-    if low and not growing:
-        return Verdict("bad", "Collapsing", [*numbers, "Neither is growing."])
+    if judged.bad:
+        return Verdict("bad", "Collapsing", [*numbers, "Neither spread nor rank is growing."])
     if run.last_step < EARLY:
         return Verdict("unknown", "Too early to tell", numbers)
-    if low or (min(share, rank_share) < SHRUNK and growing):
+    if judged.low or (min(shares) < SHRUNK and judged.growing):
         return Verdict("watch", "Recovering", [*numbers, "Both were lower and are growing."])
-    if min(share, rank_share) < SHRUNK:
+    if min(shares) < SHRUNK:
         text = "Small models go through such a valley and leave it, or end in it; look again later."
         return Verdict("watch", "Shrinking", [*numbers, text])
     return Verdict("good", "Healthy", numbers)
-
-
-def _growing(values: list[tuple[float, float]]) -> bool:
-    """Whether the last value exceeds the one a quarter of the run earlier."""
-    last_step, last = values[-1]
-    earlier = [value for step, value in values if step <= 0.75 * last_step]
-    return bool(earlier) and last > GROWTH * earlier[-1]
 
 
 def _end(run: RunRecord) -> str | None:

@@ -102,18 +102,21 @@ def set_aside_after(run: Path, step: int, ending: str) -> list[Path]:
     return moved
 
 
-def find_checkpoint(run: Path, ranks: Ranks) -> CheckpointFiles | None:
+def find_checkpoint(run: Path, ranks: Ranks, rename: bool = True) -> CheckpointFiles | None:
     """The good checkpoint that a run goes on from, the same on all ranks. Collective.
 
-    Damaged ones that are newer get the ending ``.damaged``: the run will write those steps again.
+    Args:
+        rename: damaged ones that are newer get the ending ``.damaged``, because the run will write
+            those steps again.
     """
 
     def find() -> str | None:
         good = good_checkpoint(run)
         if good is None:
             return None
-        for aside in set_aside_after(run, checkpoint_step(good.folder), ".damaged"):
-            log.warning("%s is renamed to %s; remove it", aside.with_suffix(""), aside.name)
+        if rename:
+            for aside in set_aside_after(run, checkpoint_step(good.folder), ".damaged"):
+                log.warning("%s is renamed to %s; remove it", aside.with_suffix(""), aside.name)
         return str(good.folder)
 
     found = ranks.on_main(find)

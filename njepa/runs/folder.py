@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from njepa.atomic import write_atomically
 from njepa.config import Config, ConfigError, dump_config, free_on_resume
@@ -28,26 +29,13 @@ class RunFolder:
 
     def __init__(self, config: Config, ds: DeepSpeedFile) -> None:
         self.path = run_dir(config)
-        try:
-            held = (self.path / "config.yaml").is_file()
-        except OSError as error:
-            raise ConfigError(f"run.dir={self.path} cannot be read: {error}") from None
-        if held and not config.run.resume:
-            raise ConfigError(
-                f"run.dir={self.path} already holds a run; continue it with run.resume=true, or "
-                f"choose another run.dir"
-            )
+        held = _holds_run(self.path, config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held for the run)
         except OSError as error:
             raise ConfigError(f"run.dir={self.path} cannot be written: {error}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"run.dir={self.path} is in use by another process; wait for it or choose another"
-            ) from None
+        _lock(self._lock, self.path)
         self._config, self._ds, self._begun = config, ds, held
         if held:
             try:
@@ -79,9 +67,57 @@ class RunFolder:
         self._lock.close()
 
 
+def check_claim(config: Config) -> None:
+    """Whether ``RunFolder`` could claim ``config.run.dir``; leaves everything as it is.
+
+    Raises:
+        ConfigError: as ``RunFolder``.
+    """
+    path = run_dir(config)
+    held = _holds_run(path, config)
+    try:
+        with tempfile.TemporaryFile(dir=existing_part(path)):
+            pass
+        if (path / ".lock").is_file():
+            with open(path / ".lock", "a") as lock:
+                _lock(lock, path)
+    except OSError as error:
+        raise ConfigError(f"run.dir={path} cannot be written: {error}") from None
+    if held:
+        _check_same_run(path / "config.yaml", config)
+
+
+def existing_part(path: Path) -> Path:
+    """``path``, or the nearest folder above it that exists."""
+    return next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
+
+
 def run_dir(config: Config) -> Path:
     """``run.dir``, by default ``runs/<recipe>``."""
     return config.run.dir or Path("runs") / config.recipe
+
+
+def _holds_run(path: Path, config: Config) -> bool:
+    """Whether there is a run, which ``config`` then continues."""
+    try:
+        held = (path / "config.yaml").is_file()
+    except OSError as error:
+        raise ConfigError(f"run.dir={path} cannot be read: {error}") from None
+    if held and not config.run.resume:
+        raise ConfigError(
+            f"run.dir={path} already holds a run; continue it with run.resume=true, or choose "
+            f"another run.dir"
+        )
+    return held
+
+
+def _lock(file: IO[str], path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(
+            f"run.dir={path} is in use by another process; wait for it or choose another"
+        ) from None
 
 
 def _check_same_run(file: Path, config: Config) -> None:

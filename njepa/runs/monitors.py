@@ -7,6 +7,7 @@ import time
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class FeatureMonitor:
@@ -14,7 +15,8 @@ class FeatureMonitor:
 
     ``feature_std``: standard deviation over images, averaged over dimensions. ``rankme``:
     exp(entropy of the normalised singular values), the effective rank of Garrido et al. 2023
-    (RankMe, eq. 2); between 1 (collapsed) and min(images, D).
+    (RankMe, eq. 2); between 1 (collapsed) and min(images, D). ``feature_cosine``: mean cosine of
+    the features of two different images; 1: collapsed.
     """
 
     def __init__(self, capacity: int | None = None) -> None:
@@ -32,17 +34,15 @@ class FeatureMonitor:
         self._next += len(features)
 
     def read(self) -> dict[str, float]:
-        """The two numbers over what is in the buffer and finite (a host sync; when logging)."""
+        """The three numbers over what is in the buffer and finite (a host sync; when logging)."""
         if self._rows is None:
             return {}
         rows = self._rows[: self._next]
         rows = rows[rows.isfinite().all(1)]
         if len(rows) < 2:
             return {}
-        return {
-            "feature_std": rows.std(0).mean().item(),
-            "rankme": rankme(rows).item(),
-        }
+        numbers = torch.stack([rows.std(0).mean(), rankme(rows), mean_cosine(rows)])
+        return dict(zip(("feature_std", "rankme", "feature_cosine"), numbers.tolist(), strict=True))
 
 
 def rankme(features: Tensor, eps: float = 1e-7) -> Tensor:
@@ -50,6 +50,12 @@ def rankme(features: Tensor, eps: float = 1e-7) -> Tensor:
     singular = torch.linalg.svdvals(features.float())
     p = singular / singular.sum() + eps
     return torch.exp(-(p * p.log()).sum())
+
+
+def mean_cosine(features: Tensor) -> Tensor:
+    """Mean cosine of two different rows of [n, D]: (‖Σᵢ x̂ᵢ‖² − Σᵢ ‖x̂ᵢ‖²) / (n (n − 1))."""
+    unit, n = F.normalize(features.double(), dim=1), len(features)
+    return ((unit.sum(0).square().sum() - unit.square().sum()) / (n * (n - 1))).float()
 
 
 class MetricMeans:

@@ -36,6 +36,13 @@ class Recorder:
                 board=open_board(self._run.tracker, self._folder.path, self._folder.config),
             )
 
+    def lines(self) -> list[dict[str, Any]]:
+        """Those of metrics.jsonl so far; none off rank 0."""
+        if self._folder is None:
+            return []
+        metrics = self._folder.path / "metrics.jsonl"
+        return [json.loads(line) for line in metrics.read_text().splitlines()]
+
     def say(self, text: str) -> None:
         """Print for the person who watches."""
         if self._tracker is not None:
@@ -60,8 +67,7 @@ class Recorder:
         if self._folder is None or self._tracker is None:
             return None
         self._tracker.end_bar()
-        metrics = self._folder.path / "metrics.jsonl"
-        summary = summarise([json.loads(line) for line in metrics.read_text().splitlines()])
+        summary = summarise(self.lines())
         self._folder.write_summary(summary)
         self.say(summary_table(summary))
         self.say(f"all numbers are in {self._folder.path / 'summary.json'}")

@@ -28,6 +28,7 @@ from torch import Tensor
 from njepa.data.fork_guard import at_work
 from njepa.runs.checkpoint_files import STATE, TARGET, shard_name, write_index
 from njepa.runs.checkpoints import all_checkpoints, checkpoint_step, latest_checkpoint
+from njepa.runs.kept import keep_checkpoint
 from njepa.runs.ranks import Ranks
 from njepa.runs.snapshot import Piece, Snapshot, Written, sync_folder, write_file
 
@@ -85,9 +86,6 @@ class CheckpointWriter:
         self._job: _Job | None = None
         self._thread: threading.Thread | None = None
         self._failed: str | None = None
-        if ranks.main and self._root.is_dir():
-            for left in (*self._root.glob(".step-*.tmp"), *self._root.glob(".step-*.old")):
-                shutil.rmtree(left, ignore_errors=True)
 
     @property
     def nbytes(self) -> int:
@@ -123,7 +121,8 @@ class CheckpointWriter:
         facts = json.dumps({"step": step, "world": self._ranks.world, **state}, indent=2) + "\n"
 
         def prepare() -> None:
-            shutil.rmtree(folder, ignore_errors=True)
+            for left in (*self._root.glob(".step-*.tmp"), *self._root.glob(".step-*.old")):
+                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
             folder.mkdir(parents=True)
 
         self._failed = None
@@ -293,6 +292,16 @@ class CheckpointWriter:
         if self._ranks.main:
             log.warning("%s. Training goes on, and the next save tries again", text)
         return text
+
+
+def keep_saved(writer: CheckpointWriter, run: Path, step: int, ranks: Ranks) -> str:
+    """Keep the checkpoint that was saved last, of ``step``; where it is, in words. Collective."""
+    try:
+        writer.finish()
+        saved = run / "checkpoints" / f"step-{step:08d}"
+        return f"its checkpoint stays in {ranks.on_main(lambda: keep_checkpoint(run, saved))}"
+    except (CheckpointFailed, OSError) as error:
+        return f"its checkpoint is not kept: {error}"
 
 
 _HINTS = {

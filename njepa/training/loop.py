@@ -14,14 +14,17 @@ from njepa.config import dump_config
 from njepa.data.batch import Masks
 from njepa.data.errors import DataError
 from njepa.runs import checkpoints
+from njepa.runs.collapse import CollapseAlarm, Collapsed
 from njepa.runs.folder import run_dir
 from njepa.runs.monitors import FeatureMonitor, MetricMeans, Stopwatch
+from njepa.runs.saving import keep_saved
 from njepa.runs.signals import StopRequest
 from njepa.runs.summary import device_name
 from njepa.training.compiling import compilations
 from njepa.training.dumping import dump_bad_steps
 from njepa.training.health import BadReading, BadSteps, NonFiniteLoss, StepNote
-from njepa.training.setup import Setup, start_table
+from njepa.training.setup import Setup
+from njepa.training.start_table import start_table
 from njepa.training.step import StepResult, training_step
 
 log = logging.getLogger(__name__)
@@ -42,6 +45,7 @@ class Loop:
         self._means, self._features = MetricMeans(), FeatureMonitor()
         self._bad, self._watch = BadSteps(), Stopwatch()
         self._norm: Tensor | None = None  # of the last gradient
+        self._alarm = CollapseAlarm("off", [])  # until the run begins
         self._compiled_before, self._compilations = compilations(), 0  # the second: in the log
 
     def run(self) -> dict[str, Any] | None:
@@ -50,9 +54,11 @@ class Loop:
         Raises:
             NonFiniteLoss: too many steps in a row had no finite loss and gradient.
             DataError: the loader cannot go on; the steps done are saved.
+            Collapsed: with ``run.on_collapse=stop``; the steps done are saved.
         """
         say, total = self._recorder.say, self._length.total_steps
         self._recorder.begin(self.step, total)
+        self._alarm = CollapseAlarm(self._config.run.on_collapse, self._recorder.lines())
         say(start_table(self.setup))
         stop, began, first_step = StopRequest(self._ranks), time.perf_counter(), self.step
         self._watch.lap()
@@ -69,7 +75,7 @@ class Loop:
             summary = self._summarise(images, time.perf_counter() - began)
             self._report()
             return summary
-        except NonFiniteLoss:
+        except (NonFiniteLoss, Collapsed):
             self._report()
             raise
         except DataError:
@@ -94,11 +100,15 @@ class Loop:
             stopped = stop.agreed() or self.step == run.stop_after
             last = stopped or self.step == self._length.total_steps
             self._recorder.advance()
+            collapse = None
             if self.step % run.log_every == 0 or self.step == 1 or last:
                 self._log()
+                collapse = self._alarm.rings(self._ranks)
             pause = time.perf_counter()
-            if self.step % every_save == 0 or last:
+            if self.step % every_save == 0 or last or collapse:
                 self._save()
+            if collapse:
+                self._keep_collapsed(collapse, last)
             if every_eval and self.step % every_eval == 0 and not last:
                 self._evaluate()
             self._watch.pause(time.perf_counter() - pause)
@@ -138,7 +148,7 @@ class Loop:
                 "wd": rates.weight_decay,
                 "ema": rates.momentum,
                 **self._gradient_norm(),
-                **self._features.read(),
+                **self._alarm.see(self.step, self._features.read()),
                 **(self.setup.online_probe.read() if self.setup.online_probe else {}),
                 **self._new_compilations(),
                 **({"bad_steps": bad} if bad else {}),
@@ -148,6 +158,15 @@ class Loop:
         )
         if bad:
             self._judge(reading, steps)
+
+    def _keep_collapsed(self, told: str, last: bool) -> None:
+        """The features collapse: keep the checkpoint of this step, say so, perhaps stop."""
+        kept = keep_saved(self.setup.writer, run_dir(self._config), self.step, self._ranks)
+        if self._config.run.on_collapse == "stop" and not last:
+            raise Collapsed(
+                f"{told}; {kept}; run.resume=true run.on_collapse=warn goes on from here"
+            )
+        log.warning("%s; %s", told, kept)
 
     def _judge(self, reading: BadReading, steps: float) -> None:
         """Some of the last ``steps`` steps were bad: say so, write them down, perhaps give up."""

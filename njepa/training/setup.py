@@ -7,7 +7,6 @@ network, a checkpoint, the loader.
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,12 +28,11 @@ from njepa.models.architecture import Architecture, architecture
 from njepa.models.attention import Attention
 from njepa.models.attention_kernels import choose_attention
 from njepa.runs.checkpoints import find_checkpoint, latest_checkpoint, load_checkpoint
-from njepa.runs.folder import RunFolder, run_dir
+from njepa.runs.folder import RunFolder, check_claim, run_dir
 from njepa.runs.ranks import Ranks
 from njepa.runs.recorder import Recorder
 from njepa.runs.rollbacks import read_rollbacks
 from njepa.runs.saving import CheckpointWriter
-from njepa.runs.summary import device_name
 from njepa.training.compiling import GraphedForward, choose_compilation, compile_blocks
 from njepa.training.ema import make_target
 from njepa.training.module import TrainModule
@@ -117,14 +115,16 @@ class Setup:
 
 
 def set_up(
-    config: Config, ds: DeepSpeedFile, ranks: Ranks, evaluator: type[Evaluator] = Evaluator
-) -> Setup:
+    config: Config, ds: DeepSpeedFile, ranks: Ranks, evaluator: type[Evaluator] = Evaluator,
+    *, dry: bool = False,
+) -> Setup:  # fmt: skip
     """Build a run, or continue the one in its folder. Collective.
 
     Args:
         config: the resolved recipe.
         ranks: this process among the others.
         evaluator: what scores the encoders on the labelled test images.
+        dry: leave the run folder as it is, claim nothing, and load one step only.
 
     Raises:
         ConfigError: input that cannot work; nothing was trained or written over.
@@ -132,7 +132,7 @@ def set_up(
     plan = decide(config, ds, ranks)
     initial = _initial_weights(config)
     folder: list[RunFolder] = []  # of rank 0
-    ranks.on_main(lambda: folder.append(RunFolder(config, ds)))
+    ranks.on_main(lambda: check_claim(config) if dry else folder.append(RunFolder(config, ds)))
     recorder = Recorder(folder[0] if folder else None, config.run)
     try:
         salt = ranks.on_main(lambda: len(read_rollbacks(run_dir(config))))
@@ -145,15 +145,14 @@ def set_up(
         order = sample_order(plan, index.n)
         length = decide_length(config, order.steps_per_epoch)
         engine, state = build_state(plan, initial)
-        first = _resume(plan, index, engine, state) if config.run.resume else 0
+        first = _resume(plan, index, engine, state, dry) if config.run.resume else 0
         scoring = Scoring(config, state, plan.compilation, scorers[0] if scorers else None)
         writer = CheckpointWriter(
             run_dir(config), ranks, config.run.keep_checkpoints, config.run.keep_every
         )
         engine.before_update = writer.await_copy
-        loader = build_loader(
-            config, index, order, plan.masks, ranks.device, first, length.total_steps
-        )
+        stop = min(first + 1, length.total_steps) if dry else length.total_steps
+        loader = build_loader(config, index, order, plan.masks, ranks.device, first, stop)
     except BaseException:
         recorder.close()
         raise
@@ -270,9 +269,9 @@ def _open_evaluator(
     return [] if test is None else [evaluator(config, index, test, ranks.device)]
 
 
-def _resume(plan: Plan, index: ImageIndex, engine: ZeroEngine, state: TrainState) -> int:
+def _resume(plan: Plan, index: ImageIndex, engine: ZeroEngine, state: TrainState, dry: bool) -> int:
     """Load the last good checkpoint; returns the steps that were done."""
-    saved = find_checkpoint(run_dir(plan.config), plan.ranks)
+    saved = find_checkpoint(run_dir(plan.config), plan.ranks, rename=not dry)
     if saved is None:
         log.warning(
             "run.resume=true, but %s has no checkpoint: starting at step 0", run_dir(plan.config)
@@ -311,40 +310,3 @@ def check_vicreg_batch(config: Config, sizes: BatchSizes) -> None:
             f"least 2 over all ranks, got {sizes.micro} x {sizes.world} ranks; raise "
             f"train_micro_batch_size_per_gpu or set vicreg.weight=0"
         )
-
-
-def start_table(run: Setup) -> str:
-    """What will run, for the first lines of the log."""
-    plan, length = run.plan, run.length
-    config, sizes, parts = plan.config, plan.sizes, plan.parts
-    trained = [p for p in run.engine.module.parameters() if p.requires_grad]
-    millions = sum(getattr(p, "ds_numel", p.numel()) for p in trained) / 1e6
-    by_choice: dict[Choice, list[str]] = {}
-    for op, choice in plan.impl.items():
-        by_choice.setdefault(choice, []).append(op)
-    rows = {
-        "run": f"{run_dir(config)} (recipe {config.recipe}, method {config.method})",
-        "data": f"{run.index.n} images, loader {run.loader.backend}",
-        "batch": f"effective {sizes.total} = {sizes.micro} x {sizes.accumulation} accumulated "
-        f"x {sizes.world} ranks",
-        "steps": f"{run.first_step} of {length.total_steps} done, {length.steps_per_epoch} an "
-        f"epoch",
-        "model": f"{config.model.encoder}/{config.model.patch_size} at "
-        f"{config.data.image_size} px: {parts.encoder.depth} blocks of width "
-        f"{parts.encoder.width}; {millions:.2f} M trainable parameters in all",
-        "weights": run.weights if run.first_step == 0 else "from the run's checkpoint",
-        "predictor": f"{parts.predictor.depth} blocks of width {parts.predictor.width}, "
-        f"context {config.model.predictor.context}",
-        "device": device_name(plan.ranks.device),
-        "threads": str(plan.ranks.threads),
-        "precision": str(plan.precision),
-        "ops": "; ".join(f"{choice}: {', '.join(ops)}" for choice, ops in by_choice.items()),
-        "attention": str(plan.attention),
-        "compile": str(plan.compilation),
-    }
-    if config.mask.static_shapes:
-        rows["shapes"] = ", ".join(
-            f"{count} + {math.prod(target)}"
-            for count, target in sorted({(n, t) for (t, _), n in plan.masks.counts.items()})
-        )
-    return "\n".join(f"{name:>9}  {text}" for name, text in rows.items())

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from njepa.runs.monitors import FeatureMonitor, MetricMeans, rankme
+from njepa.runs.monitors import FeatureMonitor, MetricMeans, mean_cosine, rankme
 
 
 def test_rankme_of_known_spectra():
@@ -68,3 +68,19 @@ def test_means_leave_bad_steps_out():
     assert means.read() == {"loss": 1.0, "loss_noise": 2.0, "k_context": 15.0}
     means.add({"loss": nan}, BAD, k_context=10)
     assert means.read() == {"k_context": 10.0}  # nothing to tell of the loss
+
+
+def test_mean_cosine_of_pairs():
+    rows = torch.randn(7, 5, generator=torch.manual_seed(0)) + 0.5
+    pairs = [
+        torch.cosine_similarity(rows[i], rows[j], dim=0)
+        for i in range(7)
+        for j in range(7)
+        if i != j
+    ]
+    assert mean_cosine(rows).item() == pytest.approx(torch.stack(pairs).mean().item(), rel=1e-5)
+    assert mean_cosine(rows[:1].expand(4, 5) * torch.rand(4, 1)).item() == pytest.approx(1)
+    assert mean_cosine(torch.eye(3)).item() == pytest.approx(0, abs=1e-7)
+    monitor = FeatureMonitor()
+    monitor.add(rows)
+    assert monitor.read()["feature_cosine"] == mean_cosine(rows).item()

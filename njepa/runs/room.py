@@ -1,0 +1,39 @@
+"""How much memory is free for a rank."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+from pathlib import Path
+
+import torch
+
+from njepa.runs.ranks import Ranks
+
+_CONTAINER = Path("/sys/fs/cgroup")
+
+
+def free_memory(ranks: Ranks) -> float:
+    """Bytes of the GPU, or this rank's share of its host's memory; the least of all ranks.
+
+    Collective. A container's limit counts.
+    """
+    if ranks.on_gpu:
+        return float(min(ranks.gather(torch.cuda.mem_get_info(ranks.device)[0])))
+    places = ranks.gather((socket.gethostname(), host_memory()))
+    return min(free / sum(other == host for other, _ in places) for host, free in places)
+
+
+def host_memory(container: Path = _CONTAINER) -> int:
+    """Bytes that new processes can have without swapping."""
+    free = 1024 * _number(Path("/proc/meminfo"), "MemAvailable:")
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+        limit, used = (int((container / f"memory.{n}").read_text()) for n in ("max", "current"))
+        free = min(free, limit - used + _number(container / "memory.stat", "inactive_file"))
+    return free
+
+
+def _number(file: Path, name: str) -> int:
+    found = re.search(rf"^{name}\s+(\d+)", file.read_text(), re.MULTILINE)
+    return int(found[1]) if found else 0
