@@ -47,7 +47,7 @@ def _fits(data: bytes) -> bool:
     while data[at : at + 1] == b"\xff" and at + 9 <= len(data):
         if data[at + 1] in _FRAMES:
             height, width = struct.unpack_from(">HH", data, at + 5)
-            return 0 < height * width <= 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
+            return bool(0 < height * width <= 2 * (Image.MAX_IMAGE_PIXELS or math.inf))
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return False
 
