@@ -46,6 +46,7 @@ NOT_RUN = {
     r"njepa convert /usr/share": "Debian's package; tests/trainer/data/test_convert.py",
     r"njepa report ": "takes long; tests/trainer/report draws every kind",
     r"njepa probe runs/(caltech|imagenette|untrained)": "takes long; tests/trainer/evaluation",
+    r"njepa probe .*--kind decode": "takes long; tests/trainer/evaluation/test_decode.py",
 }
 
 

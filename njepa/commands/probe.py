@@ -29,6 +29,9 @@ kinds:
   attentive  a learnt query over all tokens, then one block and a linear layer
   finetune   the whole network (needs timm); on a CPU only for small sets
   dense      patches: segmentation and propagation on drawn scenes; takes no SOURCE
+  decode     what the predictor expects behind the mask, as pixels: a picture and how much of
+             the pixels' variance it explains; needs no labels, and a run, checkpoint or
+             official file with its predictor
 
 For example:
 
@@ -37,7 +40,7 @@ For example:
 Printed: top-1 in percent with its 95 % interval, then the same of the untrained network and of
 raw pixels. docs/evaluation.md says how each is measured.
 """
-KINDS = ("knn", "linear", "logistic", "lowshot", "attentive", "finetune", "dense")
+KINDS = ("knn", "linear", "logistic", "lowshot", "attentive", "finetune", "dense", "decode")
 
 
 def main(argv: list[str], prog: str) -> int:
@@ -85,6 +88,8 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help=where)
     kept = "keeps features and indices (default: ~/.cache/njepa)"
     add("--cache", type=Path, metavar="DIR", help=kept)
+    drawn = "of decode, a PNG (default: decode.png in the run folder, else where you are)"
+    add("--picture", type=Path, metavar="FILE", help=drawn)
     add("--no-floors", action="store_true", help="leave out pixels and the untrained network")
     return result
 
@@ -104,8 +109,10 @@ def _run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--seed must be 0 or more, got {args.seed}")
     if args.json is not None:
         check_writable("--json", args.json)
+    picture = _picture(args, kinds)
     # Only now what takes seconds to import.
     from njepa.evaluation.finetune import require_timm
+    from njepa.evaluation.predicting import open_predicting
     from njepa.evaluation.probe import Settings, check_enough, dense_probes, probe
     from njepa.evaluation.subject import Which, init_of_run, open_subject, untrained
     from njepa.evaluation.task import open_task
@@ -116,6 +123,7 @@ def _run(args: argparse.Namespace) -> None:
         ks, shots=shots, finetune_epochs=args.finetune_epochs, seed=args.seed,
         batch_size=args.batch_size, device=chosen_device(args.device), cache=args.cache,
     )  # fmt: skip
+    predicting = open_predicting(args.subject) if "decode" in kinds else None
     which = get_args(Which) if args.which == "both" else (args.which,)
     subjects = {name: open_subject(args.subject, name) for name in which}
     if args.which == "both" and subjects["target"].weights.which == "only":
@@ -126,35 +134,67 @@ def _run(args: argparse.Namespace) -> None:
     task = None
     if on_sources:
         limits = args.max_train, args.max_test
-        task = open_task(args.train, args.test, args.cache, limits, args.seed)
-        check_enough(task, on_sources, settings)
+        labelled = [kind for kind in on_sources if kind != "decode"]
+        task = open_task(args.train, args.test, args.cache, limits, args.seed, bool(labelled))
+        check_enough(task, labelled, settings)
     floor = None
     if not args.no_floors:  # both encoders of a run have the same: the first brings it
         floor = untrained(subjects[which[0]], *(init_of_run(args.subject) or ()))
     results: dict[str, Any] = {}
-    print("\n".join(_head(subjects, task, floor is not None)), flush=True)
+    print("\n".join(_head(subjects, task, kinds, floor is not None)), flush=True)
+    on_encoder = [kind for kind in on_sources if kind != "decode"]
     for name, subject in subjects.items():
         suffix = ""
         if name != which[0]:
             suffix, floor = "_context", None
-        found = probe(subject, floor, task, on_sources, settings) if task else iter(())
+        found = probe(subject, floor, task, on_encoder, settings) if task else iter(())
         if "dense" in kinds:
             found = chain(found, dense_probes(subject, floor, settings))
         for kind, result in found:
             results[f"{kind}{suffix}"] = result
             print("\n".join(_lines(f"{kind}{suffix}", result)), flush=True)
+    if predicting is not None and task is not None:
+        results["decode"] = _decode(predicting, task, settings, not args.no_floors, picture)
+        print("\n".join(_decode_lines(results["decode"])), flush=True)
     if args.json is not None:
         _write(args.json, results | _facts(args, subjects, task))
 
 
-def _head(subjects: dict[str, Any], task: Any, floors: bool) -> Iterator[str]:
+def _decode(network: Any, task: Any, settings: Any, floors: bool, picture: Path) -> dict[str, Any]:
+    from njepa.evaluation.decode_probe import decode_probe, sheet
+
+    result, columns = decode_probe(network, task, settings.seed, settings.device, floors)
+    try:
+        sheet(columns).save(picture, "PNG")
+    except OSError as error:
+        raise ConfigError(f"--picture {picture} cannot be written: {error}") from None
+    return result | {"picture": str(picture)}
+
+
+def _picture(args: argparse.Namespace, kinds: list[str]) -> Path:
+    """Where ``decode`` draws; refuses what cannot be drawn there."""
+    folder = Path(args.subject)
+    default = folder if (folder / "config.yaml").is_file() else Path()
+    file: Path = args.picture or default / "decode.png"
+    if args.picture is not None and "decode" not in kinds:
+        raise ConfigError(f"--picture {file} needs --kind decode, got --kind {args.kind}")
+    if file.suffix.lower() != ".png":
+        raise ConfigError(f"--picture must be a .png file, got {file}; name it FILE.png")
+    if "decode" in kinds:
+        check_writable("--picture", file)
+    return file
+
+
+def _head(subjects: dict[str, Any], task: Any, kinds: list[str], floors: bool) -> Iterator[str]:
     """What was read, assumptions about it included, and what the columns mean."""
     for subject in subjects.values():
         yield f"{subject.weights.origin}; images of {subject.image_size} px"
     if task is not None:
         train, test = len(task.train.ids), len(task.test.ids)
-        yield f"{train:,} training and {test:,} test images, {len(task.names)} classes"
-    yield "top-1 in % [95 % interval]" + (", then those of its floors" if floors else "")
+        classes = f", {len(task.names)} classes" if set(kinds) - {"dense", "decode"} else ""
+        yield f"{train:,} training and {test:,} test images{classes}"
+    if kinds != ["decode"]:
+        yield "top-1 in % [95 % interval]" + (", then those of its floors" if floors else "")
 
 
 def _facts(args: argparse.Namespace, subjects: dict[str, Any], task: Any) -> dict[str, Any]:
@@ -174,7 +214,8 @@ def _facts(args: argparse.Namespace, subjects: dict[str, Any], task: Any) -> dic
             part = getattr(task, side)
             facts[side] = {"source": str(getattr(args, side)), "images": len(part.ids),
                            "digest": part.index.digest}  # fmt: skip
-        facts["classes"] = len(task.names)
+        if task.names:
+            facts["classes"] = len(task.names)
     return facts
 
 
@@ -225,3 +266,36 @@ def _lines(kind: str, result: dict[str, Any]) -> Iterator[str]:
 def _cell(value: dict[str, Any]) -> str:
     low, high = value["ci95"]
     return f"{value['top1']:5.2f} [{low:.2f}, {high:.2f}]"
+
+
+#: Rows of ``decode``: key in the results, and what it is.
+DECODED = {
+    "prediction": "prediction",
+    "noised": "with the run's noise",
+    "noised_more": "with more noise",
+    "target": "target features",
+    "untrained": "untrained network",
+    "place": "mean patch of the place",
+    "mean": "mean patch",
+}
+
+
+def _decode_lines(result: dict[str, Any]) -> Iterator[str]:
+    """The table of ``decode``."""
+    images, noise = result["images"], result.get("noise")
+    yield (
+        f"decode: explained variance of the hidden pixels in % [95 % interval], mean squared "
+        f"error, PSNR; {images['train']:,} images learnt, {images['test']:,} tested"
+    )
+    for key, title in DECODED.items():
+        one = result.get(key) or result.get("floors", {}).get(key)
+        if one is not None:
+            low, high = one["explained_ci95"]
+            cells = f"{one['explained']:6.2f} [{low:.2f}, {high:.2f}]"
+            spread = f"   spread of draws {one['spread']:.3f}" if "spread" in one else ""
+            yield f"    {title:24}{cells:24}{one['mse']:8.5f}{one['psnr']:7.2f} dB{spread}"
+    if noise is None:
+        yield "    no noised predictions: " + (result.get("assumed") or "the run has no noise")
+    else:
+        yield f"    sigma {noise['sigma']}, and {noise['factor']['noised_more']:g} times that"
+    yield f"    picture: {result['picture']}"

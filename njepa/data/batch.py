@@ -9,6 +9,8 @@ import torch
 from njepa_kernels import NoiseKey
 from torch import Tensor
 
+from njepa.draws.masks import DrawnMasks
+
 
 @dataclass(frozen=True, eq=False)
 class Lengths:
@@ -40,6 +42,17 @@ class Masks(NamedTuple):
             self.target_idx.to(device, non_blocking=True),
             None if lengths is None else lengths.to(device),
         )
+
+
+def as_masks(drawn: DrawnMasks, ragged: bool) -> Masks:
+    """Drawn masks as tensors; ``ragged``: contexts of different lengths, cut to the longest."""
+    context_idx, target_idx, lengths = drawn
+    context_lengths = None
+    if ragged:
+        context_idx = context_idx[:, : lengths.max()]
+        context_lengths = Lengths(tuple(lengths.tolist()), torch.from_numpy(lengths.copy()))
+    context, target = (torch.from_numpy(idx.copy()) for idx in (context_idx, target_idx))
+    return Masks(context, target, context_lengths)
 
 
 class Noise(NamedTuple):

@@ -172,7 +172,7 @@ ON_FEATURES: dict[str, Callable[[Features, Settings], Result]] = {
 ON_NETWORK: dict[str, Callable[[Subject, Task, Settings], Result]] = {
     "attentive": attentive, "finetune": fine_tuned,
 }  # fmt: skip
-KINDS = (*ON_FEATURES, *ON_NETWORK, "dense")
+KINDS = (*ON_FEATURES, *ON_NETWORK, "dense", "decode")
 
 
 def probe(

@@ -21,7 +21,7 @@ class Side:
     index: ImageIndex
     ids: Int64Array
     labels: Tensor
-    """int64 [n], in the numbering of the training side."""
+    """int64 [n], in the numbering of the training side; all 0 where no kind needs labels."""
 
     def facts(self) -> dict[str, object]:
         return {"source": self.index.digest, "n": len(self.ids)}
@@ -40,9 +40,17 @@ class Task:
 
 
 def open_task(
-    train: Path, test: Path, cache: Path | None, limits: tuple[int | None, int | None], seed: int
+    train: Path,
+    test: Path,
+    cache: Path | None,
+    limits: tuple[int | None, int | None],
+    seed: int,
+    labelled: bool = True,
 ) -> Task:
     """Open both sources.
+
+    Args:
+        labelled: whether labels are read; without them any source of images will do.
 
     Raises:
         ConfigError: no images, no labels, one class only, or classes on the test side
@@ -51,6 +59,10 @@ def open_task(
     sides, classes = [], None
     for option, path, limit in (("--train", train, limits[0]), ("--test", test, limits[1])):
         index = open_source(path, cache)
+        ids = subset(index, limit, seed)
+        if not labelled:
+            sides.append(Side(index, ids, torch.zeros(len(ids), dtype=torch.int64)))
+            continue
         labels = index.labels_in(index.classes if classes is None else classes)
         if labels is None:
             raise ConfigError(f"{option} {path}: {_no_labels(index, path)}")
@@ -62,7 +74,6 @@ def open_task(
                 f"the same class folders"
             )
         classes = classes or index.classes
-        ids = subset(index, limit, seed)
         sides.append(Side(index, ids, torch.as_tensor(labels[ids]).long()))
     return Task(*sides)
 

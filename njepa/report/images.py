@@ -11,11 +11,11 @@ from torch import Tensor
 
 from njepa.config import Config
 from njepa.config.deepspeed_file import parse_deepspeed
-from njepa.data.batch import Lengths, Masks, Noise
+from njepa.data.batch import Masks, Noise, as_masks
 from njepa.data.eval_views import GREY, eval_images
 from njepa.data.index import ImageIndex
 from njepa.data.torch_loader import PlannedImages
-from njepa.draws.masks import MaskSampler
+from njepa.draws.masks import DrawnMasks, MaskSampler
 from njepa.draws.order import Planned, SampleOrder
 from njepa.draws.sigmas import block_sigmas
 from njepa.draws.streams import Int64Array, permutation, stream_seed
@@ -69,14 +69,7 @@ def step_views(run: RunRecord, config: Config, index: ImageIndex, count: int) ->
     together = config.mask.compat == "fixed"
     ids = plan.global_ids if together else plan.global_ids[: sizes.micro]
     drawn = MaskSampler(config.mask, config.grid, seed, len(ids))(micro_step, ids)
-    context_idx, target_idx, lengths = (array[:count] for array in drawn)
-    context_lengths = None
-    if config.mask.ragged:
-        context_idx = context_idx[:, : lengths.max()]
-        context_lengths = Lengths(tuple(lengths.tolist()), torch.from_numpy(lengths.copy()))
-    masks = Masks(
-        torch.from_numpy(context_idx.copy()), torch.from_numpy(target_idx.copy()), context_lengths
-    )
+    masks = as_masks(DrawnMasks(*(array[:count] for array in drawn)), config.mask.ragged)
     noise = None
     if config.noise.active:
         sigma = block_sigmas(config.noise, config.mask.n_targets, seed, plan.step, plan.ids)

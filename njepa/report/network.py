@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from njepa.config import Config, ConfigError
-from njepa.config.sections import ImplConfig, VicregConfig
+from njepa.evaluation.predicting import load_jepa
 from njepa.exchange.reading import open_weights
 from njepa.models.encoder import Encoder
-from njepa.models.jepa import Jepa, build_jepa
+from njepa.models.jepa import Jepa
 from njepa.report.images import StepViews
 from njepa.report.record import RunRecord
 
@@ -56,14 +56,9 @@ def open_network(run: RunRecord, config: Config, device: torch.device) -> Networ
     weights = open_weights(run.path)
     target = weights.encoder("target").build().to(device)
     try:
-        context, predictors = weights.encoder("context"), weights.predictors()
-        plain = config.model_copy(update={"vicreg": VicregConfig(), "impl": ImplConfig()})
-        jepa = build_jepa(plain)
-        jepa.encoder.load_state_dict(context.state)
-        for name, state in predictors.items():
-            getattr(jepa, name).load_state_dict(state)
-        return Network(target, jepa.to(device).eval(), "", device)
-    except (ConfigError, RuntimeError, AttributeError) as error:
+        jepa = load_jepa(config, weights, weights.predictors())
+        return Network(target, jepa.to(device), "", device)
+    except ConfigError as error:
         return Network(target, None, str(error), device)
 
 

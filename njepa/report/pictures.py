@@ -5,15 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
+from PIL import Image
 
 from njepa.config import Config
 from njepa.data.index import ImageIndex
 from njepa.data.sources import open_source
 from njepa.evaluation.evaluate import open_test_side
 from njepa.evaluation.features import pool
+from njepa.report.drawing import data_uri
 from njepa.report.figures import (
     ErrorPanel,
     FeaturePanel,
@@ -29,6 +33,9 @@ from njepa.report.network import Network, open_network, prediction_errors
 from njepa.report.record import RunRecord
 
 T = TypeVar("T")
+
+#: In a run folder.
+DECODED = "decode.png"
 
 #: Images of each figure, neighbours of an image.
 SHOWN, NEIGHBOURS = 6, 6
@@ -48,6 +55,8 @@ class Pictures:
     """Images that the neighbours are searched among."""
     from_test: bool = False
     """Whether features and neighbours are of test images."""
+    decoded: str | None = None
+    """What ``njepa probe --kind decode`` drew into the run folder, as a data URI."""
     missing: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -65,6 +74,8 @@ class Pictures:
 def take_pictures(run: RunRecord, device: torch.device) -> Pictures:
     """Whatever can be drawn; never raises because of what is missing or damaged."""
     began, found = time.perf_counter(), Pictures()
+    if (run.path / DECODED).is_file():
+        found.decoded = found.attempt(DECODED, lambda: _decoded(run.path / DECODED))
     config = run.config
     if config is None:
         return found
@@ -89,6 +100,11 @@ def take_pictures(run: RunRecord, device: torch.device) -> Pictures:
             _add_features(found, config, index, network)
     found.seconds = time.perf_counter() - began
     return found
+
+
+def _decoded(file: Path) -> str:
+    with Image.open(file, formats=("PNG",)) as image:
+        return data_uri(np.asarray(image.convert("RGB")), largest=1600)
 
 
 def _add_masks(

@@ -1,10 +1,12 @@
 """What the pictures show is what the training sees and what the features say."""
 
 import base64
+import io
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from njepa.data.loader import build_loader
@@ -17,6 +19,8 @@ from njepa.report.figures import mask_figures
 from njepa.report.images import some_ids, step_views
 from njepa.report.maps import KEPT, nearest, packed_tokens, pca_colours
 from njepa.report.network import open_network, prediction_errors
+from njepa.report.page import render, show
+from njepa.report.pictures import take_pictures
 from njepa.report.record import read_run
 from tests.support.report_runs import report_run
 
@@ -142,3 +146,25 @@ def test_colours_of_numbers():
     found = coloured(np.array([0.0, 0.5, 1.0, 9.0, np.nan], np.float32), 0, 1)
     assert found[:4, :3].tolist() == [list(VIRIDIS[i]) for i in (0, 4, 8, 8)]
     assert found[:, 3].tolist() == [255, 255, 255, 255, 0]
+
+
+def test_the_picture_of_decode_is_shown_where_it_is(tmp_path):
+    run = read_run(report_run(tmp_path))
+    run.config = None  # the picture needs neither settings nor images
+    assert take_pictures(run, CPU).decoded is None
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    Image.fromarray(pixels // 8).save(run.path / "decode.png")
+    found = take_pictures(run, CPU)
+    kind, encoded = found.decoded.split(",")
+    assert kind == "data:image/jpeg;base64"
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
+        assert image.size == (400, 300)
+        assert abs(np.asarray(image).mean() - (pixels // 8).mean()) < 1
+    page = render([show(run, found)])
+    assert found.decoded in page
+    assert "What the predictor expects" in page
+    (run.path / "decode.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    found = take_pictures(run, CPU)
+    assert found.decoded is None
+    assert any(line.startswith("decode.png: ") for line in found.missing)
+    assert "What the predictor expects" not in render([show(run, found)])
