@@ -6,6 +6,7 @@ The rows of docs/security.md name these tests; tests/fuzz looks for what nobody 
 import io
 import json
 import os
+import re
 import stat
 import struct
 import tarfile
@@ -25,6 +26,7 @@ from njepa.exchange.reading import read_encoder
 from njepa.runs.checkpoint_files import INDEX, CheckpointFiles, DamagedCheckpoint
 from njepa.runs.checkpoints import good_checkpoint
 from njepa.training.replaying import _inside as inside
+from tests.support import ROOT
 from tests.support.pictures import class_folders, encoded, picture, shard, write
 from tests.support.written import names, save
 
@@ -280,6 +282,27 @@ def test_recipes_of_others(tmp_path, monkeypatch, text, message):
     assert told.count("\n") <= 40
     assert len(told) <= 4100
     assert not (tmp_path / "ran").exists()
+
+
+#: What may run code or open anything, and the one module that may call it.
+READS = {
+    r"yaml\.(safe_)?load\(": "config/reading.py",
+    r"Image\.open\((?!.*formats=)": None,
+    r"torch\.load\((?!.*weights_only=True)": None,
+    r"np\.load\((?!.*allow_pickle=False)": None,
+    r"pickle\.loads?\(|\bextractall\(|shell=True|os\.system\(": None,
+    r"(?<![.\w])(eval|exec)\(": None,
+}
+
+
+@pytest.mark.parametrize("call", READS)
+def test_no_other_module_reads_carelessly(call):
+    files = sorted((ROOT / "njepa").rglob("*.py"))
+    found = {
+        path.relative_to(ROOT / "njepa").as_posix()
+        for path in files if re.search(call, path.read_text("utf-8"))
+    }  # fmt: skip
+    assert found == ({READS[call]} - {None})
 
 
 def test_no_message_controls_the_terminal():
