@@ -13,9 +13,10 @@ import os
 import sys
 import warnings
 
-from njepa.config import ConfigError, load_config, recipe_names
-from njepa.config.deepspeed_file import load_deepspeed_file
+from njepa.config import Config, ConfigError, load_config, recipe_names
+from njepa.config.deepspeed_file import DeepSpeedFile, load_deepspeed_file
 from njepa.config.messages import log_to_stderr, printable
+from njepa.runs.signals import STOPPED, Stopped, StopSignals
 from njepa.runs.trackers import require
 
 EPILOG = """overrides:
@@ -66,9 +67,11 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    """Run from the command line; returns the exit status (0 done or stopped, 2 bad input)."""
+    """Run from the command line; returns the exit status (docs/cli.md)."""
     args = parser(prog).parse_intermixed_args(argv)
     main_rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    # One of each host: a file may be missing, or differ, on one of them alone.
+    speaks = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0
     log_to_stderr(logging.WARNING if main_rank else logging.ERROR)
     # Every rank reads images of its own, and says which it could not read.
     logging.getLogger("njepa.data.loader").setLevel(logging.WARNING)
@@ -78,34 +81,54 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         config = load_config(args.recipe, args.overrides)
         ds = load_deepspeed_file(args.ds_config)
         require(config.run.tracker)
-        # torch, DeepSpeed and DALI take seconds to import: a typing error should not.
-        from njepa.data.errors import DataError
-        from njepa.runs.collapse import Collapsed
-        from njepa.runs.ranks import join_ranks, leave_ranks
-        from njepa.runs.saving import CheckpointFailed
-        from njepa.training.dry_run import dry_run
-        from njepa.training.health import NonFiniteLoss
-        from njepa.training.run import train
-
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # the import sets its own level
-        ranks = join_ranks(config.run.device)
-        try:
-            if args.dry_run:
-                text = dry_run(config, ds, ranks)
-                print(text if main_rank else "", end="", flush=True)
-            else:
-                train(config, ds, ranks)
-        except (NonFiniteLoss, Collapsed, DataError, CheckpointFailed) as error:
-            if main_rank:
-                print(printable(f"njepa: {error}"), file=sys.stderr)
-            return 1
-        finally:
-            leave_ranks()
+        if args.dry_run:  # has nothing to save
+            return _train(config, ds, None, main_rank)
+        with StopSignals(config.run.grace_s) as signals:
+            return _train(config, ds, signals, main_rank)
     except ConfigError as error:
-        if main_rank:
-            print(f"njepa: {error}", file=sys.stderr)
-        return 2
+        return _end(error, 2, speaks)
+
+
+def _train(config: Config, ds: DeepSpeedFile, signals: StopSignals | None, main_rank: bool) -> int:
+    """A training, or without ``signals`` a dry run."""
+    # torch, DeepSpeed and DALI take seconds to import: a typing error should not.
+    from njepa.data.errors import DataError
+    from njepa.runs.collapse import Collapsed
+    from njepa.runs.peers import STATUS
+    from njepa.runs.ranks import RanksMissing, join_ranks, leave_ranks
+    from njepa.runs.saving import CheckpointFailed
+    from njepa.training.dry_run import dry_run
+    from njepa.training.health import NonFiniteLoss
+    from njepa.training.run import train
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # the import sets its own level
+    alone: BaseException | None = None
+    try:
+        ranks = join_ranks(config.run.device, config.run.timeout_s)
+        if signals is None:
+            text = dry_run(config, ds, ranks)
+            print(text if main_rank else "", end="", flush=True)
+        else:
+            train(config, ds, ranks, signals)
+    except Stopped:
+        return STOPPED
+    except (NonFiniteLoss, Collapsed, CheckpointFailed) as error:  # of all ranks alike
+        return _end(error, 1, main_rank)
+    except BaseException as error:
+        alone = error
+        if isinstance(error, (DataError, RanksMissing)):
+            return _end(error, 1 if isinstance(error, DataError) else STATUS, True)
+        raise
+    finally:
+        leave_ranks(alone)
     return 0
+
+
+def _end(error: Exception, status: int, speaks: bool) -> int:
+    """Say why it ends, on the ranks that are to; the exit status."""
+    if speaks:
+        print(printable(f"njepa: {error}"), file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

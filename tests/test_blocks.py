@@ -28,12 +28,16 @@ from tests.support.weight_sources import config_of, network, write_run
 
 LANGUAGES = {"python", "sh", "console", "yaml", "json", "text"}  # text: formulas and output
 #: The first word of a command, so that none hides in a block of text.
-PROGRAMS = ("bench/", "deepspeed", "make", "njepa", "pip", "pytest", "python", "srun", "source",
-            "tensorboard", "torchrun")  # fmt: skip
+PROGRAMS = ("bench/", "deepspeed", "make", "njepa", "pip", "pytest", "python", "sbatch",
+            "srun", "source", "tensorboard", "torchrun")  # fmt: skip
+
+#: Its arguments are the trainer's.
+REQUEUE = "examples/slurm/requeue.sh"
 
 #: What is only read by a parser, and why it is not run.
 NOT_RUN = {
     r"deepspeed |torchrun |srun ": "several processes; tests/trainer/training starts them",
+    r"sbatch ": "needs Slurm; tests/faults/test_slurm.py runs the script without",
     r"python njepa/train\.py|njepa train\b": "minutes; tests/trainer/training runs small ones",
     r"make ": "installs an environment; .ci/run runs these",
     r"pip install|source ": "changes the reader's environment",
@@ -78,8 +82,9 @@ def test_blocks_say_what_they_are(document: Path):
 
 def check(command: Command) -> None:
     words = command.words
-    if "njepa/train.py" in words:  # by whatever launcher
-        check_njepa(["train", *words[words.index("njepa/train.py") + 1 :]])
+    trainer = next((w for w in words if w in ("njepa/train.py", REQUEUE)), None)
+    if trainer is not None:  # by whatever launcher
+        check_njepa(["train", *words[words.index(trainer) + 1 :]])
     elif words[0] == "njepa":
         check_njepa(words[1:])
     elif words[0] == "make":

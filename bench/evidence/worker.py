@@ -27,15 +27,12 @@ from njepa.evaluation.images import LabelledImages
 from njepa.models.encoder import build_encoder
 from njepa.runs import checkpoints
 from njepa.runs.ranks import Ranks, join_ranks, leave_ranks
+from njepa.runs.signals import Stopped, StopSignals
 from njepa.training.loop import Loop
 from njepa.training.setup import set_up
 
 CURVE_POINTS = 25
 _CURVES = ("loss", "vicreg_", "feature_std", "rankme")
-
-
-class Stopped(RuntimeError):
-    """A signal ended the run before its last step."""
 
 
 class _LeanEvaluator(Evaluator):
@@ -83,11 +80,11 @@ def _train(task: Task, config: Config, ranks: Ranks, run_dir: Path) -> dict[str,
     setup = set_up(config, ds, ranks, evaluator=_LeanEvaluator)
     built = time.perf_counter()
     try:
-        summary = Loop(setup).run()
+        with StopSignals(config.run.grace_s) as signals:
+            summary = Loop(setup).run(signals)
     finally:
         setup.engine.close()
-    if summary is None:
-        raise Stopped("stopped by a signal")
+    assert summary is not None  # this is the only rank, and no run has run.stop_after
     whole = time.perf_counter() - built
     lines = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()]
     scores = {k: v for k, v in summary.items() if k.startswith(("knn_", "linear_"))}

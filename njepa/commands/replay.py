@@ -48,8 +48,10 @@ def main(argv: list[str], prog: str) -> int:
     ranks = join_ranks(args.device)
     try:
         found = replay(dump, args.dump.resolve().parent.parent, ranks)
-    finally:
-        leave_ranks()
+    except BaseException as error:
+        leave_ranks(error)
+        raise
+    leave_ranks()
     if ranks.main:
         print(_told(dump, found))
     return 0 if found.bad else 1

@@ -362,6 +362,9 @@ class RunConfig(Section):
     stop_after: PositiveInt | None = None
     """Write a checkpoint and stop after this global step, as if interrupted (schedules keep their
     full length)."""
+    grace_s: Annotated[float, Field(gt=0)] = 25.0
+    """Seconds that a checkpoint and the end of the run may take after the first SIGTERM, SIGUSR1 or
+    Ctrl-C (docs/running.md, Stop and resume). Slurm, Kubernetes and launchers kill after 30."""
     log_every: PositiveInt = 10
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: PositiveInt | None = None
@@ -380,6 +383,9 @@ class RunConfig(Section):
     """Checkpoints kept; older ones are removed once a newer one is complete."""
     keep_every: PositiveInt | None = None
     """Checkpoints of multiples of so many steps stay for ever. None: no others than the newest."""
+    timeout_s: Annotated[float, Field(ge=1, le=86400)] = 1800.0
+    """Seconds after which the run ends, with several ranks: one of them is silent, or none moves
+    (docs/running.md, Several ranks). More than the longest single read, write or compilation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: CUDA where there is one."""
     compile: Annotated[Literal["auto", "off", "blocks"], _Off] = "auto"

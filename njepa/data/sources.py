@@ -20,6 +20,7 @@ from njepa.data import parquet
 from njepa.data.folders import Watch
 from njepa.data.index import ImageIndex, Int64Array, Known, build_index
 from njepa.data.listing import Source, find_source
+from njepa.runs.place import waiting
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +199,6 @@ def _lock(cached: Path) -> Iterator[None]:
         yield
         return
     with file:
-        with contextlib.suppress(OSError):  # a file system without locks: the write is atomic
+        with waiting(), contextlib.suppress(OSError):  # without locks: the write is atomic
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -22,6 +22,7 @@ from njepa.data.index import ImageIndex
 from njepa.data.pixels import Pixels, planned_views
 from njepa.draws.crops import crop_windows
 from njepa.draws.order import Planned, SampleOrder
+from njepa.runs.signals import unheard_by_children
 
 
 class PlannedImages(Dataset["Pixels | DecodeError"]):
@@ -114,7 +115,7 @@ class TorchPixels:
             # threads of the parent; what threads of loaders hold is free: ``forking``.
             multiprocessing_context="fork" if workers else None,
         )
-        with forking():
+        with forking(), unheard_by_children():
             self._batches: Iterator[Pixels | DecodeError] = iter(loader)
 
     def __next__(self) -> Pixels:
@@ -135,10 +136,9 @@ def _as_it_is(pixels: Any) -> Any:
 
 
 def _init_worker(_: int) -> None:
-    # Ctrl-C and a launcher's SIGTERM reach the workers too; the training process decides when to
-    # end (it may finish a step and write a checkpoint) and ends them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # What asks a run to stop reaches the workers too, and is blocked here (unheard_by_children):
+    # the training process decides when to end (it saves before) and ends them.
+    signal.set_wakeup_fd(-1)
     threading.Thread(target=_end_for_parent, daemon=True).start()
     # Garbage of the parent must not be finalised here: it would wait for threads that are not here.
     gc.freeze()

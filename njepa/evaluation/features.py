@@ -18,6 +18,7 @@ from njepa.atomic import replacing
 from njepa.config import Config
 from njepa.evaluation.images import LabelledImages
 from njepa.models.encoder import Encoder
+from njepa.runs.place import moved
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def extract(
     """
     rows: dict[str, list[Tensor]] = {}
     for batch in batches:
+        moved()
         for name, value in views(batch.to(device).permute(0, 2, 3, 1)).items():
             rows.setdefault(name, []).append(value.float().cpu())
     return {name: torch.cat(values) for name, values in rows.items()}

@@ -10,16 +10,25 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from njepa.choice import Choice
 from njepa.config import ConfigError
+from njepa.runs.peers import Watch
 from njepa.runs.threads import set_threads
 
 T = TypeVar("T")
+
+_BACKSTOP = timedelta(hours=24)  # of a collective: the watch over the ranks finds hangs
+_watches: list[Watch] = []  # of this process, while it is one of several ranks
+
+
+class RanksMissing(RuntimeError):
+    """Not all ranks of the run came together."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +95,19 @@ class Ranks:
         return box[0]  # type: ignore[return-value]
 
 
-def join_ranks(device: str = "auto") -> Ranks:
+def join_ranks(device: str = "auto", timeout_s: float = 1800) -> Ranks:
     """Start torch.distributed from the launcher's environment (a world of one without it).
 
-    Sets the process's share of CPU threads, too.
+    Sets the process's share of CPU threads, too. Several ranks watch each other from here on
+    (``njepa.runs.peers``), until ``leave_ranks``.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
+        timeout_s: ``run.timeout_s``.
 
     Raises:
         ConfigError: CUDA was asked for and there is none.
+        RanksMissing: the others did not come within ``timeout_s``.
     """
     _read_launcher()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -110,14 +122,36 @@ def join_ranks(device: str = "auto") -> Ranks:
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read by DeepSpeed when it is first imported
     if not dist.is_initialized():
+        store = _meet(rank, world, timeout_s)
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo", timeout=timedelta(minutes=60), rank=rank, world_size=world
+            "nccl" if on_gpu else "gloo",
+            timeout=_BACKSTOP,
+            store=store,
+            rank=rank,
+            world_size=world,
         )
     control: dist.ProcessGroup | None = None
     if world > 1:
-        control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        control = cast(dist.ProcessGroup, dist.new_group(timeout=_BACKSTOP, backend="gloo"))
     place = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return Ranks(rank, world, local_rank, place, control, set_threads(control))
+
+
+def _meet(rank: int, world: int, timeout_s: float) -> Any:
+    """Where the ranks leave their addresses; the watch begins."""
+    try:
+        limit = timedelta(seconds=timeout_s)
+        store, _, _ = next(rendezvous("env://", rank, world, timeout=limit))
+        if world > 1:
+            _watches.append(Watch(store, rank, world, timeout_s))
+    except (dist.DistError, OSError) as error:
+        env = os.environ
+        raise RanksMissing(
+            f"rank {rank} did not meet all {world} ranks at {env['MASTER_ADDR']}:"
+            f"{env['MASTER_PORT']} within run.timeout_s={timeout_s:g} s: {error}. Look at the "
+            f"output of the other ranks, and start all of them with the same command"
+        ) from None
+    return store
 
 
 def _read_launcher() -> None:
@@ -145,7 +179,16 @@ def _read_launcher() -> None:
             env["MASTER_PORT"] = str(probe.getsockname()[1])
 
 
-def leave_ranks() -> None:
-    """Close the process group, so that no launcher complains about leaked resources."""
+def leave_ranks(error: BaseException | None = None) -> None:
+    """Close the process group, so that no launcher complains about leaked resources.
+
+    Args:
+        error: why this rank ends alone; the others are told. What a collective raises because
+            another rank has ended is not told: the process ends here, as that rank's watch says.
+    """
+    while _watches:
+        told = "" if error is None else f"{type(error).__name__}: {error}"
+        echo = type(error) is RuntimeError or isinstance(error, dist.DistError)
+        _watches.pop().leave(told, echo)
     if dist.is_initialized():
         dist.destroy_process_group()

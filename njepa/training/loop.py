@@ -5,24 +5,28 @@ from __future__ import annotations
 import logging
 import math
 import time
-from itertools import islice
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 
 from njepa.config import dump_config
-from njepa.data.batch import Masks
+from njepa.data.batch import Batch, Masks
 from njepa.data.errors import DataError
-from njepa.runs import checkpoints
+from njepa.runs.checkpoints import checkpoint_step, latest_checkpoint, versions
 from njepa.runs.collapse import CollapseAlarm, Collapsed
 from njepa.runs.folder import run_dir
 from njepa.runs.monitors import FeatureMonitor, MetricMeans, Stopwatch
+from njepa.runs.place import at_step, here, phase
 from njepa.runs.saving import keep_saved
-from njepa.runs.signals import StopRequest
+from njepa.runs.signals import Stopped, StopSignals
+from njepa.runs.stopping import StopRequest
 from njepa.runs.summary import device_name
 from njepa.training.compiling import compilations
 from njepa.training.dumping import dump_bad_steps
 from njepa.training.health import BadReading, BadSteps, NonFiniteLoss, StepNote
+from njepa.training.scoring import Encoders
 from njepa.training.setup import Setup
 from njepa.training.start_table import start_table
 from njepa.training.step import StepResult, training_step
@@ -48,10 +52,11 @@ class Loop:
         self._alarm = CollapseAlarm("off", [])  # until the run begins
         self._compiled_before, self._compilations = compilations(), 0  # the second: in the log
 
-    def run(self) -> dict[str, Any] | None:
-        """Train to the end, or until a stop is asked for; returns the summary on rank 0.
+    def run(self, signals: StopSignals | None = None) -> dict[str, Any] | None:
+        """Train to the end; returns the summary on rank 0, None after ``run.stop_after``.
 
         Raises:
+            Stopped: ``signals`` asked for it, and nothing is lost.
             NonFiniteLoss: too many steps in a row had no finite loss and gradient.
             DataError: the loader cannot go on; the steps done are saved.
             Collapsed: with ``run.on_collapse=stop``; the steps done are saved.
@@ -60,19 +65,24 @@ class Loop:
         self._recorder.begin(self.step, total)
         self._alarm = CollapseAlarm(self._config.run.on_collapse, self._recorder.lines())
         say(start_table(self.setup))
-        stop, began, first_step = StopRequest(self._ranks), time.perf_counter(), self.step
+        stop, began, first_step = StopRequest(self._ranks, signals), time.perf_counter(), self.step
+        if signals is not None:
+            signals.lost = self._lost
         self._watch.lap()
         try:
-            self._train(stop)
+            asked = stop.agreed_now() or self._train(stop)
+            here.phase = "ending"
             self.setup.writer.finish()
-            if self.step < total:
-                say(
-                    f"stopped after step {self.step} of {total}; the checkpoint is in "
-                    f"{run_dir(self._config)}; continue with run.resume=true"
-                )
+            if asked or self.step < total:
+                where = "before the first step"
+                if self.step:
+                    where = f"after step {self.step} of {total}; the checkpoint is in"
+                say(f"stopped {where} {run_dir(self._config)}; continue with run.resume=true")
+                if asked:
+                    raise Stopped
                 return None
             images = (self.step - first_step) * self.setup.plan.sizes.total
-            summary = self._summarise(images, time.perf_counter() - began)
+            summary = self._summarise(stop, images, time.perf_counter() - began)
             self._report()
             return summary
         except (NonFiniteLoss, Collapsed):
@@ -90,15 +100,19 @@ class Loop:
             stop.close()
             self.setup.close()
 
-    def _train(self, stop: StopRequest) -> None:
-        """Step until the end or a stop; log, save and evaluate in between."""
+    def _train(self, stop: StopRequest) -> bool:
+        """Step until the end or a stop; log, save and evaluate in between.
+
+        Returns:
+            Whether a signal asked to stop.
+        """
         run, every_eval = self._config.run, self._config.eval.every
         every_save = run.checkpoint_every or self._length.steps_per_epoch
-        last = False
+        asked = last = False
         while self.step < self._length.total_steps and not last:
             self.advance()
-            stopped = stop.agreed() or self.step == run.stop_after
-            last = stopped or self.step == self._length.total_steps
+            asked = stop.agreed()
+            last = asked or self.step in (run.stop_after, self._length.total_steps)
             self._recorder.advance()
             collapse = None
             if self.step % run.log_every == 0 or self.step == 1 or last:
@@ -106,17 +120,21 @@ class Loop:
                 collapse = self._alarm.rings(self._ranks)
             pause = time.perf_counter()
             if self.step % every_save == 0 or last or collapse:
-                self._save()
+                with phase("saving"):
+                    self._save()
             if collapse:
                 self._keep_collapsed(collapse, last)
             if every_eval and self.step % every_eval == 0 and not last:
-                self._evaluate()
+                with phase("evaluating"):
+                    self._evaluate(stop)
             self._watch.pause(time.perf_counter() - pause)
+        return asked
 
     def advance(self) -> StepResult:
         """One optimizer step, and the notes of the monitors on it."""
-        batches = islice(self._batches, self.setup.plan.sizes.accumulation)
-        result = training_step(self.setup.state, batches, self._length.schedules.at(self.step))
+        at_step(self.step + 1)
+        rates = self._length.schedules.at(self.step)
+        result = training_step(self.setup.state, self._micro_batches(), rates)
         terms = [seen.metrics for seen in result.micro_batches]
         self._bad.add(StepNote(self.step, result.update.bad, terms, result.update.norms))
         self.step += 1
@@ -130,6 +148,17 @@ class Loop:
                 self.setup.online_probe.add(seen.features, seen.sample_ids)
         self._norm = result.update.norm
         return result
+
+    def _micro_batches(self) -> Iterator[Batch]:
+        """Those of one step: all of them, or an error on this rank that ends the others, too."""
+        for n in range(self.setup.plan.sizes.accumulation):
+            batch = next(self._batches, None)
+            if batch is None:
+                raise DataError(
+                    f"the loader of rank {self._ranks.rank} ended at micro-batch {n + 1} of step "
+                    f"{self.step + 1}, of {self._length.total_steps} steps: a bug in it"
+                )
+            yield batch
 
     def _log(self) -> None:
         steps = self._means.steps / self.setup.plan.sizes.accumulation
@@ -216,20 +245,34 @@ class Loop:
                 "impl": {op: choice.name for op, choice in plan.impl.items()},
                 "attention": str(plan.attention),
                 "precision": plan.precision.name,
-                "versions": checkpoints.versions(),
+                "versions": versions(),
             },
         )
 
-    def _evaluate(self) -> None:
-        scoring = self.setup.scoring
-        encoders = scoring.encoders()
-        self._recorder.log(self.step, lambda: scoring.knn(encoders))
+    def _lost(self) -> str | None:
+        """What the checkpoints do not have, for people."""
+        last = latest_checkpoint(run_dir(self._config))
+        steps = self.step - (checkpoint_step(last) if last else 0)
+        if steps <= 0:
+            return None
+        return f"{steps} steps are lost, the last good checkpoint is {last or 'none'}"
+
+    def _evaluate(self, stop: StopRequest) -> None:
+        """Left unfinished where rank 0 is asked to stop: the checkpoint comes first."""
+        encoders = self._encoders(stop)
+        with suppress(Stopped):
+            self._recorder.log(self.step, lambda: self.setup.scoring.knn(encoders))
         self._ranks.barrier()
 
-    def _summarise(self, images: int, seconds: float) -> dict[str, Any] | None:
+    def _encoders(self, stop: StopRequest) -> Encoders:
+        """Collective."""
+        encoders = self.setup.scoring.encoders()
+        return {suffix: stop.until_asked(encode) for suffix, encode in encoders.items()}
+
+    def _summarise(self, stop: StopRequest, images: int, seconds: float) -> dict[str, Any] | None:
         skipped = self._ranks.sum(self.setup.loader.skipped)
         scoring, plan, config = self.setup.scoring, self.setup.plan, self._config
-        encoders, device = scoring.encoders(), self._ranks.device
+        encoders, device = self._encoders(stop), self._ranks.device
 
         def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
             losses = [line["loss"] for line in lines if "loss" in line] or [None]
@@ -258,7 +301,15 @@ class Loop:
                 "seconds": round(seconds, 1),
             }
 
-        summary: dict[str, Any] | None = self._recorder.finish(summarise)
+        summary: dict[str, Any] | None = None
+        with suppress(Stopped):
+            summary = self._recorder.finish(summarise)
+        if stop.agreed_now() and self._ranks.on_main(lambda: summary is None):
+            self._recorder.say(
+                f"stopped in the evaluation after the last step; {run_dir(self._config)} has the "
+                f"checkpoint; run.resume=true evaluates it"
+            )
+            raise Stopped
         return summary
 
     def _report(self) -> None:

@@ -11,8 +11,10 @@ from njepa.config import Config
 from njepa.config.deepspeed_file import DeepSpeedFile
 from njepa.runs.checkpoints import latest_checkpoint
 from njepa.runs.folder import run_dir
+from njepa.runs.place import here
 from njepa.runs.ranks import Ranks
 from njepa.runs.rollbacks import roll_back
+from njepa.runs.signals import StopSignals
 from njepa.training.health import NonFiniteLoss
 from njepa.training.loop import Loop
 from njepa.training.setup import set_up
@@ -20,7 +22,9 @@ from njepa.training.setup import set_up
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> dict[str, Any] | None:
+def train(
+    config: Config, ds: DeepSpeedFile, ranks: Ranks, signals: StopSignals | None = None
+) -> dict[str, Any] | None:
     """Train to the end or a stop; the summary on rank 0. Collective.
 
     Raises:
@@ -28,10 +32,13 @@ def train(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> dict[str, Any] | N
             ``Loop.run`` otherwise.
     """
     run = run_dir(config)
+    here.way_out = lambda: (
+        f"the last checkpoint is {latest_checkpoint(run) or 'none'}; go on with run.resume=true"
+    )
     while True:
         setup = set_up(config, ds, ranks)
         try:
-            return Loop(setup).run()
+            return Loop(setup).run(signals)
         except NonFiniteLoss as error:
             step, began, told = error.step, error.row_began, str(error)
         limit = config.run.max_rollbacks

@@ -17,7 +17,6 @@ from njepa.config import Config, ConfigError
 from njepa.config.deepspeed_file import BatchSizes, DeepSpeedFile
 from njepa.data.index import ImageIndex
 from njepa.data.loader import Loader, build_loader, choose_backend
-from njepa.data.sources import open_source
 from njepa.draws.masks import MaskSampler
 from njepa.draws.order import SampleOrder
 from njepa.draws.streams import seed_of_try
@@ -27,6 +26,7 @@ from njepa.exchange.initial import InitialWeights, read_initial_weights
 from njepa.models.architecture import Architecture, architecture
 from njepa.models.attention import Attention
 from njepa.models.attention_kernels import choose_attention
+from njepa.runs.alike import check_alike, open_alike
 from njepa.runs.checkpoints import find_checkpoint, latest_checkpoint, load_checkpoint
 from njepa.runs.folder import RunFolder, check_claim, run_dir
 from njepa.runs.ranks import Ranks
@@ -129,6 +129,7 @@ def set_up(
     Raises:
         ConfigError: input that cannot work; nothing was trained or written over.
     """
+    check_alike(ranks, config, ds)
     plan = decide(config, ds, ranks)
     initial = _initial_weights(config)
     folder: list[RunFolder] = []  # of rank 0
@@ -137,8 +138,7 @@ def set_up(
     try:
         salt = ranks.on_main(lambda: len(read_rollbacks(run_dir(config))))
         plan = salted(plan, salt)
-        progress = config.run.progress and ranks.main
-        index = open_source(config.data.path, config.data.cache_dir, progress=progress)
+        index = open_alike(config, ranks)
         online_probe = follow_run(config, index, ranks.device)
         scorers: list[Evaluator] = []  # of rank 0
         ranks.on_main(lambda: scorers.extend(_open_evaluator(config, index, ranks, evaluator)))

@@ -6,8 +6,7 @@ Each case is a run with its own method, loader, ranks, ZeRO stage and precision.
 in peace, and once under kills of all its processes: at a random step, as soon as a checkpoint is
 being written, or while it starts. Compared are the losses of every step, also of those that a kill
 made it train twice, and all tensors of the last checkpoint: weights, moments, counts of updates,
-buffers, target encoder. Processes are forked from one that has imported torch and DeepSpeed: a
-start then takes a second and not ten.
+buffers, target encoder.
 """
 
 from __future__ import annotations
@@ -17,14 +16,13 @@ import json
 import os
 import random
 import signal
-import socket
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.support.forked import fork_rank, free_port, prepare
 from tests.support.jobs import TINY, make_images
 from tests.support.written import differences
 
@@ -88,37 +86,11 @@ class Run:
 
     def start(self) -> None:
         self._starts += 1
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self._pids = [self._fork(rank, port) for rank in range(self.case.ranks)]
-
-    def _fork(self, rank: int, port: int) -> int:
-        pid = os.fork()
-        if pid:
-            return pid
-        status = 70
-        try:
-            os.setsid()  # a kill reaches the loader's processes, too
-            log = os.open(self.log(rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            place = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
-            sizes = {"WORLD_SIZE": self.case.ranks, "LOCAL_WORLD_SIZE": self.case.ranks}
-            os.environ.update({key: str(value) for key, value in (place | sizes).items()})
-            os.environ["MASTER_ADDR"] = "127.0.0.1"
-            self.in_child()
-            from njepa import train
-
-            status = train.main(self._arguments())
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+        port, ranks = free_port(), range(self.case.ranks)
+        self._pids = [
+            fork_rank(rank, len(ranks), port, self._arguments(), self.log(rank), self.in_child)
+            for rank in ranks
+        ]
 
     def in_child(self) -> None:
         """In the process that will train, before it does."""
@@ -266,16 +238,6 @@ def main() -> None:
             share = args.kills // len(cases) + (n < args.kills % len(cases))
             print(killed_run(case, Path(folder), share, rng, n), flush=True)
     print(f"{time.monotonic() - began:.0f} s, seed {args.seed}")
-
-
-def prepare() -> None:
-    """Import what takes long, once; nothing here starts a thread."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import deepspeed  # noqa: F401
-
-    import njepa.train
-    import njepa.training.loop  # noqa: F401
 
 
 if __name__ == "__main__":

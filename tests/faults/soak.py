@@ -33,7 +33,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.faults.kills import Case, Run, prepare
+from njepa.runs.signals import STEPS_LOST, STOPPED
+from tests.faults.kills import Case, Run
+from tests.support.forked import prepare
 from tests.support.jobs import make_images
 from tests.support.written import differences
 
@@ -72,8 +74,9 @@ class Soaked(Run):
         return self._pids[0]
 
     def alive(self) -> bool:
-        if os.waitpid(self.pid, os.WNOHANG)[0]:
-            self._pids = []
+        ended, status = os.waitpid(self.pid, os.WNOHANG)
+        if ended:
+            self._pids, self.status = [], os.waitstatus_to_exitcode(status)
         return bool(self._pids)
 
     def begin(self) -> None:
@@ -93,12 +96,13 @@ class Soaked(Run):
         return self.log(0).read_text(errors="replace")
 
     def end(self) -> None:
-        """By SIGTERM to all of its processes; whatever its status, without a traceback."""
+        """By SIGTERM to all of its processes; status 1 and 76: the last save failed."""
         os.killpg(self.pid, signal.SIGTERM)
         deadline = time.monotonic() + LIMIT
         while self.alive():
             assert time.monotonic() < deadline, f"SIGTERM, and no end\n{self.text()}"
             time.sleep(0.05)
+        assert self.status in (1, STOPPED, STEPS_LOST), f"status {self.status}\n{self.text()}"
         assert "Traceback" not in self.text(), self.text()
 
     def fill(self) -> None:

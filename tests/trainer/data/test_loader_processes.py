@@ -58,7 +58,7 @@ def test_workers_outlive_the_signals_that_stop_a_run(tmp_path):
     next(loader)
     workers = set(_children()) - before
     assert workers
-    for number in ("-INT", "-TERM"):
+    for number in ("-INT", "-TERM", "-USR1"):
         subprocess.run(["kill", number, *workers], check=True)
     assert len(list(loader)) == 39
     loader.close()
@@ -72,7 +72,7 @@ def _children():
 
 PROGRAM = """
 import faulthandler, signal, sys
-faulthandler.register(signal.SIGUSR1)  # in the workers too: says where a hung process stands
+faulthandler.register(signal.SIGUSR2)  # in the workers too: says where a hung process stands
 from pathlib import Path
 from tests.support.loader_case import Case
 print("imported", flush=True)
@@ -96,7 +96,7 @@ def test_a_program_that_forgets_to_close_ends_all_the_same(tmp_path):
         try:
             out, err = program.communicate(timeout=120)
         except subprocess.TimeoutExpired:
-            os.killpg(program.pid, signal.SIGUSR1)
+            os.killpg(program.pid, signal.SIGUSR2)
             time.sleep(5)
             os.killpg(program.pid, signal.SIGKILL)
             pytest.fail(f"hung; every thread of every process:\n{program.communicate()[1]}")

@@ -49,6 +49,22 @@ def test_ranks_and_accumulation_cut_the_same_global_batch(world, accumulation):
         assert np.array_equal(np.concatenate(parts), one.at(step).ids)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_every_rank_has_equally_many_full_micro_batches(world, accumulation):
+    """However many images are left over: a rank with one more would wait for the others."""
+    step = 2 * accumulation * world
+    for n in range(step, 2 * step + 3):
+        ranks = [SampleOrder(n, 2, accumulation, world, r, 1) for r in range(world)]
+        assert {r.steps_per_epoch for r in ranks} == {n // step}
+        for micro_step in range(2 * accumulation * (n // step)):  # two epochs
+            plans = [r.at(micro_step) for r in ranks]
+            assert {(p.step, p.epoch, len(p.ids)) for p in plans} == {
+                (plans[0].step, plans[0].epoch, 2)
+            }
+            assert len(set(np.concatenate([p.ids for p in plans]).tolist())) == 2 * world
+
+
 def test_replacements_do_not_depend_on_the_ranks():
     one = SampleOrder(n=20, micro_batch=8, accumulation=1, world=1, rank=0, seed=1)
     two = [SampleOrder(20, 4, 1, 2, r, 1) for r in range(2)]

@@ -1,4 +1,4 @@
-"""Two ranks train as one with the doubled batch does, under every ZeRO stage and method."""
+"""Two and four ranks train as one with the whole batch does, under ZeRO stages and methods."""
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ RAGGED = ["mask.ragged=true", "vicreg.on=context_vs_target"]  # whose means leav
 METHODS = {
     "ijepa": ["method=ijepa"],
     "cjepa": ["method=cjepa", VICREG],
+    "cjepa-context": ["method=cjepa", VICREG, "vicreg.on=context_vs_target"],
     "njepa": ["method=njepa"],
     "ncjepa": ["method=ncjepa", VICREG],
     "ragged": ["method=ncjepa", VICREG, *RAGGED],
@@ -22,6 +23,8 @@ METHODS = {
 }
 STAGES = (0, 1, 2, 3)
 GLOBAL_BATCH = 8
+CASES = [(2, m, s) for m in METHODS for s in STAGES]
+CASES += [(4, m, s) for m in ("cjepa", "cjepa-context") for s in (0, 2)]
 
 
 def ds(world, stage, accumulation=1):
@@ -47,29 +50,33 @@ def records(tmp_path_factory):
             "grads": True,
         }  # fmt: skip
 
-    one = run_jobs([job(1, m, 0) for m in METHODS], 1, root / "one")
-    two = run_jobs([job(2, m, s) for m in METHODS for s in STAGES], 2, root / "two")
-    return one, two
+    found = {1: run_jobs([job(1, m, 0) for m in METHODS], 1, root / "one")}
+    for world in (2, 4):
+        jobs = [job(world, m, s) for w, m, s in CASES if w == world]
+        found[world] = run_jobs(jobs, world, root / f"ranks{world}")
+    return found
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("method", METHODS)
-def test_two_ranks_equal_one(records, method, stage):
-    one, two = records[0][f"{method}-0"], records[1][f"{method}-{stage}"]
+@pytest.mark.parametrize(("world", "method", "stage"), CASES)
+def test_ranks_equal_one(records, world, method, stage):
+    one, two = records[1][f"{method}-0"], records[world][f"{method}-{stage}"]
     assert len(one["losses"]) == len(two["losses"]) == 3
     for ids_one, ids_two in zip(one["ids"], two["ids"], strict=True):
         assert sorted(ids_one.tolist()) == sorted(ids_two.tolist())
         assert len(set(ids_one.tolist())) == GLOBAL_BATCH
     assert two["losses"] == pytest.approx(one["losses"], rel=2e-6)
-    for grads_one, grads_two in zip(one["grads"], two["grads"], strict=True):
+    # Adam turns the rounding of gradients near 0 into whole steps, which grow with the ranks: only
+    # the first gradients are of equal weights.
+    steps = 3 if world == 2 else 1
+    for grads_one, grads_two in zip(one["grads"][:steps], two["grads"][:steps], strict=True):
         assert grads_one.keys() == grads_two.keys()
         total = torch.stack([g.norm() for g in grads_one.values()]).norm()
         for name, expected in grads_one.items():
             error = (grads_two[name] - expected).norm()
             # fp32 rounding of sums in another order; a lost factor would be of the size of total.
             assert error <= 2e-5 * expected.norm() + 2e-6 * total, (name, error, expected.norm())
-    for name, expected in one["target"].items():
+    for name, expected in one["target"].items() if world == 2 else ():
         got = two["target"][name]
         if name.endswith("qkv.bias"):
             # Softmax does not see the keys' bias: its gradient is pure rounding, which Adam
@@ -81,7 +88,7 @@ def test_two_ranks_equal_one(records, method, stage):
 @pytest.mark.multirank
 def test_the_losses_are_worth_comparing(records):
     """Methods differ, steps differ, and every trained tensor has a gradient."""
-    one = records[0]
+    one = records[1]
     losses = {m: tuple(one[f"{m}-0"]["losses"]) for m in METHODS}
     assert len(set(losses.values())) == len(METHODS)
     for method in METHODS:

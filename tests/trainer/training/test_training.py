@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from njepa.runs.signals import STOPPED
 from tests.support import ROOT
 from tests.support.jobs import TINY, make_images, run_jobs
 
@@ -113,7 +114,7 @@ def test_what_a_run_leaves(trained):
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_writes_a_checkpoint_and_ends_cleanly(tmp_path, number):
     make_images(tmp_path / "images", 16)
     (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 4}')
@@ -126,16 +127,17 @@ def test_a_signal_writes_a_checkpoint_and_ends_cleanly(tmp_path, number):
     ]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        process_group=0,
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (run / "metrics.jsonl").is_file() and len(read_metrics(run)) > 2:
             break
         time.sleep(0.1)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # its loader process, too
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+    assert process.returncode == STOPPED, output
     assert "stopped after step" in output
     done = read_metrics(run)[-1]["step"]
     assert (run / "checkpoints" / f"step-{done:08d}" / "state.json").is_file()
