@@ -19,7 +19,7 @@ from njepa.data.batch import Batch
 from njepa.models.architecture import architecture
 from njepa.models.attention_kernels import choose_attention
 from njepa.training.compiling import choose_compilation, compile_blocks
-from njepa.training.ema import make_target
+from njepa.training.ema import low_target, make_target
 from njepa.training.engine import PlainEngine, Update
 from njepa.training.module import TrainModule
 from njepa.training.schedules import Rates
@@ -95,16 +95,20 @@ class OurStep:
         module = TrainModule(config, attention=self.attention)
         module.jepa.load_state_dict(state)
         target = make_target(module.jepa.encoder).to(device)
+        copies = low_target(target) if low else None
+        running = target if copies is None else copies.encoder
         if self.compilation.name == "blocks":
-            compile_blocks((module, target), config.mask.static_shapes)
+            compile_blocks((module, running), config.mask.static_shapes)
         self.engine = PhasedEngine(module, config.optim, device, low=low)
         self.module, self.target = module, target
 
         def encode(images: Tensor) -> Tensor:
             with self.engine.phase("target"):
-                return encode_with(self.engine, target, images)
+                return encode_with(self.engine, running, images)
 
-        self.state = TrainState(self.engine, target, self.attention, config.impl.default, encode)
+        self.state = TrainState(
+            self.engine, target, self.attention, config.impl.default, encode, copies
+        )
 
     def __call__(self, batch: Batch, phase: Phase = no_phase) -> Tensor:
         self.engine.phase = phase

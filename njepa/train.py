@@ -112,12 +112,12 @@ def _train(config: Config, ds: DeepSpeedFile, signals: StopSignals | None, main_
             train(config, ds, ranks, signals)
     except Stopped:
         return STOPPED
-    except (NonFiniteLoss, Collapsed, CheckpointFailed) as error:  # of all ranks alike
+    except (NonFiniteLoss, Collapsed, CheckpointFailed, DataError) as error:  # of all ranks
         return _end(error, 1, main_rank)
     except BaseException as error:
         alone = error
-        if isinstance(error, (DataError, RanksMissing)):
-            return _end(error, 1 if isinstance(error, DataError) else STATUS, True)
+        if isinstance(error, RanksMissing):
+            return _end(error, STATUS, True)
         raise
     finally:
         leave_ranks(alone)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 METHODS = ("ijepa", "cjepa", "njepa", "ncjepa")
 #: By their share of a step.
 OPS = ("predictor_tokens", "jepa_loss", "add_layer_norm", "bias_gelu", "gather_tokens")
-OPS += ("ema_update_", "patchify", "vicreg")
+OPS += ("ema_update_", "adamw_ema_", "patchify", "vicreg")
 #: Size and variants of each race; tests hold their memory against a GPU of 80 GB.
 RACES = {
     "step/vitl16": ("vitl16-224-b128", "eager,auto,static+blocks"),

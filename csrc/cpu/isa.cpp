@@ -1,4 +1,5 @@
 // All kernels for one instruction set; compiled once for each, see setup.py.
+#include "adamw_ema.h"
 #include "add_layer_norm.h"
 #include "bias_gelu.h"
 #include "ema_update.h"
@@ -33,6 +34,7 @@ const Kernels& kernels() {
       .gram = gram,
       .vicreg_backward = vicreg_backward,
       .ema = ema,
+      .adamw_ema = adamw_ema,
       .add_layer_norm = add_layer_norm,
       .add_layer_norm_backward = add_layer_norm_backward,
       .bias_gelu = bias_gelu,

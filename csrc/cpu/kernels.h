@@ -202,6 +202,19 @@ struct BiasGeluBackward {  // blocks of kSumRows rows
   int64_t rows, D;
 };
 
+struct AdamwEma {
+  float* param;
+  float* exp_avg;
+  float* exp_avg_sq;
+  float* target;  // or null
+  const void* grad;
+  Type type;
+  uint16_t* param_low;   // bf16 or null
+  uint16_t* target_low;  // the same
+  int64_t count;
+  float scale, take1, beta2, take2, root, eps, step_size, decay, keep, take;
+};
+
 struct Ema {
   float* target;
   const void* source;
@@ -234,6 +247,7 @@ struct Kernels {
   void (*gram)(const Gram&, int64_t, int64_t);
   void (*vicreg_backward)(const VicregBackward&, int64_t, int64_t);
   void (*ema)(const Ema&);
+  void (*adamw_ema)(const AdamwEma&);
   void (*add_layer_norm)(const AddLayerNorm&, int64_t, int64_t, float*);
   void (*add_layer_norm_backward)(const AddLayerNormBackward&, int64_t, int64_t, float*);
   void (*bias_gelu)(const BiasGelu&, int64_t, int64_t);

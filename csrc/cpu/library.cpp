@@ -90,6 +90,11 @@ STABLE_TORCH_LIBRARY(njepa_native, m) {
       "ema_update_(Tensor(a!)[] targets, Tensor[] sources, float momentum, float rest, "
       "Tensor(b!)[] shadow) -> ()");
   m.def(
+      "adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] targets, "
+      "Tensor(f!)[] params_bf16, Tensor(g!)[] targets_bf16, float lr, float beta1, float beta2, "
+      "float eps, float weight_decay, float momentum, float rest, float scale) -> ()");
+  m.def(
       "add_layer_norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, "
       "Tensor(a!) out, Tensor(b!) total, Tensor(c!) stats) -> ()");
   m.def(
@@ -109,6 +114,7 @@ STABLE_TORCH_LIBRARY_IMPL(njepa_native, CPU, m) {
   m.impl("vicreg_forward", TORCH_BOX(&njepa::vicreg_forward));
   m.impl("vicreg_backward", TORCH_BOX(&njepa::vicreg_backward));
   m.impl("ema_update_", TORCH_BOX(&njepa::ema_update_));
+  m.impl("adamw_ema_", TORCH_BOX(&njepa::adamw_ema_));
   m.impl("add_layer_norm_forward", TORCH_BOX(&njepa::add_layer_norm_forward));
   m.impl("add_layer_norm_backward", TORCH_BOX(&njepa::add_layer_norm_backward));
   m.impl("bias_gelu_forward", TORCH_BOX(&njepa::bias_gelu_forward));

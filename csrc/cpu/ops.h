@@ -18,6 +18,12 @@ Tensor vicreg_backward(const Tensor& u, const Tensor& mean, const Tensor& std, c
                        const Tensor& g_std, const Tensor& g_cov, double gamma, double eps);
 void ema_update_(std::vector<Tensor> targets, std::vector<Tensor> sources, double momentum,
                  double rest, std::vector<Tensor> shadow);
+void adamw_ema_(std::vector<Tensor> params, std::vector<Tensor> grads,
+                std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
+                std::vector<Tensor> steps, std::vector<Tensor> targets,
+                std::vector<Tensor> params_bf16, std::vector<Tensor> targets_bf16, double lr,
+                double beta1, double beta2, double eps, double weight_decay, double momentum,
+                double rest, double scale);
 void add_layer_norm_forward(const Tensor& x, const OptionalTensor& residual, const Tensor& weight,
                             const Tensor& bias, double eps, const Tensor& out, const Tensor& total,
                             const Tensor& stats);

@@ -8,6 +8,7 @@ from ._runtime.checks import debug_checks
 from ._runtime.dispatch import Impl, available_impls, choose
 from ._runtime.philox import NoiseKey, philox4x32, philox_normal
 from ._version import __version__
+from .ops.adamw_ema_.op import adamw_ema_
 from .ops.add_layer_norm.op import add_layer_norm
 from .ops.add_layer_norm.reference import AddLayerNorm
 from .ops.bias_gelu.op import bias_gelu
@@ -27,6 +28,7 @@ __all__ = [
     "NoiseKey",
     "VicregTerms",
     "__version__",
+    "adamw_ema_",
     "add_layer_norm",
     "available_impls",
     "bias_gelu",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from njepa.commands.parsers import command_parser
@@ -10,7 +11,7 @@ from njepa.config import ConfigError
 from njepa.data.scan import scan
 
 DESCRIPTION = """Decode every image once, list the good ones (the list works as data.path), name the
-bad ones. Shards and Parquet are only reported on."""
+bad ones. Shards and Parquet are only reported on. The same command goes on where it was stopped."""
 EPILOG = """For example:
 
   njepa scan photos --out good.txt
@@ -30,9 +31,14 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str], prog: str) -> int:
-    """Write the list and print the report; returns the exit status."""
+    """Write the list and print the report; returns the exit status (130: interrupted)."""
     args = parser(prog).parse_args(argv)
     if args.workers is not None and args.workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {args.workers}")
-    print(scan(args.path, args.out, args.workers))
+    try:
+        report = scan(args.path, args.out, args.workers)
+    except KeyboardInterrupt:
+        print("njepa: interrupted; the same command goes on where it was", file=sys.stderr)
+        return 130
+    print(report)
     return 0

@@ -101,6 +101,12 @@ class DataConfig(Section):
     reduced_decode: Annotated[bool, FREE] = False
     """Decode a JPEG at 1/4 or 1/8 of its size where its crop keeps twice the pixels a side that are
     needed: faster for large photographs, slightly other pixels (torchvision only; docs/data.md)."""
+    on_error: Annotated[Literal["skip", "stop"], FREE] = "skip"
+    """An image that cannot be read or decoded: ``skip`` takes the next one of the epoch's order in
+    its place, names and counts it; ``stop`` ends the run before the step that needs it."""
+    max_bad_frac: Annotated[Fraction, FREE] = 0.02
+    """More unreadable images than this share of the source end the run: those that the index left
+    out, and those that any rank has met since its start; looked at with every line of the log."""
     cache_dir: Annotated[FilePath | None, FREE] = None
     """Where the index of a source and the embedded set are kept. None: ``~/.cache/njepa``."""
 
@@ -344,6 +350,9 @@ class OptimConfig(Section):
     """AdamW's moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's denominator offset."""
+    fused_update: bool = False
+    """AdamW, the target encoder's average and its bf16 copy as one op of njepa_kernels: the same
+    mathematics in one pass over memory (docs/performance.md). ZeRO stage 0 without ``bf16``."""
     ema: tuple[Fraction, Fraction] = (0.996, 1.0)
     """Momentum of the target encoder at the first and the last step, linear in between."""
     schedule_scale: Annotated[float, Field(ge=1, le=1000)] = 1.0

@@ -100,13 +100,21 @@ def decode_window(
         if view is not None:
             return view
     image = decode(data)
-    if image.shape[1:] != shape[::-1]:
-        raise DecodeError(
-            f"has {image.shape[2]} x {image.shape[1]} pixels, {shape[0]} x {shape[1]} when it was "
-            f"indexed"
-        )
+    check_shape((image.shape[2], image.shape[1]), shape)
     left, top, width, height = window
     return resize(image[:, top : top + height, left : left + width], size, size)
+
+
+def check_shape(found: tuple[int, int], indexed: tuple[int, int]) -> None:
+    """Hold width and height against those of the index.
+
+    Raises:
+        DecodeError: they differ.
+    """
+    if found != indexed:
+        raise DecodeError(
+            f"has {found[0]} x {found[1]} pixels, {indexed[0]} x {indexed[1]} when it was indexed"
+        )
 
 
 def _reduced_window(

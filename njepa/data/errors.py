@@ -17,9 +17,5 @@ class DecodeError(DataError):
     """These bytes are not a complete image, or nothing can take the place of an unreadable one."""
 
 
-class UnreadableImage(DataError):
-    """DALI met an image that it cannot decode, and has no way to continue without it."""
-
-
 class LoaderStalled(DataError):
     """No batch came for so long that none will."""

@@ -160,13 +160,13 @@ def _headers(
         if shard < 0 and size < 0:
             return 0, 0, "no such file, or none to read from (a pipe, a device)"
         if shard < 0:
-            return _measure(source.root / entries.names[i], size)
+            return measure(source.root / entries.names[i], size)
         try:
             file = source.root / shards[shard]
-            head = _measure(_read_at(file, offset, min(_HEAD, size)), size)
+            head = measure(_read_at(file, offset, min(_HEAD, size)), size)
             if not head[2] or size <= _HEAD:
                 return head
-            return _measure(_read_at(file, offset, size), size)  # cut inside the header?
+            return measure(_read_at(file, offset, size), size)  # cut inside the header?
         except OSError as error:
             return 0, 0, fault(error, size)
 
@@ -186,7 +186,7 @@ def _headers(
 def _parquet(source: Source, quiet: bool | None) -> tuple[Entries, list[_Size]]:
     parquet.check(source.path, source.root, source.files)
     rows = parquet.read_rows(
-        source.root, source.files, lambda data: _measure(data, len(data)), quiet
+        source.root, source.files, lambda data: measure(data, len(data)), quiet
     )
     labels = [row.label for row in rows if row.label is not None]
     numbers = np.array([(r.size, r.file, r.row) for r in rows], dtype=np.int64)
@@ -195,7 +195,8 @@ def _parquet(source: Source, quiet: bool | None) -> tuple[Entries, list[_Size]]:
     return entries, [(row.width, row.height, row.fault) for row in rows]
 
 
-def _measure(file: Path | bytes, size: int) -> _Size:
+def measure(file: Path | bytes, size: int) -> _Size:
+    """Upright width and height from the header, or 0, 0 and what is wrong with the image."""
     try:
         return *_upright_size(file), ""
     except Exception as error:  # damaged files make Pillow raise almost anything

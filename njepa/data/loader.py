@@ -19,8 +19,9 @@ from torch import Tensor
 
 from njepa.choice import Choice
 from njepa.config import Config, ConfigError
+from njepa.data.bad_images import WAY_OUT, check_source
 from njepa.data.batch import Batch, Lengths, Masks, Noise
-from njepa.data.errors import LoaderStalled
+from njepa.data.errors import DataError, LoaderStalled
 from njepa.data.fork_guard import at_work
 from njepa.data.index import ImageIndex
 from njepa.data.pixels import Pixels, PixelSource
@@ -43,7 +44,7 @@ class Loader:
     Attributes:
         backend: "dali" or "torch", and why.
         wait_s: seconds that ``next`` waited for a batch since it was last set to 0.
-        skipped: unreadable images that were replaced so far (each time counts).
+        skipped: samples that were replaced by others since it was last emptied (each time counts).
     """
 
     def __init__(
@@ -52,11 +53,11 @@ class Loader:
         backend: Choice,
     ) -> None:  # fmt: skip
         self.backend = backend
-        self.wait_s, self.skipped = 0.0, 0
+        self.wait_s, self.skipped = 0.0, list[int]()
         self._config, self._index, self._order = config, index, order
         self._masks, self._device, self._steps = masks, device, steps
         self._pixels, self._warned = pixels, set[int]()
-        self._ready: queue.Queue[Batch | Exception | None] = queue.Queue(config.data.prefetch)
+        self._ready: queue.Queue[_Item] = queue.Queue(config.data.prefetch)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="njepa-loader", daemon=True)
         self._thread.start()
@@ -69,8 +70,8 @@ class Loader:
         """The next micro-batch.
 
         Raises:
-            DecodeError: the torch backend found no readable image for a place in the batch.
-            UnreadableImage: the DALI backend met an unreadable image.
+            DataError: an unreadable image, with ``data.on_error=stop``.
+            DecodeError: an image and everything that could replace it is unreadable.
             LoaderStalled: no batch came for 15 minutes.
         """
         if self._closed.is_set():
@@ -90,7 +91,9 @@ class Loader:
         if item is None or isinstance(item, Exception):
             self.close()
             raise item or StopIteration
-        batch = item.to(self._device)
+        batch, unreadable = item
+        self._report(unreadable)
+        batch = batch.to(self._device)
         if batch.images.is_cuda:  # they come from the stream of the loader
             batch.images.record_stream(torch.cuda.current_stream(self._device))
         return batch
@@ -104,22 +107,21 @@ class Loader:
             self._pixels.close()
 
     def _produce(self) -> None:
-        last: Batch | Exception | None = None
+        last: Exception | None = None
         try:
             for micro_step in self._steps:
                 if self._closed.is_set():
                     return
                 with at_work():
                     pixels = next(self._pixels)
-                    self._report(pixels.unreadable)
                     batch = self._assemble(micro_step, pixels)
-                if not self._put(batch):
+                if not self._put((batch, pixels.unreadable)):
                     return
         except Exception as error:  # handed to the consumer, who raises it
             last = error
         self._put(last)
 
-    def _put(self, item: Batch | Exception | None) -> bool:
+    def _put(self, item: _Item) -> bool:
         while not self._closed.is_set():
             try:
                 self._ready.put(item, timeout=_POLL)
@@ -175,15 +177,27 @@ class Loader:
         return tensor.pin_memory() if self._device.type == "cuda" else tensor
 
     def _report(self, unreadable: list[tuple[int, str]]) -> None:
-        self.skipped += len(unreadable)
-        for sample, reason in unreadable:
+        """Count and name what was replaced in the batch that is due.
+
+        Raises:
+            DataError: with ``data.on_error=stop``.
+        """
+        named = [f"{self._index.name(sample)} ({reason})" for sample, reason in unreadable]
+        if named and self._config.data.on_error == "stop":
+            self.close()
+            raise DataError(
+                f"unreadable: {'; '.join(named)} (data.on_error=stop). {WAY_OUT}, or let others "
+                f"take their place with data.on_error=skip"
+            )
+        for (sample, _), name in zip(unreadable, named, strict=True):
+            self.skipped.append(sample)
             if sample not in self._warned:
                 self._warned.add(sample)
-                logger.warning(
-                    "unreadable image %s (%s): another one takes its place",
-                    self._index.name(sample),
-                    reason,
-                )
+                logger.warning("unreadable image %s: another one takes its place", name)
+
+
+#: A batch with the samples that were replaced in it, why the loader fails, or None: the end.
+_Item = tuple[Batch, list[tuple[int, str]]] | Exception | None
 
 
 def build_loader(
@@ -196,8 +210,10 @@ def build_loader(
     needed to continue with the same samples, crops, masks and sigmas.
 
     Raises:
-        ConfigError: ``data.backend=dali`` where DALI is not installed.
+        ConfigError: ``data.backend=dali`` where DALI is not installed, or more of the source is
+            unreadable than ``data.on_error`` and ``data.max_bad_frac`` allow.
     """
+    check_source(config.data, index)
     backend = choose_backend(config.data.backend, device)
     start, stop = start_step * order.accumulation, total_steps * order.accumulation
     workers = config.data.workers

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import tarfile
 from pathlib import Path
 
 from njepa.data.errors import SourceError
+
+logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
@@ -51,6 +54,7 @@ def shard_rows(root: Path, shard: str) -> list[Row]:
                     data = tar.extractfile(member)
                     assert data is not None  # a regular member
                     labels[key] = data.read(4096).decode("utf-8", "replace").strip()
+            _check_end(tar)
     except (SourceError, OSError):
         raise
     except Exception as error:  # TarError, and of damaged headers almost any
@@ -73,3 +77,14 @@ def _refused(member: tarfile.TarInfo) -> str:
     if member.issparse():
         return "it is stored in pieces (sparse)"
     return "" if member.isreg() else "it is a device or a pipe"
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """tarfile takes any header that it cannot read, but the first, for the end of the file."""
+    assert tar.fileobj is not None  # open
+    tar.fileobj.seek(tar.offset)
+    block = tar.fileobj.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0"):
+        raise tarfile.ReadError(f"no header of a member at byte {tar.offset}")
+    if not block:
+        logger.warning("%s has no mark at its end: perhaps it was cut short", tar.name)

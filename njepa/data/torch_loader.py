@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -19,9 +18,8 @@ from njepa.data.decode import decode_window
 from njepa.data.errors import DecodeError
 from njepa.data.fork_guard import forking
 from njepa.data.index import ImageIndex
-from njepa.data.pixels import Pixels, planned_views
-from njepa.draws.crops import crop_windows
-from njepa.draws.order import Planned, SampleOrder
+from njepa.data.pixels import Pixels, View, Views, check_rewritten
+from njepa.draws.order import SampleOrder
 from njepa.runs.signals import unheard_by_children
 
 
@@ -31,7 +29,8 @@ class PlannedImages(Dataset["Pixels | DecodeError"]):
     def __init__(
         self, config: DataConfig, seed: int, index: ImageIndex, order: SampleOrder
     ) -> None:
-        self._config, self._seed, self._index, self._order = config, seed, index, order
+        self._config, self._index, self._order = config, index, order
+        self._views = Views(config, seed, index, order)
 
     def __getitem__(self, micro_step: int) -> Pixels | DecodeError:
         try:
@@ -42,51 +41,31 @@ class PlannedImages(Dataset["Pixels | DecodeError"]):
     def load(self, micro_step: int) -> Pixels:
         """Decode the micro-batch.
 
-        An unreadable image is replaced by the next readable sample of the epoch's order, seen
-        through the crop draws of the planned one.
-
         Raises:
             DecodeError: an image and everything that could replace it is unreadable.
         """
         plan = self._order.at(micro_step)
-        config, index, size = self._config, self._index, self._config.image_size
-        windows, mirrored = planned_views(config, self._seed, index, plan)
+        windows, mirrored = self._views.planned(plan)
+        size = self._config.image_size
         images = torch.empty(len(plan.ids), size, size, 3, dtype=torch.uint8)
         unreadable: list[tuple[int, str]] = []
-        for slot, sample in enumerate(plan.ids.tolist()):
-            try:
-                view = self._view(sample, windows[slot])
-            except (OSError, DecodeError) as error:
-                unreadable.append((sample, str(error)))
-                view = self._replacement(plan, slot, unreadable)
+        for slot, window in enumerate(windows):
+            view, fault = self._views.first_readable(plan, slot, window, self._read)
+            if fault:
+                unreadable.append((int(plan.ids[slot]), fault))
             images[slot] = (view.flip(2) if mirrored[slot] else view).permute(1, 2, 0)
         return Pixels(images, plan.ids, unreadable)
 
-    def _view(self, sample: int, window: np.ndarray) -> Tensor:
-        index, config = self._index, self._config
+    def _read(self, view: View) -> Tensor:
+        index, sample = self._index, view.sample
+        data = index.read(sample)
+        check_rewritten(index, sample, data)
         return decode_window(
-            index.read(sample),
+            data,
             (int(index.widths[sample]), int(index.heights[sample])),
-            window.tolist(),
-            config.image_size,
-            reduce=config.reduced_decode,
-        )
-
-    def _replacement(self, plan: Planned, slot: int, unreadable: list[tuple[int, str]]) -> Tensor:
-        index, config = self._index, self._config
-        for other in self._order.replacements(plan.micro_step, slot):
-            window = crop_windows(
-                self._seed, plan.epoch, plan.ids[slot : slot + 1], index.widths[[other]],
-                index.heights[[other]], config.crop_scale, config.crop_ratio,
-            )  # fmt: skip
-            try:
-                return self._view(other, window[0])
-            except (OSError, DecodeError):
-                continue
-        sample, reason = unreadable[-1]
-        raise DecodeError(
-            f"{index.name(sample)} ({reason}) is unreadable, and so is every image that could "
-            f"replace it; look at the source with: njepa scan PATH --out good.txt"
+            view.window.tolist(),
+            self._config.image_size,
+            reduce=self._config.reduced_decode,
         )
 
 

@@ -59,7 +59,7 @@ def state_bytes(net: Network, zero: ZeroSettings, world: int) -> dict[str, float
     Buckets: stages 1 to 3 hold one for each type that gradients are communicated in (autocast: bf16
     and fp32); those of stages 1 and 2 have the type of the parameters, and are two with
     overlap_comm. Gathered: parameters that stage 3 may hold at once. The target encoder is whole on
-    every rank.
+    every rank, with a bf16 copy where that is what it computes with.
     """
     count, width = net.trained_parameters, zero.precision.parameter
     stage, shard = zero.stage, net.trained_parameters / world
@@ -72,7 +72,7 @@ def state_bytes(net: Network, zero: ZeroSettings, world: int) -> dict[str, float
         "gradients": width * (shard if stage >= 2 else count),
         "master": 4 * shard if stage else 0,
         "optimizer": 8 * (shard if stage else count),
-        "target": 4 * net.target_parameters,
+        "target": (4 + 2 * (zero.precision.compute < 4)) * net.target_parameters,
         "buckets": bucket if stage else 0,
         "gathered": width * min(count, zero.live) if stage == 3 else 0,
     }

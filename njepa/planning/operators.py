@@ -22,6 +22,8 @@ _FREE = {
 }  # fmt: skip
 #: Do not read what they write into.
 _WRITE_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_"}
+#: Arguments that are written and not read.
+_COPIES = {"shadow", "params_bf16", "targets_bf16"}
 #: Of the named argument they read the rows that an index names, no more than they write.
 _GATHERS = {
     "embedding": "weight", "gather": "self", "index_select": "self", "index": "self",
@@ -61,6 +63,8 @@ def operator_cost(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out
     changed = {
         a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write
     }
+    if name == "_fused_adamw_":  # it writes the gradients only where it scales them
+        changed.discard("grads")
     known = {_storage(t) for t in tensors(given)}
     fresh = [t for t in tensors(out) if _storage(t) not in known]
     changes = any(tensors(given.get(argument)) for argument in changed)
@@ -69,7 +73,7 @@ def operator_cost(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out
     written = sum(map(size, fresh)) + sum(size(t) for a in changed for t in tensors(given.get(a)))
     read = 0
     for argument, value in given.items():
-        if not (argument in changed and name in _WRITE_ONLY):
+        if not (argument in changed and (name in _WRITE_ONLY or argument in _COPIES)):
             whole = sum(map(size, tensors(value)))
             read += min(whole, _as_many(value, fresh)) if _GATHERS.get(name) == argument else whole
     again, times = _passes(name, given)

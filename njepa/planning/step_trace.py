@@ -28,6 +28,7 @@ from njepa.models.attention import Sequences as SequenceLayout
 from njepa.models.encoder import build_encoder
 from njepa.planning.network import Shape
 from njepa.planning.operators import Cost, operator_cost, tensors
+from njepa.training.ema import low_target
 from njepa.training.engine import PlainEngine, Update
 from njepa.training.module import TrainModule
 from njepa.training.schedules import Rates
@@ -173,9 +174,10 @@ def trace_step(
 
         def encode(images: Tensor) -> Tensor:
             with recorder.at("target encoder"):
-                return encode_with(engine, target, images)
+                return encode_with(engine, state.running, images)
 
-        state = TrainState(engine, target, attention, "triton", encode)
+        copies = low_target(target) if low else None
+        state = TrainState(engine, target, attention, "triton", encode, copies)
         with modules, recorder.at("monitors"):
             training_step(state, [_batch(config, shape, batch)], _RATES)
     return recorder.operators

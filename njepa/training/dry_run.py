@@ -49,7 +49,7 @@ def dry_run(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> str:
             "checkpoint": _disk(setup),
             **_batch(setup, batch),
         }
-        unreadable = ranks.sum(setup.loader.skipped)
+        unreadable = ranks.sum(len(setup.loader.skipped))
     finally:
         setup.close()
     left_out = len(setup.index.unreadable)

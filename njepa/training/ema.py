@@ -4,18 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from njepa_kernels import Impl, ema_update_
 from torch import Tensor, nn
 
+from njepa.models.block import GeluLinear
 from njepa.models.encoder import Encoder
 
 
 def make_target(encoder: Encoder) -> Encoder:
     """A copy of the encoder in fp32, without gradients, in eval mode; before DeepSpeed wraps it."""
     return deepcopy(encoder).float().eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class LowTarget:
+    """The target encoder as bf16 autocast computes it, without a cast of its weights in each pass.
+
+    ``target`` stays the only one with fp32 values: what is saved, evaluated and averaged.
+    """
+
+    encoder: Encoder
+    """The same features, bit for bit: layers whose weights autocast would round have them rounded,
+    all other parameters are the target's own."""
+    copies: list[Tensor]
+    """bf16, in the order of ``ema_parameters(target)``: every update writes them."""
+
+
+def low_target(target: Encoder) -> LowTarget:
+    """Made on the device, before blocks are compiled; follows the target's ``load_state_dict``."""
+    followed = [p.detach() for p in ema_parameters(target)]
+    copies = [p.bfloat16() for p in followed]
+    low = {id(p): copy for p, copy in zip(ema_parameters(target), copies, strict=True)}
+    encoder = deepcopy(target, {id(p): p for p in target.parameters()})
+    for module in encoder.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            # The fused GELU adds its bias in fp32.
+            for name in ("weight",) if isinstance(module, GeluLinear) else ("weight", "bias"):
+                rounded = low[id(getattr(module, name))]
+                setattr(module, name, nn.Parameter(rounded, requires_grad=False))
+
+    def refresh(*_: object) -> None:
+        torch._foreach_copy_(copies, followed)
+
+    target.register_load_state_dict_post_hook(refresh)
+    return LowTarget(encoder, copies)
 
 
 def ema_parameters(encoder: Encoder) -> list[nn.Parameter]:
@@ -37,9 +73,13 @@ def frozen_copy(like: Encoder, sources: Sequence[Tensor]) -> Encoder:
 
 
 def update_target(
-    target: Encoder, sources: Sequence[Tensor], momentum: float | Tensor, impl: Impl = "auto"
+    target: Encoder,
+    sources: Sequence[Tensor],
+    momentum: float | Tensor,
+    impl: Impl = "auto",
+    copies: Sequence[Tensor] | None = None,
 ) -> None:
-    """target <- m target + (1 - m) source, in fp32 and in place.
+    """target <- m target + (1 - m) source, in fp32 and in place; copies <- target, in bf16.
 
     Args:
         sources: the context encoder's tensors in the order of ``ema_parameters``: the parameters,
@@ -53,4 +93,4 @@ def update_target(
     if isinstance(momentum, Tensor) and momentum.device.type == "cpu":
         momentum = float(momentum)  # it lies on the host already
     with torch.no_grad():
-        ema_update_(targets, [s.detach() for s in sources], momentum, impl=impl)
+        ema_update_(targets, [s.detach() for s in sources], momentum, copies, impl=impl)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from njepa.config import OptimConfig
 from njepa.data.batch import Batch
+from njepa.training.fused_update import FusedAdamW
 from njepa.training.health import gate, skip_where
 from njepa.training.module import TrainModule, adamw
 from njepa.training.schedules import Rates
@@ -35,6 +36,11 @@ class Engine(Protocol):
 
     @property
     def module(self) -> TrainModule: ...
+
+    @property
+    def fused(self) -> FusedAdamW | None:
+        """The optimizer, where its step moves the target encoder, too."""
+        ...
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of ``forward``, for what runs outside of the module."""
@@ -73,6 +79,7 @@ class PlainEngine:
         self.module, self._device, self._low = module.to(device), device, low
         self._accumulation = accumulation
         self.optimizer = adamw(self.module, optim)
+        self.fused = self.optimizer if isinstance(self.optimizer, FusedAdamW) else None
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._low)

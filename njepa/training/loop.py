@@ -5,24 +5,25 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 
 from njepa.config import dump_config
-from njepa.data.batch import Batch, Masks
+from njepa.data.bad_images import BadImages
+from njepa.data.batch import Masks
 from njepa.data.errors import DataError
 from njepa.runs.checkpoints import checkpoint_step, latest_checkpoint, versions
 from njepa.runs.collapse import CollapseAlarm, Collapsed
 from njepa.runs.folder import run_dir
 from njepa.runs.monitors import FeatureMonitor, MetricMeans, Stopwatch
 from njepa.runs.place import at_step, here, phase
-from njepa.runs.saving import keep_saved
+from njepa.runs.saving import CheckpointFailed, keep_saved
 from njepa.runs.signals import Stopped, StopSignals
 from njepa.runs.stopping import StopRequest
 from njepa.runs.summary import device_name
+from njepa.training.agreed_batches import agreed_batches
 from njepa.training.compiling import compilations
 from njepa.training.dumping import dump_bad_steps
 from njepa.training.health import BadReading, BadSteps, NonFiniteLoss, StepNote
@@ -45,7 +46,7 @@ class Loop:
         self.setup, self.step = setup, setup.first_step
         self._config, self._ranks = setup.plan.config, setup.plan.ranks
         self._length, self._recorder = setup.length, setup.recorder
-        self._batches = iter(setup.loader)
+        self._bad_images = BadImages(self._config.data, setup.index)
         self._means, self._features = MetricMeans(), FeatureMonitor()
         self._bad, self._watch = BadSteps(), Stopwatch()
         self._norm: Tensor | None = None  # of the last gradient
@@ -89,9 +90,10 @@ class Loop:
             self._report()
             raise
         except DataError:
-            # Of several ranks one alone meets the image, and a checkpoint needs all of them.
-            if self._ranks.world == 1 and self.setup.engine.between_steps:
+            if self.setup.engine.between_steps:  # on all ranks or on none
                 self._save()
+                with suppress(CheckpointFailed):  # it was said; the images are the end
+                    self.setup.writer.finish()  # a launcher ends the others when one has ended
             raise
         except KeyboardInterrupt:  # in haste
             self.setup.writer.abandon()
@@ -134,7 +136,9 @@ class Loop:
         """One optimizer step, and the notes of the monitors on it."""
         at_step(self.step + 1)
         rates = self._length.schedules.at(self.step)
-        result = training_step(self.setup.state, self._micro_batches(), rates)
+        accumulation = self.setup.plan.sizes.accumulation
+        batches = agreed_batches(self.setup.loader, self._ranks, accumulation, self.step + 1)
+        result = training_step(self.setup.state, batches, rates)
         terms = [seen.metrics for seen in result.micro_batches]
         self._bad.add(StepNote(self.step, result.update.bad, terms, result.update.norms))
         self.step += 1
@@ -149,17 +153,6 @@ class Loop:
         self._norm = result.update.norm
         return result
 
-    def _micro_batches(self) -> Iterator[Batch]:
-        """Those of one step: all of them, or an error on this rank that ends the others, too."""
-        for n in range(self.setup.plan.sizes.accumulation):
-            batch = next(self._batches, None)
-            if batch is None:
-                raise DataError(
-                    f"the loader of rank {self._ranks.rank} ended at micro-batch {n + 1} of step "
-                    f"{self.step + 1}, of {self._length.total_steps} steps: a bug in it"
-                )
-            yield batch
-
     def _log(self) -> None:
         steps = self._means.steps / self.setup.plan.sizes.accumulation
         metrics = self._means.read(self._ranks.group)
@@ -167,6 +160,7 @@ class Loop:
         bad = len(reading.notes)
         loader, seconds = self.setup.loader, self._watch.lap()
         waited, loader.wait_s = loader.wait_s, 0.0
+        skipped = self._count_skipped()
         rates = self._length.schedules.at(self.step - 1)
         self._recorder.log(
             self.step,
@@ -181,12 +175,23 @@ class Loop:
                 **(self.setup.online_probe.read() if self.setup.online_probe else {}),
                 **self._new_compilations(),
                 **({"bad_steps": bad} if bad else {}),
+                **({"skipped_images": skipped} if skipped else {}),
                 "images_per_s": round(steps * self.setup.plan.sizes.total / seconds, 2),
                 "data_wait_frac": round(waited / seconds, 4),
             },
         )
         if bad:
             self._judge(reading, steps)
+        self._bad_images.check()
+
+    def _count_skipped(self) -> int:
+        """Images that were replaced since the last line, on all ranks; ``_bad_images`` learns."""
+        mine, self.setup.loader.skipped = self.setup.loader.skipped, []
+        count = self._ranks.sum(len(mine))
+        if count:
+            for samples in self._ranks.gather(mine):
+                self._bad_images.add(samples)
+        return count
 
     def _keep_collapsed(self, told: str, last: bool) -> None:
         """The features collapse: keep the checkpoint of this step, say so, perhaps stop."""
@@ -270,7 +275,6 @@ class Loop:
         return {suffix: stop.until_asked(encode) for suffix, encode in encoders.items()}
 
     def _summarise(self, stop: StopRequest, images: int, seconds: float) -> dict[str, Any] | None:
-        skipped = self._ranks.sum(self.setup.loader.skipped)
         scoring, plan, config = self.setup.scoring, self.setup.plan, self._config
         encoders, device = self._encoders(stop), self._ranks.device
 
@@ -297,7 +301,7 @@ class Loop:
                 "precision": plan.precision.name,
                 "compile": plan.compilation.name,
                 "compilations": compilations() - self._compiled_before,
-                "skipped_images": skipped,
+                "skipped_images": sum(line.get("skipped_images", 0) for line in lines),
                 "seconds": round(seconds, 1),
             }
 

@@ -13,6 +13,7 @@ from njepa.data.batch import Batch
 from njepa.models.attention import SDPA, Attention
 from njepa.models.jepa import build_jepa
 from njepa.objectives import objective
+from njepa.training.fused_update import FusedAdamW
 
 
 class TrainModule(nn.Module):
@@ -42,7 +43,8 @@ class TrainModule(nn.Module):
 
 def adamw(module: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     """The optimizer of ``param_groups``; fused, which is also what lets it skip a bad step."""
-    return torch.optim.AdamW(
+    kind = FusedAdamW if optim.fused_update else torch.optim.AdamW
+    return kind(
         param_groups(module, optim.weight_decay),
         lr=optim.lr,
         betas=optim.betas,

@@ -80,7 +80,7 @@ def replay(dump: Dump, run: Path, ranks: Ranks) -> Replayed:
     try:
         for step in range(first, dump.step):
             training_step(state, islice(loader, dump.accumulation), length.schedules.at(step))
-        with watch({"trained": engine.module, "target": state.target}) as seen:
+        with watch({"trained": engine.module, "target": state.running}) as seen:
             batches = islice(loader, dump.accumulation)
             result = training_step(state, batches, length.schedules.at(dump.step))
     finally:

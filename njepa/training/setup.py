@@ -10,7 +10,6 @@ import logging
 from dataclasses import dataclass, replace
 
 import torch
-from njepa_kernels import choose
 
 from njepa.choice import Choice
 from njepa.config import Config, ConfigError
@@ -34,7 +33,9 @@ from njepa.runs.recorder import Recorder
 from njepa.runs.rollbacks import read_rollbacks
 from njepa.runs.saving import CheckpointWriter
 from njepa.training.compiling import GraphedForward, choose_compilation, compile_blocks
-from njepa.training.ema import make_target
+from njepa.training.ema import low_target, make_target
+from njepa.training.fused_update import check_fused_update
+from njepa.training.impls import choose_impls
 from njepa.training.module import TrainModule
 from njepa.training.precision import (
     as_precision,
@@ -49,11 +50,6 @@ from njepa.training.step import TrainState
 from njepa.training.zero import ZeroEngine, compute_dtype
 
 log = logging.getLogger(__name__)
-
-#: The fused ops of every step; VICReg's is the fifth.
-OPS = ("patchify", "predictor_tokens", "jepa_loss", "ema_update_")
-#: Those of ``model.fused_block``.
-BLOCK_OPS = ("add_layer_norm", "bias_gelu")
 
 
 @dataclass(frozen=True)
@@ -175,6 +171,7 @@ def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
     choose_backend(config.data.backend, device)
     precision = ranks.on_main(lambda: _precision(config, ds, device, parts, sizes.micro))
     ds = replace(ds, precision=as_precision(precision))
+    check_fused_update(config, ds)
     # Kc is the minimum over all ranks, or, as published, over each on its own.
     together = ranks.world if config.mask.compat == "fixed" else 1
     return Plan(
@@ -247,11 +244,13 @@ def build_state(plan: Plan, initial: InitialWeights | None = None) -> tuple[Zero
     if initial is not None:
         initial.load_into(module.jepa, target)
     target.to(device)
+    low = low_target(target) if compute_dtype(plan.ds, device) != torch.float32 else None
+    running = target if low is None else low.encoder
     if plan.compilation.name == "blocks":
-        compile_blocks((module, target), config.mask.static_shapes)
+        compile_blocks((module, running), config.mask.static_shapes)
     engine = ZeroEngine(module, config.optim, plan.ds, plan.sizes, device)
-    graph = GraphedForward(target, engine.autocast) if config.run.cuda_graphs == "target" else None
-    return engine, TrainState(engine, target, plan.attention, config.impl.default, graph)
+    graph = GraphedForward(running, engine.autocast) if config.run.cuda_graphs == "target" else None
+    return engine, TrainState(engine, target, plan.attention, config.impl.default, graph, low)
 
 
 def _initial_weights(config: Config) -> InitialWeights | None:
@@ -284,22 +283,6 @@ def _resume(plan: Plan, index: ImageIndex, engine: ZeroEngine, state: TrainState
     with engine.whole(state.online):
         pass  # as at the end of every step: ZeRO 3 gives up what it had gathered of them
     return int(found["step"])
-
-
-def choose_impls(config: Config, device: torch.device) -> dict[str, Choice]:
-    """The implementation that will run for each op of this training.
-
-    Raises:
-        ConfigError: ``impl.default`` asks for one that cannot run here; says why.
-    """
-    wanted = config.impl.default
-    reason = "the first that runs here" if wanted == "auto" else "as configured"
-    try:
-        ops = [*OPS, *(("vicreg",) if config.vicreg.weight > 0 else ())]
-        ops += BLOCK_OPS if config.model.fused_block else ()
-        return {op: Choice(choose(op, wanted, device), reason) for op in ops}
-    except RuntimeError as error:
-        raise ConfigError(f"impl.default={wanted}: {error}") from None
 
 
 def check_vicreg_batch(config: Config, sizes: BatchSizes) -> None:

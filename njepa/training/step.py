@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from njepa.data.batch import Batch, Masks
 from njepa.models.attention import SDPA, Attention
 from njepa.models.encoder import Encoder
-from njepa.training.ema import ema_parameters, update_target
+from njepa.training.ema import LowTarget, ema_parameters, update_target
 from njepa.training.engine import Engine, Update
 from njepa.training.schedules import Rates
 
@@ -30,6 +30,8 @@ class TrainState:
     """Of the target's update."""
     target_forward: Callable[[Tensor], Tensor] | None = None
     """What runs instead of the target's forward, such as its CUDA graph."""
+    low: LowTarget | None = None
+    """With bf16 autocast: what runs as the target."""
     online: list[nn.Parameter] = field(init=False)
     """What the target follows."""
     buffers: list[Tensor] = field(init=False)
@@ -38,12 +40,25 @@ class TrainState:
     def __post_init__(self) -> None:
         self.online = ema_parameters(self.engine.module.jepa.encoder)
         self.buffers = list(self.engine.module.buffers())
+        if self.engine.fused is not None:
+            targets = [p.detach() for p in ema_parameters(self.target)]
+            self.engine.fused.follow(self.online, targets, self.copies, self.impl)
+
+    @property
+    def running(self) -> Encoder:
+        """The encoder that computes the target's features."""
+        return self.target if self.low is None else self.low.encoder
+
+    @property
+    def copies(self) -> list[Tensor] | None:
+        """What every update of the target writes in bf16."""
+        return None if self.low is None else self.low.copies
 
     def encode(self, images: Tensor) -> Tensor:
         """Target features [B, N, D], without gradient."""
         if self.target_forward is not None:
             return self.target_forward(images)
-        return encode_with(self.engine, self.target, images)
+        return encode_with(self.engine, self.running, images)
 
 
 class MicroBatch(NamedTuple):
@@ -77,12 +92,16 @@ def training_step(state: TrainState, batches: Iterable[Batch], rates: Rates) -> 
             engine.backward(loss)
             pooled = h.float().mean(1)
             seen.append(MicroBatch(batch.masks, batch.cut_frac, metrics, pooled, batch.sample_ids))
+        if engine.fused is not None:
+            engine.fused.momentum = rates.momentum
         update = engine.update(rates)
     for buffer, old in zip(state.buffers, before, strict=True):
         buffer.copy_(torch.where(update.bad, old, buffer))
-    momentum = torch.full((), rates.momentum, dtype=torch.float64, device=update.bad.device)
-    with engine.whole(state.online) as online:
-        update_target(state.target, online, momentum.masked_fill(update.bad, 1.0), state.impl)
+    if engine.fused is None:
+        momentum = torch.full((), rates.momentum, dtype=torch.float64, device=update.bad.device)
+        momentum.masked_fill_(update.bad, 1.0)
+        with engine.whole(state.online) as online:
+            update_target(state.target, online, momentum, state.impl, state.copies)
     return StepResult(update, seen)
 
 

@@ -13,6 +13,7 @@ from njepa.config import OptimConfig
 from njepa.config.deepspeed_file import BatchSizes, DeepSpeedFile
 from njepa.data.batch import Batch
 from njepa.training.engine import Update, gradient_norms
+from njepa.training.fused_update import FusedAdamW
 from njepa.training.health import gate, skip_where
 from njepa.training.module import TrainModule, adamw
 from njepa.training.schedules import Rates
@@ -55,6 +56,8 @@ class ZeroEngine:
         self.inner, *_ = deepspeed.initialize(
             model=module, optimizer=adamw(module, optim), config=engine_config(ds, sizes, device)
         )
+        found = self.inner.optimizer
+        self.fused = found if isinstance(found, FusedAdamW) else None
         if sizes.world == 1 and self.stage == 0:
             # It would copy all gradients into one tensor, reduce that over one rank, and copy back.
             self.inner.enable_backward_allreduce = False

@@ -14,9 +14,13 @@ from njepa_kernels.ops.patchify.cases import _case as patchify_case
 from njepa_kernels.ops.predictor_tokens.cases import _case as predictor_case
 from njepa_kernels.testing import Inputs, OpCase, all_cases, evaluate
 
-VICREG, EMA = (
+VICREG, EMA, ADAMW = (
     next(case for case in all_cases(op, small=True) if case.size == size)
-    for op, size in (("vicreg", "m4-n16-d8"), ("ema_update_", "five-shadow"))
+    for op, size in (
+        ("vicreg", "m4-n16-d8"),
+        ("ema_update_", "five-shadow"),
+        ("adamw_ema_", "five"),
+    )
 )
 CASES = [
     gather_case("one", 8, 196, 51, 16),
@@ -32,6 +36,7 @@ CASES = [
     gelu_case("erf", 8, 49, 64),
     VICREG,
     EMA,
+    ADAMW,
 ]
 
 
@@ -45,6 +50,10 @@ def forward(case: OpCase, x: Inputs) -> int:
     if case.op == "ema_update_":
         written = [*x["targets"], *x["shadow"]]
         return sum(t.nbytes for t in (*x["targets"], *x["sources"], *written))
+    if case.op == "adamw_ema_":
+        changed = [*x["params"], *x["exp_avgs"], *x["exp_avg_sqs"], *x["targets"]]
+        written = [*changed, *x["params_bf16"], *x["targets_bf16"]]
+        return sum(t.nbytes for t in (*changed, *x["grads"], *written))
     results = case.outputs(case.function(**x), x).values()
     given = [t for t in x.values() if isinstance(t, torch.Tensor)]
     out = sum(t.nbytes for t in results if t.dim() and not any(t is g for g in given))

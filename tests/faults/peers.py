@@ -47,10 +47,10 @@ def at_step(method: str, action: Callable[[Any], Any]) -> Callable[[], None]:
 
         real = getattr(Loop, method)
 
-        def instead(loop: Any) -> Any:
+        def instead(loop: Any, *args: Any) -> Any:
             if loop.step == STEP:
                 action(loop)
-            return real(loop)
+            return real(loop, *args)
 
         setattr(Loop, method, instead)
 
@@ -70,7 +70,7 @@ def work_long(loop: Any) -> None:
 
 
 def end_early(loop: Any) -> None:
-    loop._batches = iter(())
+    loop.setup.loader._closed.set()
 
 
 def fail(loop: Any) -> None:

@@ -40,8 +40,8 @@ EXPECTED = {
         [["rank 1 (host ", "ended: ValueError: this rank alone"], ["Traceback", "this rank alone"]],
     ),
     "loader ends": (
-        [STATUS, 1],
-        [["rank 1 (host ", "the loader of rank 1 ended at micro-batch 1 of step 5"], ["njepa: "]],
+        [1, 1],
+        [["njepa: rank 1: the loader of rank 1 ended at micro-batch 1 of step 5"], []],
     ),
     "evaluates for long": ([0, 0], [["all numbers are in"], []]),
     "missing": ([STATUS], [["did not meet all 2 ranks at 127.0.0.1:", "1/2 clients joined"]]),

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from njepa_kernels import debug_checks, predictor_tokens
+from njepa_kernels import adamw_ema_, debug_checks, predictor_tokens
 from njepa_kernels._runtime.dispatch import IMPLEMENTATIONS, choose
+from njepa_kernels.ops.adamw_ema_.cases import _case as adamw_case
 from njepa_kernels.ops.ema_update_.cases import _case as ema_case
 from njepa_kernels.ops.gather_tokens.cases import _case as gather_case
 from njepa_kernels.ops.jepa_loss.cases import _case as loss_case
@@ -211,6 +212,22 @@ def test_ema_takes_a_momentum_on_the_device_without_waiting(impl: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_adamw_takes_numbers_of_either_device_without_waiting(device: str) -> None:
+    inputs = adamw_case("some", [(4097,), (3, 5)], bad=False).make_inputs(CUDA, torch.float32, 0)
+    plain = copy_inputs(inputs)
+    adamw_ema_(**plain, impl="triton")
+    for name in ("lr", "weight_decay", "momentum"):
+        inputs[name] = torch.tensor(inputs[name], dtype=torch.float64, device=device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        adamw_ema_(**inputs, impl="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name in ("params", "exp_avg_sqs", "targets", "targets_bf16"):
+        assert all(map(torch.equal, inputs[name], plain[name])), name
+
+
 @each_dtype
 @each_fused_pair
 def test_an_index_out_of_range_gives_nan(case: OpCase, impl: str, dtype: torch.dtype) -> None:
@@ -226,7 +243,7 @@ def test_an_index_out_of_range_gives_nan(case: OpCase, impl: str, dtype: torch.d
 def test_nan_shows_where_it_shows_in_the_reference(
     case: OpCase, impl: str, dtype: torch.dtype
 ) -> None:
-    if case.op in ("patchify", "ema_update_"):
+    if case.op in ("patchify", "ema_update_", "adamw_ema_"):
         pytest.skip("one element in, one element out")
     check_nan(case, partial(case.function, impl=impl), case.make_inputs(CUDA, dtype, 0))
 

@@ -52,7 +52,7 @@ def test_every_op_runs_where_torch_is_all_there_is() -> None:
         assert ops == set(njepa_kernels.available_impls()), ops
         print(len(ops))
     """)
-    assert out.strip() == "8"
+    assert out.strip() == "9"
 
 
 def test_import_brings_nothing_but_the_package_and_the_standard_library() -> None:
@@ -91,6 +91,7 @@ def test_available_impls_gives_yes_or_a_reason() -> None:
         "ema_update_",
         "add_layer_norm",
         "bias_gelu",
+        "adamw_ema_",
     ]
     for op, impls in table.items():
         assert set(impls) == {"reference", "triton", "native"}

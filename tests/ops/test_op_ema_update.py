@@ -159,6 +159,7 @@ class _Operators(TorchDispatchMode):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_addresses_reach_the_device_as_arguments_of_kernels() -> None:
     """So nothing is copied from the host, only what moved is written, and a graph has its own."""
+    from njepa_kernels._runtime import address_rows
     from njepa_kernels._runtime.launch import record_launches
     from njepa_kernels.ops.ema_update_ import triton_kernel
 
@@ -168,8 +169,8 @@ def test_addresses_reach_the_device_as_arguments_of_kernels() -> None:
     on_cpu = torch.tensor(0.99999, dtype=torch.float64)
     stream: int | None = 0
     with pytest.MonkeyPatch.context() as patch, record_launches(90) as launches:
-        patch.setattr(triton_kernel, "_keeping_stream", lambda device: stream)
-        triton_kernel._kept.cache_clear()
+        patch.setattr(address_rows, "_keeping_stream", lambda device: stream)
+        address_rows._kept.cache_clear()
 
         def written(given: list[torch.Tensor], momentum: Any = 0.9) -> list[list[int]]:
             """The rows that a call writes: what its launches would store."""
@@ -200,4 +201,4 @@ def test_addresses_reach_the_device_as_arguments_of_kernels() -> None:
         stream = None
         for _ in range(2):
             assert written(sources) == rows
-        triton_kernel._kept.cache_clear()
+        address_rows._kept.cache_clear()

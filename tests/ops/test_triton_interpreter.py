@@ -22,6 +22,7 @@ SHARED = (
     "test_registration.py",
     "test_op_patchify.py",
     "test_op_jepa_loss.py",
+    "test_op_adamw_ema.py",
     "test_jepa_loss_backward.py",
 )
 SUITES = {

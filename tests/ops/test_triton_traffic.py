@@ -1,7 +1,7 @@
 """Memory instructions of the compiled kernels against the bytes of the formulas; no GPU.
 
 Tolerance: none for patchify and jepa_loss at L/16, whose rows fill their programs; 2 % for the
-average, whose small tensors do not.
+lists of parameters, whose small tensors do not.
 """
 
 from __future__ import annotations
@@ -47,6 +47,15 @@ def test_the_average_moves_the_bytes_of_its_formula() -> None:
     loaded, stored = launch_bytes(launch, 90)
     for got in (loaded, stored):  # fp32 target and bf16 source, fp32 target and bf16 copy
         assert (4 + BF16) * numbers <= got <= 1.02 * (4 + BF16) * numbers
+
+
+def test_adamw_with_the_average_reads_and_writes_each_tensor_once() -> None:
+    launch, given = launched("adamw_ema_", "vits16", "_adamw_ema_kernel")
+    numbers = sum(t.numel() for t in given["params"])
+    loaded, stored = launch_bytes(launch, 90)
+    # fp32 weight, two moments and target; a bf16 gradient is read, two bf16 copies are written.
+    assert (16 + BF16) * numbers <= loaded <= 1.01 * (16 + BF16) * numbers
+    assert (16 + 2 * BF16) * numbers <= stored <= 1.01 * (16 + 2 * BF16) * numbers
 
 
 def test_pieces_end_at_labels_and_branches() -> None:

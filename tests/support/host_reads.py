@@ -92,7 +92,12 @@ def watch(loop: Any, steps: int) -> dict[str, Any]:
     from deepspeed.accelerator import get_accelerator
 
     # As on a GPU: the ops look at values on a CPU only, where that costs nothing.
-    for module in ("_runtime.checks", "ops.ema_update_.op", "ops.vicreg.op"):
+    for module in (
+        "_runtime.checks",
+        "ops.ema_update_.op",
+        "ops.adamw_ema_.op",
+        "ops.vicreg.op",
+    ):
         importlib.import_module(f"njepa_kernels.{module}").can_read_values = lambda _: False
     state = loop.setup.state
     state.attention = replace(state.attention, order=FLASH_FIRST)

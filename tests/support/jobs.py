@@ -82,6 +82,7 @@ def run_jobs(jobs: list[dict[str, Any]], world: int, folder: Path) -> dict[str, 
 def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
     from njepa.config import load_config
     from njepa.config.deepspeed_file import parse_deepspeed
+    from njepa.data.errors import DataError
     from njepa.training.health import NonFiniteLoss
     from njepa.training.loop import Loop
     from njepa.training.setup import set_up
@@ -155,7 +156,7 @@ def _run(job: dict[str, Any], ranks: Any) -> dict[str, Any]:
         breaking.record(loop, record)
     try:
         loop.run()
-    except NonFiniteLoss as error:
+    except (NonFiniteLoss, DataError) as error:
         record["error"] = str(error)
     record["step"] = loop.step
     if job.get("features"):

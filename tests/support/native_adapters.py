@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from njepa_kernels import AddLayerNorm, JepaLoss, NoiseKey, VicregTerms
+from njepa_kernels.ops.adamw_ema_ import native as adamw_native
 from njepa_kernels.ops.add_layer_norm import native as norm_native
 from njepa_kernels.ops.bias_gelu import native as gelu_native
 from njepa_kernels.ops.ema_update_ import native as ema_native
@@ -160,6 +161,26 @@ def ema_update_(
     ema_native.update(targets, sources, *rates, shadow)
 
 
+def adamw_ema_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    **given: Any,
+) -> None:
+    lists = (given[name] or [] for name in ("targets", "params_bf16", "targets_bf16"))
+    lr, weight_decay, momentum = (
+        torch.as_tensor(given[name], dtype=torch.float64)
+        for name in ("lr", "weight_decay", "momentum")
+    )
+    if params:
+        adamw_native.update(
+            params, grads, exp_avgs, exp_avg_sqs, steps, *lists, lr, given["betas"], given["eps"],
+            weight_decay, momentum, given["scale"], given["found_inf"],
+        )  # fmt: skip
+
+
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -227,4 +248,5 @@ NATIVE: dict[str, Callable[..., Any]] = {
     "ema_update_": ema_update_,
     "add_layer_norm": add_layer_norm,
     "bias_gelu": bias_gelu,
+    "adamw_ema_": adamw_ema_,
 }

@@ -15,7 +15,7 @@ Impl = Literal["auto", "reference", "triton", "native"]
 
 OPS = (
     *("patchify", "gather_tokens", "predictor_tokens", "jepa_loss", "vicreg", "ema_update_"),
-    *("add_layer_norm", "bias_gelu"),
+    *("add_layer_norm", "bias_gelu", "adamw_ema_"),
 )
 IMPLEMENTATIONS = ("native", "triton", "reference")
 #: What "auto" tries, in this order, per device type; elsewhere the reference.

@@ -81,6 +81,7 @@ def _variants(op: str, inputs: Inputs) -> list[Inputs]:
             "momentum": torch.empty((), dtype=torch.float64, device="meta"),
             "shadow": None,
         },
+        "adamw_ema_": lambda: {"targets": None, "targets_bf16": None, "params_bf16": None},
     }
     return [inputs, inputs | changes[op]()] if op in changes else [inputs]
 

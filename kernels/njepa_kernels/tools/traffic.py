@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .._runtime.launch import Launch
 
 #: The ops whose kernels are straight code; of others the trips of loops are not known here.
-STRAIGHT = ("patchify", "ema_update_", "jepa_loss")
+STRAIGHT = ("patchify", "ema_update_", "adamw_ema_", "jepa_loss")
 _ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)\s*[{\[]")
 
 

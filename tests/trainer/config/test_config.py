@@ -264,7 +264,7 @@ def test_what_a_resumed_run_may_change():
     assert free == (watched - {"run.seed", "run.max_steps"}) | {
         "recipe", "model.attention", "model.checkpoint_blocks", "model.fused_block", "data.path",
         "data.eval_path", "data.backend", "data.workers", "data.prefetch", "data.hw_decoder_load",
-        "data.cache_dir", "data.reduced_decode",
+        "data.cache_dir", "data.on_error", "data.max_bad_frac", "data.reduced_decode",
     }  # fmt: skip
     assert not free_on_resume("model.predictor.width")
     assert not free_on_resume("gone.key")

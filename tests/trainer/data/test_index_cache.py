@@ -98,9 +98,9 @@ def test_unchanged_folders_are_not_listed_again(tmp_path, monkeypatch):
 def test_only_new_and_changed_files_are_read(tmp_path, monkeypatch):
     """The index is that of a first start, whatever happened in between."""
     read = []
-    real = index_module._measure
+    real = index_module.measure
     monkeypatch.setattr(
-        index_module, "_measure", lambda file, size: (read.append(file.name), real(file, size))[1]
+        index_module, "measure", lambda file, size: (read.append(file.name), real(file, size))[1]
     )
     root = class_folders(tmp_path / "in", 6)
     write(root, {"c0/bad.jpg": b"x"})

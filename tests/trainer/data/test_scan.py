@@ -1,11 +1,23 @@
 """``scan``: every image decoded, bad ones named, good ones in a list to train on."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
 from njepa import cli
+from njepa.config import ConfigError
+from njepa.data import decode_team
+from njepa.data import scan as scan_module
 from njepa.data.errors import SourceError
 from njepa.data.scan import scan
 from njepa.data.sources import open_source
+from tests.support import program_env
 from tests.support.pictures import class_folders, encoded, picture, shard, write
 
 GOOD = encoded(picture(9, 80, 60))
@@ -40,7 +52,8 @@ def test_the_list_of_a_folder_is_a_source(tmp_path, mixed, where):
     assert out.read_text().splitlines()[0].endswith("c0/000.jpg\tc0")
     text = str(report)
     assert "151 of 155 images are good" in text
-    assert "bad: c1/half.jpg (image file is truncated" in text
+    assert "bad: 2 truncated, 1 empty, 1 not an image" in text
+    assert "    c1/half.jpg (image file is truncated" in text
     assert f"data.path={out}" in text
 
 
@@ -76,6 +89,123 @@ def test_nothing_good(tmp_path):
         scan(root, tmp_path / "good.txt", progress=False)
     with pytest.raises(SourceError, match="does not exist"):
         scan(tmp_path / "nowhere", None)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The samples that scans decode; with ``limit`` an interrupt comes after so many."""
+
+    class Decoded(list):
+        limit = None
+
+    seen, faults = Decoded(), scan_module.faults
+
+    def watched(*arguments):
+        for sample, fault in faults(*arguments):
+            if len(seen) == seen.limit:
+                raise KeyboardInterrupt
+            seen.append(sample)
+            yield sample, fault
+
+    monkeypatch.setattr(scan_module, "faults", watched)
+    return seen
+
+
+def test_an_interrupted_scan_goes_on_where_it_was(tmp_path, mixed, decoded, caplog):
+    whole, again = tmp_path / "whole.txt", tmp_path / "again.txt"
+    first = scan(mixed, whole, workers=2, progress=False)
+    n, journal = len(decoded), tmp_path / ".again.txt.scan"
+    decoded.clear()
+    decoded.limit = 100  # of 153, in pieces of 64
+    with pytest.raises(KeyboardInterrupt):
+        scan(mixed, again, workers=1, progress=False)
+    assert not again.exists()
+    with journal.open("ab") as file:
+        file.write(b'[1, [[70, "half a li')
+    decoded.clear()
+    decoded.limit = None
+    second = scan(mixed, again, workers=1, progress=False)
+    assert decoded == list(range(64, n))
+    assert again.read_text() == whole.read_text()
+    assert (second.bad, second.known) == (first.bad, 64)
+    assert "(64 of them seen by the scan that was interrupted)" in str(second)
+    assert not journal.exists()
+
+
+def test_a_source_that_has_changed_is_scanned_from_the_start(tmp_path, mixed, decoded):
+    decoded.limit = 100
+    with pytest.raises(KeyboardInterrupt):
+        scan(mixed, tmp_path / "good.txt", workers=1, progress=False)
+    (mixed / "c0/cut.jpg").write_bytes(GOOD)
+    decoded.clear()
+    decoded.limit = None
+    report = scan(mixed, tmp_path / "good.txt", workers=1, progress=False)
+    assert decoded == list(range(152 + 1))
+    assert (report.good, report.known) == (152, 0)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_decoder_that_dies_is_an_image_that_is_named(tmp_path, mixed, monkeypatch, workers):
+    index = open_source(mixed, tmp_path / "cache", progress=False)
+    ends = {0: signal.SIGSEGV, 63: signal.SIGABRT, 64: signal.SIGKILL, 65: None, index.n - 1: None}
+    decode = decode_team.decode_sample
+
+    def dying(index, sample, data):
+        if sample in ends:
+            os.kill(os.getpid(), ends[sample]) if ends[sample] else os._exit(1)
+        return decode(index, sample, data)
+
+    monkeypatch.setattr(decode_team, "decode_sample", dying)
+    report = scan(mixed, tmp_path / "good.txt", workers, progress=False)
+    named = {f"{index.name(i)} (ends the process that decodes it "
+             f"({how.name if how else 'status 1'}))" for i, how in ends.items()}  # fmt: skip
+    assert named <= set(report.bad)
+    assert report.kinds["crashes the decoder"] == len(ends)
+    assert report.good == 151 - len(ends)
+
+
+def test_a_list_that_cannot_be_written_is_said_before_the_work(tmp_path, mixed, decoded):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--out .*good\.txt cannot be written: .*File exists"):
+        scan(mixed, tmp_path / "file/good.txt", progress=False)
+    assert decoded == []
+    root = write(tmp_path / "bad", {"a.jpg": b"no image"})
+    with pytest.raises(SourceError, match="none of the 1 images"):
+        scan(root, root / "good.txt", progress=False)
+    assert os.listdir(root) == ["a.jpg"]
+
+
+@pytest.mark.slow
+def test_the_command_is_stopped_three_times_and_loses_nothing(tmp_path):
+    root = class_folders(tmp_path / "in", 1500)
+    write(root, {"c1/half.jpg": GOOD[: len(GOOD) // 2]})
+    command = [sys.executable, "-m", "njepa.cli", "scan", str(root), "--workers", "2"]
+    how = {"cwd": tmp_path, "env": program_env(), "text": True, "stderr": subprocess.PIPE}
+    journal, lines = tmp_path / ".good.txt.scan", 0
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        with subprocess.Popen(command, **how) as program:
+            while not journal.exists() or journal.read_bytes().count(b"\n") < lines + 3:
+                assert program.poll() is None
+                time.sleep(0.01)
+            children = Path(f"/proc/{program.pid}/task/{program.pid}/children")
+            workers = children.read_text().split()
+            program.send_signal(number)
+            _, err = program.communicate()
+        assert program.returncode == (130 if number == signal.SIGINT else -number), err
+        assert ("the same command goes on" in err) == (number == signal.SIGINT)
+        assert "Traceback" not in err
+        lines = journal.read_bytes().count(b"\n")
+        assert len(workers) == 2
+        end = time.monotonic() + 30
+        while any(Path("/proc", worker).exists() for worker in workers):
+            assert time.monotonic() < end, "its processes live on"
+            time.sleep(0.05)
+    assert not (tmp_path / "good.txt").exists()
+    done = subprocess.run(command, **how, stdout=subprocess.PIPE, check=True)
+    seen = re.search(r"1500 of 1501 images are good \((\d+) of them seen by", done.stdout)
+    assert int(seen[1]) >= 64 * (lines - 2)  # the head, and perhaps the shorter last piece
+    assert len((tmp_path / "good.txt").read_text().splitlines()) == 1500
+    assert not journal.exists()
 
 
 @pytest.mark.parametrize(

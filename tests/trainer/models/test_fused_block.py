@@ -19,8 +19,8 @@ from njepa.models.block import Block, FusedBlock, Layout, build_blocks, run_bloc
 from njepa.models.shared_context import Segments
 from njepa.training.compiling import compile_blocks
 from njepa.training.ema import make_target
+from njepa.training.impls import choose_impls
 from njepa.training.module import TrainModule
-from njepa.training.setup import choose_impls
 from njepa.training.zero import engine_config
 from tests.support.packed_attention import ATTENTION
 from tests.support.tiny import make_batch, tiny_config

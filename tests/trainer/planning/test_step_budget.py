@@ -28,7 +28,7 @@ from njepa.models.attention import SDPA
 from njepa.planning import step_budget as budget
 from njepa.planning.operators import KERNELS, Cost, operator_cost
 from njepa.planning.step_trace import Operator, trace_step
-from njepa.training.ema import make_target
+from njepa.training.ema import low_target, make_target
 from njepa.training.engine import PlainEngine
 from njepa.training.module import TrainModule
 from njepa.training.schedules import Rates
@@ -52,7 +52,8 @@ def prepared(method: str, low: bool, impl: Impl = "reference") -> Any:
     config = tiny_config(method, impl={"default": impl})
     module = TrainModule(config)
     engine = PlainEngine(module, config.optim, torch.device("cpu"), low=low)
-    state = TrainState(engine, make_target(module.jepa.encoder), impl=impl)
+    target = make_target(module.jepa.encoder)
+    state = TrainState(engine, target, impl=impl, low=low_target(target) if low else None)
 
     def step() -> None:
         with sdpa_kernel(SDPBackend.MATH):
@@ -131,7 +132,8 @@ def test_written_bytes_are_the_memory_of_a_real_step(low: bool) -> None:
 
 def test_a_block_under_autocast_moves_104_bytes_a_token_and_channel() -> None:
     """By hand: of a norm 8, its cast 6, qkv 8, attention 8, proj 4, addition 10; norm 8, cast 6,
-    fc1 10, GELU 16, fc2 10, addition 10. 64 of them are not of products or attention."""
+    fc1 10, GELU 16, fc2 10, addition 10. 64 of them are not of products or attention. The weights
+    of the target encoder are in bf16 already."""
     config = tiny_config("ijepa")
     shallow, deep = (
         trace_step(
@@ -156,7 +158,7 @@ def test_a_block_under_autocast_moves_104_bytes_a_token_and_channel() -> None:
     beside_attention = tokens * 2 * 4 + 24  # log-sum-exp of two heads, state of its dropout
     for parts, each, beside in (
         (products, 40, 2 * (weights + biases) + beside_attention),
-        (rest, 64, 6 * (weights + biases) + statistics),
+        (rest, 64, statistics),
     ):
         block = bytes_of(deep, parts) - bytes_of(shallow, parts)
         assert block == each * tokens * d + beside, parts
@@ -244,6 +246,21 @@ def test_fused_ops_move_the_bytes_of_their_cases() -> None:
         (moved("EMA", "ema_update_"), 12 * params),
     ):  # fmt: skip
         assert got == pytest.approx(formula, rel=0.07)  # the positions' table has no gradient here
+
+
+def test_one_pass_of_adamw_and_the_average_reads_the_weights_once() -> None:
+    fused = tiny_config("ijepa", optim={"fused_update": True})
+    apart, one = (
+        [o for o in trace_step(config, SHAPE, BATCH, True, SDPA) if o.phase in ("optimizer", "EMA")]
+        for config in (tiny_config("ijepa"), fused)
+    )
+    follows = plan.network(fused).target_parameters - 36 * 32  # but for the positions
+    saved = sum(o.cost.read + o.cost.written for o in apart if budget.part_of(o) != "other")
+    saved -= sum(o.cost.read + o.cost.written for o in one if budget.part_of(o) != "other")
+    assert saved == pytest.approx(4 * follows, rel=0.01)
+    assert {o.phase for o in one} == {"optimizer"}
+    must = [sum(budget.must_move(o, True) for o in found) for found in (apart, one)]
+    assert must[0] == pytest.approx(must[1], rel=0.01)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")

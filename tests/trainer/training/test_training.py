@@ -145,7 +145,7 @@ def test_a_signal_writes_a_checkpoint_and_ends_cleanly(tmp_path, number):
 
 
 @pytest.mark.multirank
-def test_an_image_that_dali_cannot_read_is_named_and_the_steps_before_it_are_saved(tmp_path):
+def test_an_image_that_cannot_be_read_is_named_and_the_steps_before_it_are_saved(tmp_path):
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     make_images(tmp_path / "images", 16)
     bad = tmp_path / "images/class1/0003.jpg"
@@ -156,6 +156,7 @@ def test_an_image_that_dali_cannot_read_is_named_and_the_steps_before_it_are_sav
             sys.executable, str(ROOT / "njepa/train.py"), "--ds_config", str(tmp_path / "ds.json"),
             *TINY, f"data.path={tmp_path}/images", f"data.cache_dir={tmp_path}/cache",
             f"run.dir={tmp_path}/run", "run.max_steps=8", "run.device=cpu", "data.backend=dali",
+            "data.on_error=stop",
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path, capture_output=True, text=True,
         timeout=120,

@@ -1,26 +1,17 @@
-"""Triton kernel of ema_update_: one launch for all tensors, through rows of addresses.
-
-The rows reach the device as arguments of a kernel, never as a copy from the host: a copy would make
-the host wait (or need pinned memory that outlives every graph that repeats it).
-"""
+"""Triton kernel of ema_update_: one launch for all tensors, through rows of addresses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, reduce
-from operator import or_
 
 import torch
 import triton
 import triton.language as tl
 
-from ..._runtime.launch import cdiv, launch
+from ..._runtime.address_rows import addresses, aligned, first_programs, rows
+from ..._runtime.launch import launch
 
 _ELEMENTS = 4096  # per program
-_ALIGNMENT = 16  # bytes, of the widest access
-_ROWS = 256  # of addresses or sizes, that are kept on the device: five for a list of tensors
-_VALUES = 128  # of a row, that one launch writes: 1 KB of the 4 KB of arguments
-_BIAS = tl.constexpr(1 << 62)
 
 
 @triton.jit
@@ -42,17 +33,6 @@ def _update_block(
     tl.store(target + at, value, mask=mask)
     if HAS_SHADOW:
         tl.store(shadow + at, value.to(tl.bfloat16), mask=mask)
-
-
-@triton.jit
-def _write_row_kernel(row_ptr, values, COUNT: tl.constexpr):
-    for i in tl.static_range(COUNT):
-        tl.store(row_ptr + i, (values[i] - _BIAS) >> 1)
-
-
-def _encoded(value: int) -> int:
-    """An odd number of 64 bits: Triton recompiles for 1, for multiples of 16 and for 32 bits."""
-    return (1 << 62) + 2 * value + 1
 
 
 @triton.jit(do_not_specialize=["momentum", "rest", "n_tensors"])
@@ -103,28 +83,6 @@ def _ema_update_kernel(
         _update_block(target, source, shadow, keep, take, size - start, True, HAS_SHADOW, BLOCK)
 
 
-def _written(device: torch.device, values: tuple[int, ...]) -> torch.Tensor:
-    row = torch.empty(cdiv(len(values), _VALUES) * _VALUES, dtype=torch.int64, device=device)
-    for start in range(0, len(values), _VALUES):
-        chunk = tuple(map(_encoded, values[start : start + _VALUES]))
-        chunk += (_encoded(0),) * (_VALUES - len(chunk))
-        launch(_write_row_kernel, (1,), row[start:], chunk, COUNT=_VALUES, num_warps=1)
-    return row
-
-
-@lru_cache(maxsize=_ROWS)
-def _kept(device: torch.device, stream: int, values: tuple[int, ...]) -> torch.Tensor:
-    """A row that later calls on this stream find; on another it might not be written yet."""
-    return _written(device, values)
-
-
-def _keeping_stream(device: torch.device) -> int | None:
-    """The stream that keeps rows; None: a graph writes its own, in memory that lives as long."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return None
-    return torch.cuda.current_stream(device).cuda_stream
-
-
 def _update_group(
     targets: Sequence[torch.Tensor],
     sources: Sequence[torch.Tensor],
@@ -134,29 +92,21 @@ def _update_group(
 ) -> None:
     """Contiguous tensors, all sources of one type."""
     device = targets[0].device
-    lists = (targets, sources, targets if shadow is None else shadow)
-    addresses = [tuple(tensor.data_ptr() for tensor in tensors) for tensors in lists]
+    lists = [addresses(t) for t in (targets, sources, targets if shadow is None else shadow)]
     sizes = tuple(target.numel() for target in targets)
-    first = [0]
-    for size in sizes:
-        first.append(first[-1] + cdiv(size, _ELEMENTS))
-    stream = _keeping_stream(device)
-    rows = [
-        _written(device, row) if stream is None else _kept(device, stream, row)
-        for row in (*addresses, sizes, tuple(first[:-1]))
-    ]
+    *first, programs = first_programs(sizes, _ELEMENTS)
     is_tensor = isinstance(momentum, torch.Tensor)
     launch(
         _ema_update_kernel,
-        (first[-1],),
+        (programs,),
         sources[0],
-        *rows,
+        *rows(device, (*lists, sizes, tuple(first))),
         momentum if is_tensor else None,
         0.0 if is_tensor else momentum,
         rest,
         len(targets),
         HAS_SHADOW=shadow is not None,
-        ALIGNED=all(reduce(or_, row) % _ALIGNMENT == 0 for row in addresses),
+        ALIGNED=aligned(lists),
         TENSORS=triton.next_power_of_2(len(targets)),
         BLOCK=_ELEMENTS,
         num_warps=8,
