@@ -9,12 +9,13 @@ ARGS ?=
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
 
-.PHONY: help setup native train test test-all bench docs lint types clean
+.PHONY: help setup native train test test-all fuzz soak bench docs lint types clean
 help:
 	@echo "make setup   create $(VENV) and install njepa with everything it uses"
 	@echo "make train   train the tiny recipe on the embedded images (a few minutes on a CPU)"
 	@echo "make test    the tests but the slow ones (under 8 minutes on 2 cores);  make test-all: all of them"
 	@echo "make bench   the benchmarks"
+	@echo "make fuzz    changed files for every reader;  make soak: a training under faults (MINUTES=30)"
 	@echo "make docs    these documents as a site, in site/"
 	@echo "make native  build the C++ ops again (setup does it where there is a compiler)"
 	@echo "make lint    ruff;  make types: mypy"
@@ -39,6 +40,12 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST) $(ARGS)
+
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),10) $(ARGS)
+
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),30) $(ARGS)
 
 bench: $(STAMP)
 	@mkdir -p .benchmarks

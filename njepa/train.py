@@ -15,6 +15,7 @@ import warnings
 
 from njepa.config import Config, ConfigError, load_config, recipe_names
 from njepa.config.deepspeed_file import DeepSpeedFile, load_deepspeed_file
+from njepa.config.messages import log_to_stderr, printable
 from njepa.runs.signals import STOPPED, Stopped, StopSignals
 from njepa.runs.trackers import require
 
@@ -71,11 +72,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     main_rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
     # One of each host: a file may be missing, or differ, on one of them alone.
     speaks = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0
-    logging.basicConfig(
-        level=logging.WARNING if main_rank else logging.ERROR,
-        format="%(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    log_to_stderr(logging.WARNING if main_rank else logging.ERROR)
     # Every rank reads images of its own, and says which it could not read.
     logging.getLogger("njepa.data.loader").setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch 2.14 renames; nothing a user could fix.
@@ -130,7 +127,7 @@ def _train(config: Config, ds: DeepSpeedFile, signals: StopSignals | None, main_
 def _end(error: Exception, status: int, speaks: bool) -> int:
     """Say why it ends, on the ranks that are to; the exit status."""
     if speaks:
-        print(f"njepa: {error}", file=sys.stderr)
+        print(printable(f"njepa: {error}"), file=sys.stderr)
     return status
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -14,6 +13,7 @@ from njepa.atomic import write_atomically
 from njepa.commands.checks import check_writable, chosen_device
 from njepa.commands.parsers import command_parser
 from njepa.config import ConfigError, did_you_mean
+from njepa.config.messages import log_to_stderr
 
 DESCRIPTION = """Probe a frozen encoder on labelled images, beside raw pixels and the same network
 before training. Every setting is chosen on a split of --train; --test is used once."""
@@ -46,7 +46,7 @@ KINDS = ("knn", "linear", "logistic", "lowshot", "attentive", "finetune", "dense
 def main(argv: list[str], prog: str) -> int:
     """Print a table, write JSON; returns the exit status."""
     args = parser(prog).parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    log_to_stderr()
     _run(args)
     return 0
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
 from njepa.commands.checks import check_writable, chosen_device
 from njepa.commands.parsers import command_parser
 from njepa.config import ConfigError
+from njepa.config.messages import log_to_stderr
 
 DESCRIPTION = """Draw one or several runs on a self-contained HTML page: a verdict on health in
 words, curves, scores, masks, features, neighbours and errors; several runs beside each other."""
@@ -36,7 +36,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 def main(argv: list[str], prog: str) -> int:
     """Write the page, print its place and the verdicts; returns the exit status."""
     args = parser(prog).parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    log_to_stderr()
     out = args.out
     if out is None:
         if len(args.runs) > 1:

@@ -151,7 +151,9 @@ def load_deepspeed_file(path: str | Path) -> DeepSpeedFile:
         raise ConfigError(f"--ds_config {path}: no such file (here is {Path.cwd()})")
     try:
         raw = json.loads(file.read_text(), object_pairs_hook=_no_duplicates)
-    except json.JSONDecodeError as error:
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--ds_config {path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"--ds_config {path} must hold an object, got {type(raw).__name__}")
@@ -174,10 +176,10 @@ def parse_deepspeed(raw: Mapping[str, Any], origin: str = "the DeepSpeed file") 
             )
     zero = _section(raw, "zero_optimization", origin)
     stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ConfigError(f"{origin}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
     for key in ("offload_optimizer", "offload_param"):
-        if zero.get(key, {}).get("device", "none") != "none":
+        if _section(zero, key, origin).get("device", "none") != "none":
             raise ConfigError(f"{origin}: zero_optimization.{key} is not supported; remove it")
     bf16 = _section(raw, "bf16", origin)
     for name, section, key in (
@@ -196,10 +198,10 @@ def parse_deepspeed(raw: Mapping[str, Any], origin: str = "the DeepSpeed file") 
         accumulation=_positive(raw, "gradient_accumulation_steps"),
         stage=int(stage),
         precision=_precision(bf16, _section(raw, "torch_autocast", origin), stage, origin),
-        clipping=float(raw.get("gradient_clipping", 0.0)),
-        reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)),
+        clipping=_number(raw, "gradient_clipping", 0.0, origin),
+        reduce_bucket=int(_number(zero, "reduce_bucket_size", 5e8, origin)),
         overlap=stage == 3 if overlap is None else bool(overlap),
-        max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
+        max_live=int(_number(zero, "stage3_max_live_parameters", 1e9, origin)),
         all_reduce=bool(zero.get("use_multi_rank_bucket_allreduce", True)),
         raw=raw,
     )
@@ -245,10 +247,17 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def _number(raw: Mapping[str, Any], key: str, default: float, origin: str) -> float:
+    value = raw.get(key, default)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2.0**63:
+        return float(value)
+    raise ConfigError(f"{origin}: {key} must be a number >= 0, got {value!r}")
+
+
 def _positive(raw: Mapping[str, Any], key: str) -> int | None:
     value = raw.get(key)
     if value in (None, "auto"):
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
         raise ConfigError(f"{key} in the DeepSpeed file must be a positive integer, got {value!r}")
     return value

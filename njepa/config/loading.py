@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from njepa.config.messages import ConfigError, did_you_mean
+from njepa.config.reading import read_yaml, read_yaml_file
 from njepa.config.schema import Config, fields_at
 
 #: What the DeepSpeed file owns. Named here so that a recipe that sets one of them gets told where.
@@ -73,10 +74,7 @@ def _read_recipe(name: str) -> dict[str, Any]:
         path = Path(name)
         if not path.is_file():
             raise ConfigError(f"--recipe {name}: no such file")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--recipe {name} cannot be read: {error}") from None
+        raw = read_yaml_file(path, f"--recipe {name}") or {}
     else:
         known = recipe_names()
         if name not in known:
@@ -85,10 +83,7 @@ def _read_recipe(name: str) -> dict[str, Any]:
                 f"known: {', '.join(known)}, or a path that ends in .yaml"
             )
         text = (resources.files("njepa.recipes") / f"{name}.yaml").read_text()
-    try:
-        raw = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {name} is not YAML: {error}") from None
+        raw = read_yaml(text, f"recipe {name}")
     if not isinstance(raw, dict):
         raise ConfigError(f"recipe {name} must be a mapping of sections, got {type(raw).__name__}")
     vicreg = raw.get("vicreg")
@@ -101,10 +96,7 @@ def _apply_override(raw: dict[str, Any], item: str) -> None:
     key, equals, text = item.partition("=")
     if not equals or not key:
         raise ConfigError(f"override must be section.key=value, got {item!r}")
-    try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {item!r}: the value is not YAML: {error}") from None
+    value = read_yaml(text, f"override {item!r}: the value") if text else None
     *sections, last = key.removeprefix("--").split(".")
     node = raw
     for section in sections:
@@ -147,4 +139,4 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return str(message)  # the validators above name their keys
-    return f"{where}: {message[0].lower()}{message[1:]}, got {got!r}"
+    return f"{where}: {message[0].lower()}{message[1:]}, got {got!r:.200}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
@@ -19,7 +20,11 @@ from njepa.config.sections import (
     RunConfig,
     Section,
     VicregConfig,
+    usable,
 )
+
+#: Patches a side. Attention over more than 16384 tokens is none of this trainer's tasks.
+LARGEST_GRID = 128
 
 Method = Literal["ijepa", "cjepa", "njepa", "ncjepa"]
 
@@ -32,7 +37,7 @@ class Config(Section):
     ``noise.weight``, ``noise.consistency``, ``noise.predictors`` and ``vicreg.weight``, explicit
     values win."""
     recipe: Annotated[str, FREE] = "custom"
-    """Name of the recipe that this configuration came from."""
+    """Name of the recipe that this configuration came from, and of the run's folder in ``runs``."""
     data: DataConfig = DataConfig()
     mask: MaskConfig = MaskConfig()
     model: ModelConfig = ModelConfig()
@@ -71,6 +76,13 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         size, patch = self.data.image_size, self.model.patch_size
+        if Path(self.recipe).name != self.recipe or not usable(Path(self.recipe)).stem.strip("."):
+            raise ValueError(f"recipe must be the name of a folder in runs, got {self.recipe!r}")
+        if size // patch > LARGEST_GRID:
+            raise ValueError(
+                f"data.image_size={size} with model.patch_size={patch} makes {size // patch} "
+                f"patches a side, at most {LARGEST_GRID} are taken; raise model.patch_size"
+            )
         if size % patch:
             below = size // patch * patch
             raise ValueError(

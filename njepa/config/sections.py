@@ -7,17 +7,34 @@ precision, clipping).
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Range = tuple[float, float]
+#: Of tokens or layers: beyond it a mistake, whose memory nobody has.
+Width = Annotated[int, Field(gt=0, le=2**16)]
+Depth = Annotated[int, Field(gt=0, le=1000)]
 #: YAML reads a bare ``off`` as false.
 _Off = BeforeValidator(lambda value: "off" if value is False else value)
+
+
+def usable(path: Path) -> Path:
+    """``path``, if a file can have that name."""
+    try:
+        if b"\0" not in os.fsencode(path):
+            return path
+    except UnicodeEncodeError:
+        pass
+    raise ValueError("a path holds no NUL and no half of a character")
+
+
+FilePath = Annotated[Path, AfterValidator(usable)]
 
 #: sigma_data of EDM (arXiv 2206.00364), N-JEPA's standard deviation of the noise (Algorithm 1).
 SIGMA_DATA = 0.5
@@ -52,15 +69,15 @@ def _increasing(name: str, values: Range, low: float, high: float = math.inf) ->
 
 
 class DataConfig(Section):
-    path: Annotated[Path | None, FREE] = None
+    path: Annotated[FilePath | None, FREE] = None
     """Image folder, list file (.txt), tar shards or Parquet (a file, a folder or a pattern). None:
     the embedded set ``shapes``."""
-    eval_path: Annotated[Path | None, FREE] = None
+    eval_path: Annotated[FilePath | None, FREE] = None
     """Labelled test images (class folders, or a list or shards with labels), for kNN and linear
     probe; ``path`` then needs labels too."""
     backend: Annotated[Literal["auto", "dali", "torch"], FREE] = "auto"
     """``auto``: DALI on a GPU where it is installed, torchvision otherwise."""
-    image_size: PositiveInt = 224
+    image_size: Annotated[int, Field(gt=0, le=2**14)] = 224
     """Side of the square crop, in pixels."""
     crop_scale: Range = (0.3, 1.0)
     """Area of the random crop as a fraction of the image's area."""
@@ -72,11 +89,11 @@ class DataConfig(Section):
     """Subtracted per channel, for pixels in [0, 1]."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Divides per channel."""
-    workers: Annotated[Annotated[int, Field(ge=0)] | None, FREE] = None
+    workers: Annotated[Annotated[int, Field(ge=0, le=1024)] | None, FREE] = None
     """Loader processes (torchvision) or threads (DALI) per rank. None: on a GPU the cores of this
     machine shared among its ranks, at most 16; on a CPU one. 0: decode in the training process
     (torchvision only)."""
-    prefetch: Annotated[PositiveInt, FREE] = 2
+    prefetch: Annotated[Annotated[int, Field(gt=0, le=1024)], FREE] = 2
     """Batches decoded ahead, per worker (torchvision) or in all (DALI)."""
     hw_decoder_load: Annotated[Fraction, FREE] = 0.65
     """Share of the JPEGs that DALI gives to the GPU's hardware decoder, where there is one (A100,
@@ -90,7 +107,7 @@ class DataConfig(Section):
     max_bad_frac: Annotated[Fraction, FREE] = 0.02
     """More unreadable images than this share of the source end the run: those that the index left
     out, and those that any rank has met since its start; looked at with every line of the log."""
-    cache_dir: Annotated[Path | None, FREE] = None
+    cache_dir: Annotated[FilePath | None, FREE] = None
     """Where the index of a source and the embedded set are kept. None: ``~/.cache/njepa``."""
 
     @model_validator(mode="after")
@@ -106,7 +123,7 @@ class DataConfig(Section):
                 f"brings its own test images: unset data.eval_path, or add data.path=FOLDER"
             )
         _increasing("data.crop_scale", self.crop_scale, low=0.0, high=1.0)
-        _increasing("data.crop_ratio", self.crop_ratio, low=0.0)
+        _increasing("data.crop_ratio", self.crop_ratio, low=1e-3, high=1e3)
         if min(self.std) <= 0:
             raise ValueError(f"data.std must be positive, got {self.std}")
         return self
@@ -124,7 +141,7 @@ class MaskConfig(Section):
     """Area of each target block as a fraction of the grid."""
     aspect_ratio: Range = (0.75, 1.5)
     """Height over width of the target blocks."""
-    n_targets: PositiveInt = 4
+    n_targets: Annotated[int, Field(gt=0, le=256)] = 4
     """Target blocks per image (M)."""
     min_keep: Annotated[int, Field(ge=0)] = 10
     """Every target block, and every context after removing the targets, has more patches than
@@ -143,7 +160,7 @@ class MaskConfig(Section):
     def _check(self) -> MaskConfig:
         _increasing("mask.context_scale", self.context_scale, low=0.0, high=1.0)
         _increasing("mask.target_scale", self.target_scale, low=0.0, high=1.0)
-        _increasing("mask.aspect_ratio", self.aspect_ratio, low=0.0)
+        _increasing("mask.aspect_ratio", self.aspect_ratio, low=1e-3, high=1e3)
         if self.ragged and self.static_shapes:
             raise ValueError(
                 "mask.static_shapes gives every image the same number of context patches and "
@@ -153,9 +170,9 @@ class MaskConfig(Section):
 
 
 class PredictorConfig(Section):
-    depth: PositiveInt = 6
+    depth: Depth = 6
     """Transformer blocks."""
-    width: PositiveInt = 384
+    width: Width = 384
     """Token width d; a multiple of 4 and of ``heads``."""
     heads: PositiveInt | None = None
     """Attention heads. None: as many as the encoder, as published."""
@@ -179,9 +196,9 @@ class ModelConfig(Section):
     """vit_tiny, vit_small, vit_base, vit_large, vit_huge or vit_giant."""
     patch_size: PositiveInt = 16
     """Side of a patch in pixels; divides ``data.image_size``."""
-    width: PositiveInt | None = None
+    width: Width | None = None
     """Overrides the encoder's token width D."""
-    depth: PositiveInt | None = None
+    depth: Depth | None = None
     """Overrides the encoder's number of blocks."""
     heads: PositiveInt | None = None
     """Overrides the encoder's number of attention heads."""
@@ -305,14 +322,14 @@ class VicregConfig(Section):
     """The paper's two specifications. ``pred_blocks`` (Algorithm 1): the mean predictions of the
     target blocks of an image are its views. ``context_vs_target`` (pseudo-code C.2): the mean
     context token against the mean target token, variance and covariance of the context alone."""
-    projector: tuple[PositiveInt, ...] | Literal["identity"] | None = None
+    projector: tuple[Width, ...] | Literal["identity"] | None = None
     """Widths of the Linear-BN-ReLU projector (last one linear). None: (D, D, D)."""
 
 
 class OptimConfig(Section):
     epochs: PositiveInt = 600
     """Length of the training and of all schedules, in passes over the data."""
-    warmup_epochs: Annotated[float, Field(ge=0)] = 15
+    warmup_epochs: Annotated[float, Field(ge=0, le=2**31)] = 15
     """Linear warm-up of the learning rate, in epochs."""
     lr_start: Annotated[float, Field(ge=0)] = 1e-4
     """Learning rate at the start of the warm-up."""
@@ -338,12 +355,12 @@ class OptimConfig(Section):
     mathematics in one pass over memory (docs/performance.md). ZeRO stage 0 without ``bf16``."""
     ema: tuple[Fraction, Fraction] = (0.996, 1.0)
     """Momentum of the target encoder at the first and the last step, linear in between."""
-    schedule_scale: Annotated[float, Field(ge=1)] = 1.0
+    schedule_scale: Annotated[float, Field(ge=1, le=1000)] = 1.0
     """Stretch of the cosine and EMA schedules beyond ``epochs`` (published ``ipe_scale``)."""
 
 
 class RunConfig(Section):
-    dir: Path | None = None
+    dir: FilePath | None = None
     """Run folder. None: ``runs/<recipe>``."""
     resume: bool = False
     """Continue the run in ``dir`` from its last checkpoint."""

@@ -15,6 +15,7 @@ from typing import BinaryIO, Literal, Protocol
 from tqdm import tqdm
 
 from njepa.config import ConfigError
+from njepa.config.messages import printable
 from njepa.data.convert_sources import Item, open_images
 from njepa.data.errors import SourceError
 
@@ -43,7 +44,7 @@ class ConvertReport:
         lines += [f"  {name}" for name in self.left_out[:_SHOWN]]
         if len(self.left_out) > _SHOWN:
             lines.append(f"  ... and {len(self.left_out) - _SHOWN} more")
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 def convert(

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import os
 import stat
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
-from njepa.data.decode import fault
+from njepa.data.decode import fault, open_image
 from njepa.data.errors import SourceError
 from njepa.data.folders import walk
 from njepa.data.idx import IdxImages, is_idx
 from njepa.data.index import build_index
-from njepa.data.listing import EXTENSIONS, find_source
+from njepa.data.listing import find_source
+from njepa.data.tar import EXTENSIONS
 
 _FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "BMP": "bmp", "WEBP": "webp", "PPM": "ppm",
             "TIFF": "tif"}  # fmt: skip
@@ -93,7 +90,7 @@ def _from_index(path: Path, progress: bool) -> Images:
 def _from_zip(path: Path) -> Images:
     try:
         archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # BadZipFile, and of damaged headers almost any
         raise SourceError(
             f"data: {path} cannot be read as a zip ({error}); it is damaged or was cut short: copy "
             f"it again"
@@ -124,8 +121,7 @@ def _from_zip(path: Path) -> Images:
                     if member.file_size > _LARGEST:
                         raise OSError(f"{member.file_size} bytes, at most {_LARGEST} are taken")
                     data = archive.read(member)
-                except (OSError, EOFError, zipfile.BadZipFile, zlib.error,
-                        NotImplementedError) as error:  # fmt: skip
+                except Exception as error:  # each kind of compression has its own
                     left_out.append(f"{member.filename} ({error})")
                     continue
                 yield from _item(member.filename, data, label, left_out)
@@ -138,11 +134,13 @@ def _members(path: Path, archive: zipfile.ZipFile) -> Iterator[zipfile.ZipInfo]:
     """Files that are not hidden. An archive that reaches out of its folder is refused whole."""
     for member in archive.infolist():
         parts = member.filename.split("/")
-        reason = ""
+        reason = "" if member.filename else "it has no name"
         if member.filename.startswith("/") or ".." in parts or ":" in parts[0]:
             reason = "its name leaves the archive's folder"
-        elif stat.S_ISLNK(member.external_attr >> 16):
-            reason = "it is a link"
+        elif stat.S_IFMT(mode := member.external_attr >> 16) and not (
+            stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+        ):
+            reason = "it is a link" if stat.S_ISLNK(mode) else "it is a device or a pipe"
         elif member.flag_bits & 1:
             reason = "it is encrypted"
         if reason:
@@ -158,7 +156,7 @@ def _members(path: Path, archive: zipfile.ZipFile) -> Iterator[zipfile.ZipInfo]:
 def _item(name: str, data: bytes, label: str | None, left_out: list[str]) -> Iterator[Item]:
     """The image under the extension of its content; nothing where its header is damaged."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             kind = image.format or "no known format"
     except Exception as error:  # damaged files make Pillow raise almost anything
         left_out.append(f"{name} ({fault(error, len(data))})")

@@ -3,21 +3,53 @@
 from __future__ import annotations
 
 import io
+import math
+import struct
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from njepa.data.errors import DecodeError
 
+#: What Pillow may take a file for, whatever its name says. Not among them: what it hands to other
+#: programs (EPS, to Ghostscript), and thirty rare formats that images of a data set do not have.
+#: JPEG includes MPO.
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+#: Markers of a JPEG behind which its size stands.
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 #: Pixels of a reduced JPEG for each pixel of the resized window, at least, along a side.
 SPARE = 2
 #: Of a side. Decoding at 1/2 saves no time: Pillow, which can do it, is slower than torchvision.
 SCALES = (8, 4)
+
+
+def open_image(file: Path | bytes) -> ImageFile.ImageFile:
+    """The header of an image by Pillow, which decodes nothing yet.
+
+    Raises:
+        Exception: almost any, of a damaged file or one with more than 179 million pixels.
+    """
+    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
+
+
+def _fits(data: bytes) -> bool:
+    """Whether a JPEG says in plain order that it has no more pixels than Pillow takes.
+
+    torchvision has no such limit: 400 bytes can declare, and then take, 12 GB.
+    """
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 9 <= len(data):
+        if data[at + 1] in _FRAMES:
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            return bool(0 < height * width <= 2 * (Image.MAX_IMAGE_PIXELS or math.inf))
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
 
 
 def decode(data: bytes) -> Tensor:
@@ -31,7 +63,7 @@ def decode(data: bytes) -> Tensor:
     Raises:
         DecodeError: not an image, or cut short.
     """
-    if data[:2] == b"\xff\xd8":
+    if data[:2] == b"\xff\xd8" and _fits(data):
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         try:
             image: Tensor = decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
@@ -39,7 +71,7 @@ def decode(data: bytes) -> Tensor:
         except RuntimeError:
             pass  # Pillow has the last word, and the clearer message
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with open_image(data) as opened:
             upright = ImageOps.exif_transpose(opened)
             if upright.mode.startswith("I;16"):  # Pillow would clip at 255
                 upright = Image.fromarray(np.uint8(np.rint(np.asarray(upright) / 257)))
@@ -92,7 +124,7 @@ def _reduced_window(
     left, top, width, height = window
     wanted = next(s for s in SCALES if min(width, height) >= s * SPARE * size)
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with open_image(data) as opened:
             full = opened.size
             opened.draft(None, (full[0] // wanted, full[1] // wanted))
             scale = round(full[0] / opened.width)

@@ -21,6 +21,7 @@ from njepa.data.errors import SourceError
 
 _IMAGES, _LABELS = 0x00000803, 0x00000801
 _LARGEST = 1 << 14  # pixels a side; a header that says more is wrong
+_MOST = 1 << 24  # images; a few gzipped bytes can stand for as many labels as the header says
 
 
 class IdxImages:
@@ -38,10 +39,11 @@ class IdxImages:
         self.path = path
         with _open(path) as file:
             self.n, self._rows, self._columns = _header(path, file, _IMAGES, 3)
-        if not (0 < self._rows <= _LARGEST and 0 < self._columns <= _LARGEST and self.n):
+        sides = (self._rows, self._columns)
+        if not (all(0 < side <= _LARGEST for side in sides) and 0 < self.n <= _MOST):
             raise SourceError(
                 f"data: {path} says that it holds {self.n} images of {self._columns} x "
-                f"{self._rows} pixels; expected at least one image of at most {_LARGEST} a side"
+                f"{self._rows} pixels; expected 1 to {_MOST} images of at most {_LARGEST} a side"
             )
         self.labels = _read_labels(path, self.n)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from tqdm import tqdm
 
 from njepa.data import parquet
-from njepa.data.decode import fault
+from njepa.data.decode import fault, open_image
 from njepa.data.errors import SourceError
 from njepa.data.listing import EXPECTED, Entries, Source, list_entries
 
@@ -159,6 +157,8 @@ def _headers(
 
     def header(i: int) -> _Size:
         shard, offset, size = (int(a[i]) for a in (entries.shard, entries.offsets, entries.sizes))
+        if shard < 0 and size < 0:
+            return 0, 0, "no such file, or none to read from (a pipe, a device)"
         if shard < 0:
             return measure(source.root / entries.names[i], size)
         try:
@@ -205,7 +205,7 @@ def measure(file: Path | bytes, size: int) -> _Size:
 
 def _upright_size(file: Path | bytes) -> tuple[int, int]:
     """(width, height) after the EXIF orientation, from the header alone."""
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+    with open_image(file) as image:
         width, height = image.size
         # A TIFF has its orientation in ``size`` already; getexif of a PNG without EXIF would
         # decode the whole image.

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import logging
 import os
 import re
-import tarfile
+import stat
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -27,12 +26,10 @@ from njepa.data.errors import SourceError
 from njepa.data.folders import THREADS, Watch, walk
 from njepa.data.idx import is_idx
 from njepa.data.parquet_layout import require_pyarrow
-
-logger = logging.getLogger(__name__)
+from njepa.data.tar import EXTENSIONS, shard_rows
 
 Int64Array = npt.NDArray[np.int64]
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 EXPECTED = (
     "data.path takes a folder of images (nested or not), a list file (.txt, one path per line), "
     "or tar shards or Parquet (a .tar or .parquet file, a folder of them, or a pattern such as "
@@ -40,6 +37,8 @@ EXPECTED = (
     + " ".join(EXTENSIONS)
     + ". A zip or MNIST's idx files are converted first: njepa convert SOURCE OUT"
 )
+#: Files that a pattern such as {0000..0099} stands for.
+MOST_SHARDS = 1_000_000
 _CONTAINERS = {"shards": "tar shards", "parquet": "Parquet files"}
 _SPLIT = re.compile(r"^(.+?)-\d+(-of-\d+)?\.parquet$", re.IGNORECASE)
 
@@ -134,7 +133,7 @@ def list_entries(source: Source, progress: Iterable[int] | None = None) -> Entri
         return Entries(source.files, source.labels, source.sizes, none, np.zeros_like(none))
     rows: list[tuple[str, str | None, int, int, int]] = []
     for k in progress if progress is not None else range(len(source.files)):
-        rows += [(*row, k) for row in _shard_rows(source.root, source.files[k])]
+        rows += [(*row, k) for row in shard_rows(source.root, source.files[k])]
     if not rows:
         raise SourceError(
             f"data: no image in the {len(source.files)} tar shard(s) of {source.path}. {EXPECTED}"
@@ -240,14 +239,15 @@ def _check_splits(path: Path, names: list[str]) -> None:
 
 
 def _stat(paths: list[str]) -> tuple[Int64Array, Int64Array]:
-    """Bytes and modification times; -1 where there is no such file."""
+    """Bytes and modification times; -1 where there is no regular file."""
 
     def one(path: str) -> tuple[int, int]:
         try:
-            stat = os.stat(path)
+            found = os.stat(path)
         except (OSError, ValueError):  # no such file, or a NUL in its name
             return -1, -1
-        return stat.st_size, stat.st_mtime_ns
+        # Opening a pipe waits for ever, reading a device never ends.
+        return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else (-1, -1)
 
     with ThreadPoolExecutor(THREADS) as pool:
         both = np.array(list(pool.map(one, paths, chunksize=256)), dtype=np.int64).reshape(-1, 2)
@@ -263,57 +263,16 @@ def _expand(pattern: str) -> list[str]:
     bounds = re.fullmatch(r"(\d+)\.\.(\d+)", inner)
     if bounds:
         first, last = bounds.groups()
+        if int(last) - int(first) >= MOST_SHARDS:
+            raise SourceError(
+                f"data: {{{inner}}} in {pattern} stands for {int(last) - int(first) + 1} files, at "
+                f"most {MOST_SHARDS} are taken"
+            )
         width = len(first) if first.startswith("0") or len(first) == len(last) else 0
         parts = [f"{k:0{width}d}" for k in range(int(first), int(last) + 1)]
     else:
         parts = inner.split(",")
     return [path for part in parts for path in _expand(head + part + tail)]
-
-
-_Row = tuple[str, str | None, int, int]  # name, label, offset, bytes
-
-
-def _shard_rows(root: Path, shard: str) -> list[_Row]:
-    """Images of one tar file: members with the same stem are one sample (WebDataset)."""
-    path = root / shard
-    images: dict[str, tuple[str, int, int]] = {}
-    labels: dict[str, str] = {}
-    try:
-        with tarfile.open(path, mode="r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                if not member.isreg() or member.issparse() or not stem:
-                    continue
-                key = f"{folder}/{stem}"
-                if "." + extension.lower() in EXTENSIONS:
-                    images.setdefault(key, (member.name, member.offset_data, member.size))
-                elif extension.lower() == "cls":
-                    data = tar.extractfile(member)
-                    assert data is not None  # a regular member
-                    labels[key] = data.read(4096).decode("utf-8", "replace").strip()
-            _check_end(tar)
-    except tarfile.TarError as error:
-        raise SourceError(
-            f"data: {path} cannot be read as a tar file ({error}). Compressed shards are not "
-            f"supported, since images are read at their offset: unpack it to a plain .tar "
-            f"(JPEG does not shrink anyway). A shard that was cut short must be copied again"
-        ) from None
-    return [
-        (f"{shard}/{name}", labels.get(key), offset, size)
-        for key, (name, offset, size) in images.items()
-    ]
-
-
-def _check_end(tar: tarfile.TarFile) -> None:
-    """tarfile takes any header that it cannot read, but the first, for the end of the file."""
-    assert tar.fileobj is not None  # open
-    tar.fileobj.seek(tar.offset)
-    block = tar.fileobj.read(tarfile.BLOCKSIZE)
-    if block.strip(b"\0"):
-        raise tarfile.ReadError(f"no header of a member at byte {tar.offset}")
-    if not block:
-        logger.warning("%s has no mark at its end: perhaps it was cut short", tar.name)
 
 
 def _is_image(name: str) -> bool:

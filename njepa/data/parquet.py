@@ -238,7 +238,7 @@ def _read_group(path: Path, group: int, footer: _Footer, *more: str) -> Any:
         with parquet.ParquetFile(path, metadata=footer.metadata, pre_buffer=False) as file:
             columns = [footer.layout.leaf, *more]
             table = file.read_row_group(group, columns=columns, use_threads=False)
-    except (OSError, pyarrow().lib.ArrowException) as error:
+    except Exception as error:  # damaged pages make pyarrow raise almost anything
         reason = " ".join(str(error).split())[:200]
         raise OSError(f"{path}: row group {group} cannot be decoded ({reason})") from None
     return table if more else table.column(0)
@@ -285,7 +285,10 @@ def _group_sizes(footer: _Footer) -> Iterator[tuple[int, int]]:
 
 
 def _is_leaf(column: Any, layout: Layout) -> bool:
-    return bool(column.path_in_schema == layout.leaf)
+    try:
+        return bool(column.path_in_schema == layout.leaf)
+    except UnicodeDecodeError:  # of a damaged footer; reading the group says so
+        return False
 
 
 def _described(layout: Layout) -> str:

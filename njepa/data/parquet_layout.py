@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def read_footer(path: Path) -> tuple[Any, Layout]:
     try:
         metadata = pyarrow("parquet").read_metadata(path)
         schema = metadata.schema.to_arrow_schema()
-    except (OSError, pyarrow().lib.ArrowException) as error:
+    except Exception as error:  # a damaged footer makes pyarrow raise almost anything
         raise SourceError(
             f"data: {path} cannot be read as a Parquet file ({_short(error)}); it is damaged or "
             f"was cut short: copy it again"
@@ -135,10 +136,10 @@ def _classes(path: Path, schema: Any, label: str) -> tuple[str, ...] | None:
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         names = [str(name) for name in features[label]["names"]]
-    except (TypeError, KeyError, ValueError):  # other metadata, or none
+    except (TypeError, LookupError, ValueError, RecursionError):  # other metadata, or none
         return None
     # Two classes of ImageNet are called "crane"; they stay apart.
-    twice = {name for name in names if names.count(name) > 1}
+    twice = {name for name, count in Counter(names).items() if count > 1}
     return tuple(f"{name} ({k})" if name in twice else name for k, name in enumerate(names))
 
 

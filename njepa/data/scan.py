@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from njepa.config import ConfigError
+from njepa.config.messages import printable
 from njepa.data.decode_team import faults
 from njepa.data.errors import SourceError
 from njepa.data.index import ImageIndex, build_index
@@ -72,7 +73,7 @@ class ScanReport:
                 "a list cannot select images inside tar shards or Parquet files; write new ones "
                 "without the bad images"
             )
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 def scan(

@@ -7,10 +7,10 @@ import fcntl
 import hashlib
 import logging
 import os
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -118,21 +118,33 @@ def _load(cached: Path) -> _Stored | None:
         with np.load(cached, allow_pickle=False) as file:
             if "format" not in file or int(file["format"]) != _FORMAT:
                 return None
-            labels, watched = file["labels"], _unpack(file["watched"])
+            labels, watched = _numbers(file, "labels"), _unpack(file["watched"])
+            widths, heights = _numbers(file, "widths"), _numbers(file, "heights")
             (root,) = _unpack(file["root"])
             index = ImageIndex(
-                Path(root), _unpack(file["names"]), file["widths"], file["heights"],
-                file["sizes"], labels if len(labels) else None, _unpack(file["classes"]),
-                _unpack(file["shards"]), file["shard"], file["offsets"],
+                Path(root), _unpack(file["names"]), widths, heights,
+                _numbers(file, "sizes"), labels if len(labels) else None, _unpack(file["classes"]),
+                _unpack(file["shards"]), _numbers(file, "shard"), _numbers(file, "offsets"),
                 _unpack(file["unreadable"]), str(file["digest"]),
             )  # fmt: skip
-            watch = Watch(watched, file["watched_times"], int(file["listed"])) if watched else None
-            return _Stored(str(file["fingerprint"]), index, file["times"], watch)
+            times = _numbers(file, "watched_times")
+            watch = Watch(watched, times, int(file["listed"])) if watched else None
+            rows = (index.widths, index.heights, index.sizes, index.shard, index.offsets)
+            if {len(row) for row in rows} != {index.n} or len(labels) not in (0, index.n):
+                raise ValueError("its parts differ in length")
+            return _Stored(str(file["fingerprint"]), index, _numbers(file, "times"), watch)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file makes the reader raise almost anything
         logger.warning("%s is damaged and will be built again: %s", cached, error)
         return None
+
+
+def _numbers(file: Any, key: str) -> npt.NDArray[Any]:
+    found = file[key]
+    if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype.kind != "i":
+        raise ValueError(f"{key} is no row of integers")
+    return found
 
 
 def _save(cached: Path, source: Source, index: ImageIndex) -> None:

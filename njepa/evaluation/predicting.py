@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import yaml
-
 from njepa.config import Config, ConfigError, parse_config
+from njepa.config.reading import read_yaml
 from njepa.config.sections import ImplConfig, VicregConfig
 from njepa.exchange.layouts import State, check_predictor, predictor_facts
 from njepa.exchange.reading import open_weights
@@ -50,7 +49,7 @@ def open_predicting(source: str) -> Predicting:
         raise ConfigError(_refusal(weights, "no predictor"))
     target, told = weights.encoder("target"), weights.record.get("config")
     if told is not None:
-        config, assumed = parse_config(yaml.safe_load(told), weights.origin), ""
+        config, assumed = parse_config(read_yaml(told, weights.origin), weights.origin), ""
     else:
         own = {k: v for k, v in predictors["predictor"].items() if k != "noise_mask_token"}
         predictors = {"predictor": own}

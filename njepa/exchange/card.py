@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from njepa import __version__
+from njepa.config.reading import read_yaml
 from njepa.exchange.weights import EncoderWeights, Weights
 
 #: Sections of a run's configuration that decided its weights.
@@ -91,7 +92,7 @@ def _origin(weights: Weights) -> str:
 
 
 def _data(record: dict[str, Any]) -> str:
-    path = yaml.safe_load(record["config"])["data"]["path"]
+    path = read_yaml(record["config"], "the configuration")["data"]["path"]
     name = "the embedded set shapes" if path is None else f"`{Path(path).name}`"
     return f"{name} (index digest {record['data_digest'][:12]})"
 
@@ -108,7 +109,7 @@ def _metrics(summary: dict[str, Any]) -> str:
 
 
 def _recipe(text: str) -> str:
-    config = yaml.safe_load(text)
+    config = read_yaml(text, "the configuration")
     kept = {
         section: {
             key: value

@@ -8,15 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from njepa.config import ConfigError, parse_config
+from njepa.config.reading import read_yaml
 from njepa.exchange.files import as_object, read_json, read_metadata, read_safetensors, read_torch
 from njepa.exchange.layouts import State, to_ours
 from njepa.exchange.weights import FACTS, Channels, Weights
 from njepa.models.architecture import architecture
-from njepa.runs.checkpoint_files import INDEX, STATE, TARGET, CheckpointFiles
+from njepa.runs.checkpoint_files import INDEX, STATE, TARGET, CheckpointFiles, is_plain_name
 from njepa.runs.checkpoints import good_checkpoint
 
 
@@ -88,7 +88,7 @@ def _open_checkpoint(checkpoint: CheckpointFiles, run: Path) -> Weights:
         raise ConfigError(
             f"{path} has no {', '.join(missing)}: no checkpoint of this trainer; use another one"
         )
-    config = parse_config(yaml.safe_load(state["config"]), origin=f"{path}")
+    config = parse_config(read_yaml(str(state["config"]), f"{path}, config"), origin=f"{path}")
     parts = architecture(config)
 
     def context() -> State:
@@ -110,8 +110,8 @@ def _open_checkpoint(checkpoint: CheckpointFiles, run: Path) -> Weights:
         "method": config.method,
         "step": state["step"],
         "config": state["config"],
-        "versions": state.get("versions", {}),
-        "data_digest": state.get("data_digest", ""),
+        "versions": as_object(state.get("versions", {}), f"{path}, versions"),
+        "data_digest": str(state.get("data_digest", "")),
         "summary": read_json(summary) if summary.is_file() else {},
     }
     return Weights(
@@ -130,7 +130,7 @@ def _open_safetensors(path: Path, facts: dict[str, Any] | None = None) -> Weight
     """One encoder under our names or transformers', alone or with what is known about it."""
     facts = facts if facts is not None else dict(read_metadata(path))
     encoders: dict[str, Callable[[], State]] = {
-        facts.get("which", "only"): partial(read_safetensors, path)
+        str(facts.get("which", "only")): partial(read_safetensors, path)
     }
     return Weights(
         str(path), encoders, heads=_heads(facts.get("heads"), path), mean_std=_mean_std(facts)
@@ -196,7 +196,7 @@ def _open_hugging_face(path: Path, config: dict[str, Any]) -> Weights:
             f"{told}: expected model_type ijepa (transformers) or an architecture (timm), got "
             f"{kind}; other networks cannot be read"
         )
-    which = facts.get("which", "only")
+    which = str(facts.get("which", "only"))
     return Weights(
         f"{path}",
         {which: partial(_folder_state, path)},
@@ -209,12 +209,12 @@ def _folder_state(path: Path) -> State:
     """The tensors of a folder, in one file or listed by an index of several."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
+        places = as_object(read_json(index).get("weight_map"), f"{index}, weight_map")
+        outside = [name for name in places.values() if not is_plain_name(name)]
         if outside:
             raise ConfigError(f"{index} names files outside of its folder: {outside}")
         state: State = {}
-        for name in names:
+        for name in sorted(set(places.values())):
             state |= read_safetensors(path / name)
         return state
     if (path / "model.safetensors").is_file():
@@ -222,15 +222,17 @@ def _folder_state(path: Path) -> State:
     file = path / "pytorch_model.bin"
     if not file.is_file():
         raise ConfigError(f"{path}: expected model.safetensors or pytorch_model.bin, got neither")
-    state = read_torch(file)
-    return state
+    found: State = read_torch(file)
+    if not _is_state(found):
+        raise ConfigError(f"{file} must hold a state dict, got {type(found).__name__}")
+    return found
 
 
 def _heads(value: object, path: Path) -> int | None:
     """Attention heads, as a file says them: a number, or its digits in safetensors' metadata."""
     if value is None:
         return None
-    if not str(value).isdecimal() or not int(str(value)):
+    if not re.fullmatch(r"0*[1-9]\d{0,5}", str(value), re.ASCII):
         raise ConfigError(f"{path}: the number of attention heads must be positive, got {value!r}")
     return int(str(value))
 
@@ -252,5 +254,5 @@ def _is_state(value: object) -> bool:
     return (
         isinstance(value, dict)
         and bool(value)
-        and all(isinstance(tensor, Tensor) for tensor in value.values())
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
     )

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from njepa.config import Config, ConfigError, parse_config
+from njepa.config.reading import read_yaml_file
 from njepa.runs.checkpoints import latest_checkpoint
 from njepa.runs.folder import flat
 
@@ -137,13 +136,13 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
 
 def _read_settings(run: RunRecord) -> None:
     try:
-        raw = yaml.safe_load((run.path / "config.yaml").read_text(errors="replace"))
+        if not (run.path / "config.yaml").exists():
+            run.missing.append("config.yaml: no settings, and no pictures without them")
+            return
+        raw = read_yaml_file(run.path / "config.yaml", "it")
         if not isinstance(raw, dict):
             raise ValueError(f"expected sections, got {type(raw).__name__}")
-    except FileNotFoundError:
-        run.missing.append("config.yaml: no settings, and no pictures without them")
-        return
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         run.missing.append(f"config.yaml cannot be read, so there are no pictures: {error}")
         return
     run.settings = flat(raw)

@@ -11,11 +11,11 @@ from collections import Counter
 from pathlib import Path
 
 import njepa_kernels
-import yaml
 
 import njepa
 from njepa.config import Config, ConfigError, dump_config
 from njepa.config.deepspeed_file import DeepSpeedFile
+from njepa.config.reading import read_yaml
 from njepa.data.errors import SourceError
 from njepa.data.index import ImageIndex
 from njepa.data.sources import open_source
@@ -40,7 +40,7 @@ def check_alike(ranks: Ranks, config: Config, ds: DeepSpeedFile) -> None:
     if ranks.world == 1:
         return
     items = {f"file {name}": text for name, text in _sources().items()} | _software()
-    items |= {k: repr(v) for k, v in flat(yaml.safe_load(dump_config(config))).items()}
+    items |= {k: repr(v) for k, v in flat(read_yaml(dump_config(config), "it")).items()}
     items |= {f"DeepSpeed file, {k}": repr(v) for k, v in flat(dict(ds.raw)).items()}
     compare(ranks.gather((socket.gethostname(), items)))
 

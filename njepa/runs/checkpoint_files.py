@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from njepa.config import ConfigError
@@ -84,9 +84,9 @@ class CheckpointFiles:
                 for name, start, count in pieces:
                     if name not in self._files or start < 0 or count < 1:
                         raise ValueError(f"a range {name!r}, {start}, {count}")
-            if outside := [name for name in self._files if Path(name).name != name]:
+            if outside := [name for name in self._files if not is_plain_name(name)]:
                 raise ValueError(f"files outside of the folder: {outside}")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise self._damaged(INDEX, f"it holds what no index does ({error})") from None
 
     def __contains__(self, key: str) -> bool:
@@ -111,8 +111,8 @@ class CheckpointFiles:
                 raise self._damaged(INDEX, f"it does not list {name}")
             try:
                 found = read_back(self.folder / name)
-            except OSError as error:
-                raise self._damaged(name, str(error.strerror)) from None
+            except (OSError, ValueError) as error:  # ValueError: no file can have that name
+                raise self._damaged(name, getattr(error, "strerror", str(error))) from None
             if found.bytes != expected.bytes:
                 raise self._damaged(
                     name, f"it has {found.bytes} bytes, {expected.bytes} were written"
@@ -132,7 +132,10 @@ class CheckpointFiles:
         for name, begin, size in self._tensors.get(key, ((), []))[1]:
             low, high = max(at, begin), min(start + count, begin + size)
             if low == at and low < high:
-                parts.append(self._values(name, key).view(-1)[low - begin : high - begin])
+                values = self._values(name, key).view(-1)
+                if len(values) != size:
+                    raise self._damaged(name, f"{key} has {len(values)} values, not {size}")
+                parts.append(values[low - begin : high - begin])
                 at = high
         if at != start + count or not parts:
             raise self._damaged(INDEX, f"{key}[{at}:{start + count}] is in no file")
@@ -169,7 +172,7 @@ class CheckpointFiles:
             if name not in self._handles:
                 self._handles[name] = safe_open(self.folder / name, framework="pt")
             tensor: Tensor = self._handles[name].get_tensor(key)
-        except (SafetensorError, OSError) as error:
+        except Exception as error:  # a header that lies makes the reader raise almost anything
             raise self._damaged(name, str(error)) from None
         return tensor
 
@@ -197,6 +200,11 @@ def refuse_pickles(folder: Path) -> None:
         f"are not read any more, because a pickle can run code; finish this run with the version "
         f"that began it, or start a new one with model.init_from={folder / TARGET}"
     )
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a file of that name lies in the folder that names it."""
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..")
 
 
 def _start(piece: tuple[str, int, int]) -> int:

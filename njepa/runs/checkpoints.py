@@ -140,13 +140,18 @@ def load_checkpoint(
         ConfigError: data or batch differ from those of the checkpoint.
     """
     state, path = saved.state(), saved.folder
-    if state["data_digest"] != digest:
+    try:
+        was = str(state["data_digest"])
+        before = BatchSizes(*(int(state[key]) for key in ("micro", "accumulation", "world")))
+        int(state["step"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {STATE}: {error!r}") from None
+    if was != digest:
         raise ConfigError(
-            f"{path} was written on other data (index digest {state['data_digest'][:12]}, now "
+            f"{path} was written on other data (index digest {was[:12]}, now "
             f"{digest[:12]}): the sample ids would refer to other images; restore the data, or "
             f"start a new run in another run.dir"
         )
-    before = BatchSizes(state["micro"], state["accumulation"], state["world"])
     _check_batch(path, before, sizes)
     if before.accumulation != sizes.accumulation:
         log.warning(

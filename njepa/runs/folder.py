@@ -13,11 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from njepa.atomic import write_atomically
 from njepa.config import Config, ConfigError, dump_config, free_on_resume
 from njepa.config.deepspeed_file import DeepSpeedFile
+from njepa.config.reading import read_yaml, read_yaml_file
 
 
 class RunFolder:
@@ -100,7 +99,10 @@ def run_dir(config: Config) -> Path:
 
 def _holds_run(path: Path, config: Config) -> bool:
     """Whether there is a run, which ``config`` then continues."""
-    held = (path / "config.yaml").is_file()
+    try:
+        held = (path / "config.yaml").is_file()
+    except OSError as error:
+        raise ConfigError(f"run.dir={path} cannot be read: {error}") from None
     if held and not config.run.resume:
         raise ConfigError(
             f"run.dir={path} already holds a run; continue it with run.resume=true, or choose "
@@ -120,8 +122,8 @@ def _lock(file: IO[str], path: Path) -> None:
 
 def _check_same_run(file: Path, config: Config) -> None:
     before, now = (
-        flat(yaml.safe_load(file.read_text())),
-        flat(yaml.safe_load(dump_config(config))),
+        flat(read_yaml_file(file, str(file))),
+        flat(read_yaml(dump_config(config), "the configuration")),
     )
     changed = [
         f"  {key}: {before.get(key)!r} -> {now.get(key)!r}"

@@ -88,8 +88,12 @@ class Run:
         self._starts += 1
         port, ranks = free_port(), range(self.case.ranks)
         self._pids = [
-            fork_rank(rank, len(ranks), port, self._arguments(), self.log(rank)) for rank in ranks
+            fork_rank(rank, len(ranks), port, self._arguments(), self.log(rank), self.in_child)
+            for rank in ranks
         ]
+
+    def in_child(self) -> None:
+        """In the process that will train, before it does."""
 
     def _arguments(self) -> list[str]:
         case = self.case

@@ -11,8 +11,9 @@ from njepa.data.sources import open_source
 from tests.support.jobs import make_images
 from tests.support.weight_sources import config_of, network, write_run
 
-#: Labels of images, from a list file: what no page may take for its own.
+#: What no page may take for its own: labels of images, from a list file, and names of files.
 MARKUP = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(2)>"]
+SCRIPT = "<script>"
 
 
 def lines(n: int = 30, std: float = 0.5, rank: float = 20.0, every: int = 20) -> list[dict]:
@@ -42,6 +43,8 @@ def report_run(
     source = folder / "images.txt"
     if not source.exists():
         make_images(folder / "images", 40, classes=2)
+        for file in list((folder / "images").rglob("*.jpg")):
+            file.rename(file.with_name(f"{SCRIPT}{file.name}"))
         names = sorted(p.relative_to(folder) for p in (folder / "images").rglob("*.jpg"))
         source.write_text("".join(f"{name}\t{MARKUP[i % 2]}\n" for i, name in enumerate(names)))
     data = {"path": str(source), "eval_path": str(source), "cache_dir": str(folder / "cache")}

@@ -234,20 +234,6 @@ def test_shards_that_cannot_be_used(tmp_path):
         opened(shard(tmp_path / "e.tar", {"a.txt": b"x"}), tmp_path)
 
 
-def test_members_never_become_paths(tmp_path):
-    members = {"../../outside.jpg": JPEG, "/absolute.jpg": JPEG, "./dot/in.jpg": JPEG}
-    path = shard(tmp_path / "s/a.tar", members)
-    with tarfile.open(path, "a") as tar:
-        link = tarfile.TarInfo("link.jpg")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-    before = sorted(tmp_path.rglob("*"))
-    index = opened(path, tmp_path)
-    assert index.n == 3  # not the link
-    assert all(index.read(i) == JPEG for i in range(3))
-    assert [p for p in sorted(tmp_path.rglob("*")) if "cache" not in p.parts] == before
-
-
 def test_large_header_in_a_shard(tmp_path):
     """A header longer than what is read at first: a big ICC profile before the frame header."""
     profile = zlib.compress(os.urandom(150_000))

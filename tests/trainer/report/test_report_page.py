@@ -16,7 +16,7 @@ from njepa.data import eval_views
 from njepa.data.errors import DecodeError
 from njepa.report import write
 from tests.support.jobs import TINY, make_images
-from tests.support.report_runs import MARKUP, lines, report_run, write_lines
+from tests.support.report_runs import MARKUP, SCRIPT, lines, report_run, write_lines
 
 PICTURES = ("Masks and noise", "Prediction errors", "Likeness to a patch", "Nearest neighbours")
 PICTURES = tuple(f"<h3>{title}</h3>" for title in PICTURES)
@@ -75,6 +75,7 @@ def test_names_are_escaped(whole, tmp_path):
         assert name not in text
         assert html.escape(name) in text
     assert text.count("<script") == 2
+    assert html.escape(f"class0/{SCRIPT}") in text
     run = tmp_path / "<b>bold"
     run.mkdir()
     (run / "config.yaml").write_text("recipe: '</script><i>'\nx: {'<u>': '</title>'}\n")

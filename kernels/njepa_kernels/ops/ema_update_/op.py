@@ -97,6 +97,8 @@ def _check_tensors(
             if fits and tensor is not like:
                 fits = tensor.shape == like.shape and tensor.device == like.device
             if not fits:
+                if not isinstance(like, torch.Tensor):
+                    raise TypeError(f"{op}: targets[{i}] must be a torch.Tensor, got {like!r:.80}")
                 check_like(op, f"{name}[{i}]", tensor, dtypes, like)
 
 
