@@ -104,7 +104,7 @@ class _Recorder(TorchDispatchMode):
         """
         running = self.modules.parents
         alive = (path for path in running if _blocks_around(path) <= running)
-        return max(alive, key=lambda path: path.count("."))
+        return max(alive, key=lambda path: (path.count("."), path))  # of a set, the same each time
 
     @contextmanager
     def at(self, phase: str, backward: bool = False) -> Iterator[None]:
