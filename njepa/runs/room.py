@@ -1,4 +1,4 @@
-"""How much memory is free for a rank."""
+"""How much memory is free for a rank, and how much there is at all."""
 
 from __future__ import annotations
 
@@ -21,8 +21,27 @@ def free_memory(ranks: Ranks) -> float:
     """
     if ranks.on_gpu:
         return float(min(ranks.gather(torch.cuda.mem_get_info(ranks.device)[0])))
-    places = ranks.gather((socket.gethostname(), host_memory()))
-    return min(free / sum(other == host for other, _ in places) for host, free in places)
+    return _share(ranks, host_memory())
+
+
+def all_memory(ranks: Ranks) -> float:
+    """As ``free_memory``, if this training were alone and a host also used all of its swap."""
+    if ranks.on_gpu:
+        return float(min(ranks.gather(torch.cuda.mem_get_info(ranks.device)[1])))
+    return _share(ranks, all_host_memory())
+
+
+def _share(ranks: Ranks, memory: int) -> float:
+    places = ranks.gather((socket.gethostname(), memory))
+    return min(here / sum(other == host for other, _ in places) for host, here in places)
+
+
+def all_host_memory(container: Path = _CONTAINER) -> int:
+    """Bytes of memory and swap, whoever uses them."""
+    memory, swap = (1024 * _number(Path("/proc/meminfo"), f"{n}Total:") for n in ("Mem", "Swap"))
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+        memory = min(memory, int((container / "memory.max").read_text()))
+    return memory + swap
 
 
 def host_memory(container: Path = _CONTAINER) -> int:

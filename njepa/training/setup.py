@@ -34,6 +34,7 @@ from njepa.runs.rollbacks import read_rollbacks
 from njepa.runs.saving import CheckpointWriter
 from njepa.training.compiling import GraphedForward, choose_compilation, compile_blocks
 from njepa.training.ema import low_target, make_target
+from njepa.training.fits import check_memory
 from njepa.training.fused_update import check_fused_update
 from njepa.training.impls import choose_impls
 from njepa.training.module import TrainModule
@@ -168,6 +169,7 @@ def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
     sizes, device = ds.resolve(ranks.world), ranks.device
     check_vicreg_batch(config, sizes)
     parts = architecture(config)
+    check_memory(config, ds, ranks)
     choose_backend(config.data.backend, device)
     precision = ranks.on_main(lambda: _precision(config, ds, device, parts, sizes.micro))
     ds = replace(ds, precision=as_precision(precision))

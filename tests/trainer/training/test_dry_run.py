@@ -13,7 +13,7 @@ import torch
 
 from njepa import train
 from njepa.data.batch import Batch, Lengths, Masks
-from njepa.runs.room import host_memory
+from njepa.runs.room import all_host_memory, host_memory
 from njepa.training.masks_text import masks_text
 from tests.support import ROOT, program_env
 from tests.support.attempts import Attempts
@@ -160,6 +160,7 @@ def test_all_steps_done(attempt):
         (["data.path=broken"], "none of the 4 images of"),
         (["model.init_from=ds.json"], "ds.json"),
         (["impl.default=triton"], "impl.default=triton"),
+        (["model.width=16384", "model.depth=900", "model.heads=64"], "need 57,985.9 GB a rank (1 in all)"),
         (["run.tracker=trackio"], "is not installed: pip install trackio"),
         (["optim.epochs=1", "run.max_steps=null", "optim.warmup_epochs=3"], "9 warm-up steps of 3"),
         (["eval.online=true", "data.path=plain"], "eval.online=true needs labels"),
@@ -230,3 +231,13 @@ def test_memory_of_a_container(tmp_path):
     assert host_memory(tmp_path) == 2100
     (tmp_path / "memory.max").write_text("max\n")
     assert np.isclose(host_memory(tmp_path), free, rtol=0.5)
+
+
+def test_all_memory_of_a_container(tmp_path):
+    host = all_host_memory(tmp_path)
+    assert host > host_memory(tmp_path)
+    (tmp_path / "memory.max").write_text("3000\n")
+    swap = all_host_memory(tmp_path) - 3000
+    assert 0 <= swap < host
+    (tmp_path / "memory.max").write_text("max\n")
+    assert all_host_memory(tmp_path) == host
