@@ -13,6 +13,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import shutil
 import threading
@@ -77,11 +78,19 @@ class CheckpointWriter:
         run: the run folder.
         keep: newest checkpoints that stay.
         keep_every: those of multiples of so many steps stay, too.
+        grace_s: ``run.grace_s``; the first save that takes longer is a warning.
     """
 
-    def __init__(self, run: Path, ranks: Ranks, keep: int, keep_every: int | None = None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        ranks: Ranks,
+        keep: int,
+        keep_every: int | None = None,
+        grace_s: float = math.inf,
+    ) -> None:
         self._run, self._root, self._ranks = run, run / "checkpoints", ranks
-        self._keep, self._keep_every = keep, keep_every
+        self._keep, self._keep_every, self._grace = keep, keep_every, grace_s
         self._shard, self._target = Snapshot(), Snapshot()
         self._job: _Job | None = None
         self._thread: threading.Thread | None = None
@@ -196,6 +205,7 @@ class CheckpointWriter:
         return True
 
     def _work(self, job: _Job) -> None:
+        began = time.perf_counter()
         try:
             self._copy(job)
             self._write(job)
@@ -203,6 +213,7 @@ class CheckpointWriter:
             job.wrote.set()
             if self._ranks.main:
                 self._complete(job)
+                self._compare_with_grace(job.step, time.perf_counter() - began)
             job.outcome = None
         except OSError as error:
             if job.own is not None:
@@ -215,6 +226,17 @@ class CheckpointWriter:
         finally:
             job.copied.set()
             job.wrote.set()
+
+    def _compare_with_grace(self, step: int, seconds: float) -> None:
+        if seconds > self._grace:
+            log.warning(
+                "the checkpoint of step %d took %.1f s, more than run.grace_s=%g: a stop by a "
+                "signal would lose steps; raise run.grace_s, and the time that the scheduler waits",
+                step,
+                seconds,
+                self._grace,
+            )
+            self._grace = math.inf  # once
 
     def _copy(self, job: _Job) -> None:
         with at_work():  # torch holds locks

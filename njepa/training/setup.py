@@ -145,7 +145,11 @@ def set_up(
         first = _resume(plan, index, engine, state, dry) if config.run.resume else 0
         scoring = Scoring(config, state, plan.compilation, scorers[0] if scorers else None)
         writer = CheckpointWriter(
-            run_dir(config), ranks, config.run.keep_checkpoints, config.run.keep_every
+            run_dir(config),
+            ranks,
+            config.run.keep_checkpoints,
+            config.run.keep_every,
+            config.run.grace_s,
         )
         engine.before_update = writer.await_copy
         stop = min(first + 1, length.total_steps) if dry else length.total_steps

@@ -183,6 +183,17 @@ def test_the_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatc
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
+@pytest.mark.parametrize(("grace_s", "warnings"), [(60.0, 0), (0.0, 1)])
+def test_a_save_that_outlasts_the_grace_of_a_stop_is_told_once(tmp_path, caplog, grace_s, warnings):
+    writer = CheckpointWriter(tmp_path, ALONE, keep=3, grace_s=grace_s)
+    with caplog.at_level(logging.WARNING):
+        for step in (1, 2):
+            writer.save(step, [snapshot.Piece("weight/a", torch.zeros(4), 0, (4,))], TARGET, {})
+            writer.finish()
+    assert len(re.findall(r"step 1 took .* s, more than run.grace_s=0", caplog.text)) == warnings
+    assert len(caplog.records) == warnings
+
+
 def test_processes_can_be_forked_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     """Between two chunks: a fork never waits for a whole file."""
     writer, crc32 = CheckpointWriter(tmp_path, ALONE, keep=1), zlib.crc32
