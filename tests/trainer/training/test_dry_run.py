@@ -160,7 +160,10 @@ def test_all_steps_done(attempt):
         (["data.path=broken"], "none of the 4 images of"),
         (["model.init_from=ds.json"], "ds.json"),
         (["impl.default=triton"], "impl.default=triton"),
-        (["model.width=16384", "model.depth=900", "model.heads=64"], "need 57,985.9 GB a rank (1 in all)"),
+        (
+            ["model.width=16384", "model.depth=900", "model.heads=64"],
+            "need 57,985.9 GB a rank (1 in all)",
+        ),
         (["run.tracker=trackio"], "is not installed: pip install trackio"),
         (["optim.epochs=1", "run.max_steps=null", "optim.warmup_epochs=3"], "9 warm-up steps of 3"),
         (["eval.online=true", "data.path=plain"], "eval.online=true needs labels"),
