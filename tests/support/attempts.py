@@ -44,7 +44,7 @@ def _answer() -> None:
     from njepa import train
     from njepa.runs import ranks
 
-    ranks.leave_ranks = lambda: None  # DeepSpeed keeps groups for ever
+    ranks.leave_ranks = lambda *_: None  # DeepSpeed keeps groups for ever
     answers, err = sys.stdout, io.StringIO()  # logging keeps the first stderr that it finds
     for line in sys.stdin:
         folder, *arguments = json.loads(line)
