@@ -81,6 +81,28 @@ def test_a_run_that_cannot_go_on_says_why_and_its_bad_step_is_repeated(root):
 
 
 @pytest.mark.slow
+@pytest.mark.multirank
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_two_ranks_write_one_dump_and_repeat_it(root, stage):
+    """With DALI, also after the rollback."""
+    ds = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}
+    (root / "two.json").write_text(json.dumps(ds))
+    run, ranks = f"two-{stage}", ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    changes = ["--ds_config", "two.json", "optim.lr=1e25", "data.backend=dali"]
+    ended = train(root, run, [*ranks, *TRAIN], *changes)
+    assert "not finite in 2 steps in a row up to step 3" in ended.stderr, ended.stderr
+    assert read_rollbacks(root / run) == [{"from": 3, "to": 1, "salt": 1}]
+    for name, salt in (("step-00000002.json", 0), ("step-00000002-try1.json", 1)):
+        dump = read_dump(root / run / "bad" / name)
+        order = SampleOrder(16, 2, 1, 2, 0, seed_of_try(0, salt))
+        assert dump.sample_ids == [order.at(2).global_ids.tolist()]
+        again = python(root, *ranks, "-m", "njepa.cli", "replay", f"{run}/bad/{name}")
+        assert again.returncode == 0, again.stderr
+        assert "as then: True" in again.stdout
+        assert "bad again" in again.stdout
+
+
+@pytest.mark.slow
 def test_another_order_of_the_data_gets_past_and_a_resume_follows_it(root):
     whole = train(root, "whole", POISONED)
     assert whole.returncode == 0, whole.stderr
