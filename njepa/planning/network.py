@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from njepa.config import Config, ConfigError
+from njepa.config import Config
 from njepa.models.architecture import Architecture, architecture
 from njepa.models.architecture import Stack as BlockStack
 
@@ -197,13 +197,8 @@ def network(config: Config) -> Network:
     """Shapes of a configuration.
 
     Raises:
-        ConfigError: sizes that cannot work, or contexts of different lengths.
+        ConfigError: sizes that cannot work.
     """
-    if config.mask.ragged:
-        raise ConfigError(
-            "mask.ragged=true is not covered by `njepa plan`: every image has its own number of "
-            "context tokens; plan with mask.ragged=false, where contexts are shorter"
-        )
     parts, blocks = architecture(config), config.mask.n_targets
     passes: tuple[int, ...] = (blocks,)
     if parts.clean and parts.noised:

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from njepa.config import Config, MaskConfig
+from njepa.config import Config, ConfigError, MaskConfig
 from njepa.config.deepspeed_file import BatchSizes
 from njepa.draws.masks import MaskSampler
 from njepa.planning.network import Shape
@@ -23,7 +23,15 @@ def drawn_shapes(config: Config, sizes: BatchSizes) -> Counter[Shape]:
 
     The shortest context of the global micro-batch (``mask.compat=fixed``) or of a rank's
     (``upstream``) is everyone's, so Kc falls with the batch.
+
+    Raises:
+        ConfigError: contexts of different lengths.
     """
+    if config.mask.ragged:
+        raise ConfigError(
+            "mask.ragged=true is not covered by `njepa plan`: every image has its own number of "
+            "context tokens; plan with mask.ragged=false, where contexts are shorter"
+        )
     images = sizes.micro * (sizes.world if config.mask.compat == "fixed" else 1)
     return _drawn(config.mask, config.grid, config.run.seed, min(images, IMAGES))
 

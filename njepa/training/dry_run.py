@@ -96,7 +96,7 @@ def _parameters(engine: ZeroEngine) -> str:
 def _memory(setup: Setup, free: float) -> str:
     """What a step is predicted to need on each rank, beside what is free there."""
     plan = setup.plan
-    config, sizes = plan.config, plan.sizes
+    config, sizes = _planned(plan.config), plan.sizes
     zero = planning.zero_settings(plan.ds, plan.ranks.device.type)
     states = sum(planning.state_bytes(planning.network(config), zero, sizes.world).values())
     shape = planning.largest(planning.drawn_shapes(config, sizes))
@@ -107,9 +107,16 @@ def _memory(setup: Setup, free: float) -> str:
         f"{_size(peak)} a rank, predicted ({_size(states)} of weights, gradients, moments and "
         f"ZeRO's buckets, the rest for the micro-batch); {_size(free)} free"
     )
+    if plan.config.mask.ragged:
+        text += "; longer contexts, of mask.ragged, take more"
     if peak > free:
         text += ": it may not fit (docs/trouble.md, Out of memory)"
     return text
+
+
+def _planned(config: Config) -> Config:
+    """What can be predicted: contexts of one length."""
+    return config.model_copy(update={"mask": config.mask.model_copy(update={"ragged": False})})
 
 
 def _disk(setup: Setup) -> str:
@@ -145,7 +152,7 @@ def _try(setup: Setup, batch: Batch) -> str:
     """Forward and backward of the batch, where that takes no more than seconds."""
     plan, engine = setup.plan, setup.engine
     device = plan.ranks.device
-    work = sum(f.total for f in planning.mean_flops(plan.config, plan.sizes).values())
+    work = sum(f.total for f in planning.mean_flops(_planned(plan.config), plan.sizes).values())
     if plan.compilation.name != "off":
         return "not tried, it would compile first"
     if device.type != "cuda" and work > _TRIED:

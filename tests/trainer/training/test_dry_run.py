@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import subprocess
 import sys
 
@@ -139,6 +140,14 @@ def test_accumulation_and_stages(attempt, tmp_path, stage):
     assert "images 2 x 32 x 32 x 3" in said
     assert "encoder 0.03 M" in said
     assert "first pass  loss" in said
+
+
+@pytest.mark.slow
+def test_ragged_contexts(attempt):
+    status, said, err = attempt("mask.ragged=true")
+    assert status == 0, err
+    assert re.search(r"context \d+ x \d+ \(\d+ to \d+\), targets", said)
+    assert "longer contexts, of mask.ragged, take more" in said
 
 
 @pytest.mark.slow
