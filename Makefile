@@ -13,7 +13,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
 help:
 	@echo "make setup   create $(VENV) and install njepa with everything it uses"
 	@echo "make train   train the tiny recipe on the embedded images (a few minutes on a CPU)"
-	@echo "make test    the tests but the slow ones (under 8 minutes on 2 cores);  make test-all: all of them"
+	@echo "make test    the tests but the slow ones (3 to 8 minutes on 2 cores);  make test-all: all of them"
 	@echo "make bench   the benchmarks"
 	@echo "make fuzz    changed files for every reader;  make soak: a training under faults (MINUTES=30)"
 	@echo "make docs    these documents as a site, in site/"
