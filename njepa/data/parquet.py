@@ -276,11 +276,13 @@ def _encoded(value: Any) -> bytes:
 
 
 def _group_sizes(footer: _Footer) -> Iterator[tuple[int, int]]:
-    """Decoded bytes of the images, and rows, of each row group."""
+    """Decoded bytes of the images, and rows, of each row group; small ones with other columns."""
     for k in range(footer.metadata.num_row_groups):
         group = footer.metadata.row_group(k)
-        columns = [group.column(c) for c in range(group.num_columns)]
-        size = sum(c.total_uncompressed_size for c in columns if _is_leaf(c, footer.layout))
+        size = group.total_byte_size
+        if size > GROUP_BYTES:  # pyarrow 26 aborts in ``column`` over some damaged footers
+            columns = [group.column(c) for c in range(group.num_columns)]
+            size = sum(c.total_uncompressed_size for c in columns if _is_leaf(c, footer.layout))
         yield size, group.num_rows
 
 
