@@ -178,6 +178,11 @@ def test_a_list_that_cannot_be_written_is_said_before_the_work(tmp_path, mixed, 
 @pytest.mark.slow
 def test_the_command_is_stopped_three_times_and_loses_nothing(tmp_path):
     root = class_folders(tmp_path / "in", 1500)
+    large = tmp_path / "large.jpg"  # or a fast machine is done before the signal comes
+    large.write_bytes(encoded(picture(0, 1600, 1200)))
+    for path in list(root.rglob("*.jpg")):
+        path.unlink()
+        path.hardlink_to(large)
     write(root, {"c1/half.jpg": GOOD[: len(GOOD) // 2]})
     command = [sys.executable, "-m", "njepa.cli", "scan", str(root), "--workers", "2"]
     how = {"cwd": tmp_path, "env": program_env(), "text": True, "stderr": subprocess.PIPE}
