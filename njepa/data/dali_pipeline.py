@@ -193,8 +193,7 @@ class DaliPixels:
         """
         sample, (left, top, width, height) = view.sample, view.window.tolist()
         data = self._index.read(sample)
-        size = int(self._index.widths[sample]), int(self._index.heights[sample])
-        refused = sample in self._refused or not header_holds(data, *size)
+        refused = sample in self._refused or not header_holds(data, *self._index.shape(sample))
         if not refused and (sample in self._complete or self._looks_complete(sample, data)):
             return Encoded(sample, np.frombuffer(data, np.uint8), view.window)
         image = decode_sample(self._index, sample, data)

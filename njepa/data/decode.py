@@ -21,7 +21,7 @@ from njepa.data.errors import DecodeError
 #: programs (EPS, to Ghostscript), and thirty rare formats that images of a data set do not have.
 #: JPEG includes MPO.
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-#: Markers of a JPEG behind which its size stands.
+#: Markers of a JPEG behind which its size stands: not tables, an extension, arithmetic.
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 #: Pixels of a reduced JPEG for each pixel of the resized window, at least, along a side.
 SPARE = 2
@@ -38,18 +38,27 @@ def open_image(file: Path | bytes) -> ImageFile.ImageFile:
     return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
 
 
-def _fits(data: bytes) -> bool:
-    """Whether a JPEG says in plain order that it has no more pixels than Pillow takes.
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """Height and width of a JPEG as it is stored, from the segments up to its frame.
 
-    torchvision has no such limit: 400 bytes can declare, and then take, 12 GB.
+    0, 0 where it does not say that in plain order, or ends before.
     """
     at = 2
     while data[at : at + 1] == b"\xff" and at + 9 <= len(data):
-        if data[at + 1] in _FRAMES:
+        marker = data[at + 1]
+        if marker in _FRAMES:
             height, width = struct.unpack_from(">HH", data, at + 5)
-            return bool(0 < height * width <= 2 * (Image.MAX_IMAGE_PIXELS or math.inf))
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return False
+            return height, width
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return 0, 0
+
+
+def _fits(data: bytes) -> bool:
+    """Whether a JPEG has no more pixels than Pillow takes.
+
+    torchvision has no such limit: 400 bytes can declare, and then take, 12 GB.
+    """
+    return bool(0 < math.prod(jpeg_size(data)) <= 2 * (Image.MAX_IMAGE_PIXELS or math.inf))
 
 
 def decode(data: bytes) -> Tensor:

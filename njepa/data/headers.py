@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import struct
 
+from njepa.data.decode import jpeg_size
 from njepa.data.index import measure
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 #: What else it decodes like Pillow: WebP, BMP, PPM. It has no GIF, and other pixels for some TIFF.
 _OTHERS = (b"RIFF", b"BM", b"P5", b"P6")
-_NO_FRAME = (0xC4, 0xC8, 0xCC)  # among the markers of frames: tables, an extension, arithmetic
 
 
 def header_holds(data: bytes, width: int, height: int) -> bool:
@@ -23,22 +23,12 @@ def header_holds(data: bytes, width: int, height: int) -> bool:
     """
     try:
         if data.startswith(_JPEG):
-            return {*_jpeg_size(data)} == {width, height}  # EXIF may exchange them
+            return {*jpeg_size(data)} == {width, height}  # EXIF may exchange them
         if data.startswith(_PNG):
             return {*_png_size(data)} == {width, height}
-    except (struct.error, IndexError):  # it ends before
+    except struct.error:  # it ends before
         return False
     return data.startswith(_OTHERS) and measure(data, len(data)) == (width, height, "")
-
-
-def _jpeg_size(data: bytes) -> tuple[int, ...]:
-    at = 2
-    while data[at] == 0xFF:
-        marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME:
-            return struct.unpack_from(">HH", data, at + 5)
-        at += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", data, at + 2)[0]
-    return ()
 
 
 def _png_size(data: bytes) -> tuple[int, ...]:

@@ -60,6 +60,10 @@ class ImageIndex:
         for Parquet ``file.parquet/row``."""
         return self.names[i]
 
+    def shape(self, i: int) -> tuple[int, int]:
+        """Width and height of sample ``i``, upright."""
+        return int(self.widths[i]), int(self.heights[i])
+
     def path(self, i: int) -> Path | None:
         """The file of sample ``i``; None where it is part of a shard."""
         return None if self.shards else self.root / self.names[i]

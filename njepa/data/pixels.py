@@ -121,7 +121,7 @@ def decode_sample(index: ImageIndex, sample: int, data: bytes) -> Tensor:
     """
     check_rewritten(index, sample, data)
     image = decode(data)
-    check_shape((image.shape[2], image.shape[1]), _indexed_shape(index, sample))
+    check_shape((image.shape[2], image.shape[1]), index.shape(sample))
     return image
 
 
@@ -135,8 +135,4 @@ def check_rewritten(index: ImageIndex, sample: int, data: bytes) -> None:
         width, height, why = measure(data, len(data))
         if why:
             raise DecodeError(why)
-        check_shape((width, height), _indexed_shape(index, sample))
-
-
-def _indexed_shape(index: ImageIndex, sample: int) -> tuple[int, int]:
-    return int(index.widths[sample]), int(index.heights[sample])
+        check_shape((width, height), index.shape(sample))

@@ -62,7 +62,7 @@ class PlannedImages(Dataset["Pixels | DecodeError"]):
         check_rewritten(index, sample, data)
         return decode_window(
             data,
-            (int(index.widths[sample]), int(index.heights[sample])),
+            index.shape(sample),
             view.window.tolist(),
             self._config.image_size,
             reduce=self._config.reduced_decode,
