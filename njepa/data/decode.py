@@ -23,6 +23,8 @@ from njepa.data.errors import DecodeError
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 #: Markers of a JPEG behind which its size stands: not tables, an extension, arithmetic.
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+#: Those without a length: a decoder goes on right behind them. None of them belongs before a frame.
+_ALONE = {0x01, *range(0xD0, 0xDA)}
 #: Pixels of a reduced JPEG for each pixel of the resized window, at least, along a side.
 SPARE = 2
 #: Of a side. Decoding at 1/2 saves no time: Pillow, which can do it, is slower than torchvision.
@@ -46,6 +48,8 @@ def jpeg_size(data: bytes) -> tuple[int, int]:
     at = 2
     while data[at : at + 1] == b"\xff" and at + 9 <= len(data):
         marker = data[at + 1]
+        if marker in _ALONE:
+            break
         if marker in _FRAMES:
             height, width = struct.unpack_from(">HH", data, at + 5)
             return height, width

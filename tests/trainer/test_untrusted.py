@@ -19,7 +19,7 @@ import pytest
 from njepa.atomic import write_atomically
 from njepa.config import ConfigError, load_config
 from njepa.data.convert import convert
-from njepa.data.decode import decode
+from njepa.data.decode import decode, jpeg_size
 from njepa.data.errors import DecodeError, SourceError
 from njepa.data.sources import open_source
 from njepa.exchange.reading import read_encoder
@@ -160,6 +160,17 @@ def test_images_that_declare_billions_of_pixels(tmp_path, kind):
     assert "3600000000 pixels" in index.unreadable[0]
     with pytest.raises(DecodeError, match="3600000000 pixels"):
         decode(HUGE[kind])
+
+
+def test_a_jpeg_that_hides_its_frame_from_whoever_skips_segments():
+    """A marker without a length, before a huge frame; two bytes of that lead to a small one."""
+    huge = HUGE["jpg"][2:]
+    after = 2 + 2 + int.from_bytes(huge[:2], "big")
+    small = b"\xff\xc0\x00\x11\x08" + struct.pack(">HH", 40, 60) + bytes(10)
+    hidden = (b"\xff\xd8\xff\x01" + huge).ljust(after, b"\0") + small
+    assert jpeg_size(hidden) == (0, 0)
+    with pytest.raises(DecodeError):
+        decode(hidden)
 
 
 def test_a_cached_index_that_lies_is_built_again(tmp_path, caplog):
