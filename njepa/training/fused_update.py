@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from njepa.config import Config, ConfigError
 from njepa.config.deepspeed_file import DeepSpeedFile
+from njepa.training.ema import held_where
 
 
 def check_fused_update(config: Config, ds: DeepSpeedFile) -> None:
@@ -77,9 +78,7 @@ class FusedAdamW(torch.optim.AdamW):
     def _average(self, params: Sequence[Tensor]) -> None:
         targets, copies = self._of(params)
         bad = self._bad()
-        momentum = torch.full((), self.momentum, dtype=torch.float64, device=params[0].device)
-        if bad is not None:
-            momentum.masked_fill_(bad != 0, 1.0)
+        momentum = self.momentum if bad is None else held_where(bad, self.momentum)
         ema_update_(targets, [p.detach() for p in params], momentum, copies, impl=self._impl)
 
     def _of(self, params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor] | None]:

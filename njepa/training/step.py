@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from njepa.data.batch import Batch, Masks
 from njepa.models.attention import SDPA, Attention
 from njepa.models.encoder import Encoder
-from njepa.training.ema import LowTarget, ema_parameters, update_target
+from njepa.training.ema import LowTarget, ema_parameters, held_where, update_target
 from njepa.training.engine import Engine, Update
 from njepa.training.schedules import Rates
 
@@ -98,8 +98,7 @@ def training_step(state: TrainState, batches: Iterable[Batch], rates: Rates) -> 
     for buffer, old in zip(state.buffers, before, strict=True):
         buffer.copy_(torch.where(update.bad, old, buffer))
     if engine.fused is None:
-        momentum = torch.full((), rates.momentum, dtype=torch.float64, device=update.bad.device)
-        momentum.masked_fill_(update.bad, 1.0)
+        momentum = held_where(update.bad, rates.momentum)
         with engine.whole(state.online) as online:
             update_target(state.target, online, momentum, state.impl, state.copies)
     return StepResult(update, seen)
