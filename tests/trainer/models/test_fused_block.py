@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 
 import pytest
@@ -15,7 +15,15 @@ from njepa.config.deepspeed_file import BatchSizes, parse_deepspeed
 from njepa.data.batch import Lengths
 from njepa.models.architecture import Stack
 from njepa.models.attention import SDPA, Sequences
-from njepa.models.block import Block, FusedBlock, Layout, build_blocks, run_blocks
+from njepa.models.block import (
+    Block,
+    FusedBlock,
+    FusedLastNorm,
+    Layout,
+    Pending,
+    build_blocks,
+    run_blocks,
+)
 from njepa.models.shared_context import Segments
 from njepa.training.compiling import compile_blocks
 from njepa.training.ema import make_target
@@ -58,8 +66,29 @@ def layouts() -> dict[str, tuple[Layout, Layout]]:
 LAYOUTS = layouts()
 
 
+Run = Callable[[nn.ModuleList, Tensor | Pending, Layout], Tensor | Pending]
+
+
+def kept(blocks: nn.ModuleList, x: Tensor | Pending, layout: Layout) -> Tensor | Pending:
+    return run_blocks(blocks, x, layout, recompute=False)
+
+
+def recomputed(blocks: nn.ModuleList, x: Tensor | Pending, layout: Layout) -> Tensor | Pending:
+    return run_blocks(blocks, x, layout, recompute=True)
+
+
+def one_by_one(blocks: nn.ModuleList, x: Tensor | Pending, layout: Layout) -> Tensor | Pending:
+    for block in blocks:
+        x = block(added(x), layout)
+    return x
+
+
+def added(x: Tensor | Pending) -> Tensor:
+    return x.stream + x.branch if isinstance(x, Pending) else x
+
+
 def evaluate(
-    blocks: nn.ModuleList, name: str, seed: int, low: bool = False, recompute: bool = False
+    blocks: nn.ModuleList, name: str, seed: int, low: bool = False, run: Run = kept
 ) -> dict[str, Tensor]:
     """Output and gradients of input and parameters, in the type of the parameters."""
     everything, queries = LAYOUTS[name]
@@ -69,8 +98,7 @@ def evaluate(
     given = torch.randn(shape, generator=g).to(dtype).requires_grad_()
     x = everything.enter(given) if isinstance(everything, Sequences) else given
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
-        x = run_blocks(blocks[:-1], x, everything, recompute)
-        out = run_blocks(blocks[-1:], x, queries, recompute)
+        out = added(run(blocks[-1:], run(blocks[:-1], x, everything), queries))
     cotangent = torch.randn(out.shape, generator=g).to(dtype)
     named = dict(blocks.named_parameters())
     grads = torch.autograd.grad(out, [given, *named.values()], cotangent)
@@ -97,10 +125,11 @@ def test_values_and_gradients_are_within_the_baseline(low: bool) -> None:
 
 
 def test_recomputed_gradients_have_the_same_bits() -> None:
+    """Of blocks whose sums are made between them: the backward rounds one addition more."""
     for name in LAYOUTS:
         blocks = stack(True)
-        kept, again = (evaluate(blocks, name, 0, recompute=r) for r in (False, True))
-        for key, value in kept.items():
+        once, again = (evaluate(blocks, name, 0, run=run) for run in (one_by_one, recomputed))
+        for key, value in once.items():
             assert torch.equal(again[key], value), (name, key)
 
 
@@ -110,11 +139,40 @@ def test_the_stream_stays_wide_and_the_products_get_what_they_compute_in() -> No
     for layer in (block.attn.qkv, block.mlp.fc1, block.mlp.fc2):
         layer.register_forward_pre_hook(lambda _, x: seen.append(x[0].dtype))
     x = torch.randn(2, 5, D)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert block(x, sequences).dtype == torch.float32
-    assert block(x, sequences).dtype == torch.float32
-    assert block.bfloat16()(x.bfloat16(), sequences).dtype == torch.bfloat16
-    assert seen == [torch.bfloat16] * 3 + [torch.float32] * 3 + [torch.bfloat16] * 3
+    low, wide = torch.bfloat16, torch.float32
+    with torch.autocast("cpu", low):
+        pending = block(x, sequences)
+        assert [t.dtype for t in pending] == [low, wide]
+        assert [t.dtype for t in block(pending, sequences)] == [low, wide]
+        assert FusedLastNorm(D, "auto")(pending).dtype == wide
+    assert [t.dtype for t in block(x, sequences)] == [wide, wide]
+    assert [t.dtype for t in block.bfloat16()(x.bfloat16(), sequences)] == [low, low]
+    assert seen == [low] * 6 + [wide] * 3 + [low] * 3
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "autocast"])
+def test_the_norm_behind_a_block_adds_what_is_pending(low: bool) -> None:
+    """The stream that is passed on has the bits of an addition by torch."""
+    norm, last = stack(True)[1].norm1, FusedLastNorm(D, "auto")
+    branch = torch.randn(2, 5, D).to(torch.bfloat16 if low else torch.float32)
+    stream = torch.randn(2, 5, D)
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        pending = Pending(branch, stream)
+        assert torch.equal(norm(pending).residual, stream + branch)
+        assert torch.equal(norm(pending).out, norm(stream + branch).out.to(branch.dtype))
+        assert torch.equal(last(pending), last(stream + branch))
+
+
+def test_a_recomputed_block_keeps_one_tensor() -> None:
+    """A sum of a stream in fp32, not that and what is to be added to it."""
+    seen: list[object] = []
+    blocks, sequences = stack(True), SDPA.sequences(2, 5)
+    blocks[1].register_forward_pre_hook(lambda _, args: seen.append(type(args[0])))
+    for recompute in (False, True):
+        run_blocks(blocks, torch.randn(2, 5, D).requires_grad_(), sequences, recompute)
+    with torch.no_grad():
+        run_blocks(blocks, torch.randn(2, 5, D), sequences, True)
+    assert seen == [Pending, torch.Tensor, Pending]
 
 
 @pytest.fixture
