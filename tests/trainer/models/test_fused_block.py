@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from njepa.config.deepspeed_file import BatchSizes, parse_deepspeed
 from njepa.data.batch import Lengths
+from njepa.evaluation.features import pooled_views
 from njepa.models.architecture import Stack
 from njepa.models.attention import SDPA, Sequences
 from njepa.models.block import (
@@ -26,7 +28,7 @@ from njepa.models.block import (
 )
 from njepa.models.shared_context import Segments
 from njepa.training.compiling import compile_blocks
-from njepa.training.ema import make_target
+from njepa.training.ema import low_target, make_target
 from njepa.training.impls import choose_impls
 from njepa.training.module import TrainModule
 from njepa.training.zero import engine_config
@@ -198,9 +200,12 @@ def test_a_compiled_block_is_one_graph(low: bool, monkeypatch: pytest.MonkeyPatc
             torch.testing.assert_close(value, expected[key], msg=f"{name} {key}")
 
 
-@pytest.mark.parametrize("method", ["ijepa", "ncjepa"])
-def test_a_model_has_the_same_state_and_loss(method: str) -> None:
-    config, fused_config = tiny_config(method), tiny_config(method, model=FUSED)
+SHARED = {"predictor": {"width": 24, "depth": 2, "heads": 2, "context": "shared"}}
+
+
+@pytest.mark.parametrize(("method", "model"), [("ijepa", {}), ("ncjepa", {}), ("njepa", SHARED)])
+def test_a_model_has_the_same_state_and_loss(method: str, model: dict[str, Any]) -> None:
+    config, fused_config = (tiny_config(method, model=model | more) for more in ({}, FUSED))
     plain, fused = TrainModule(config), TrainModule(fused_config)
     ours = [module for module in fused.modules() if isinstance(module, Block)]
     assert ours
@@ -220,6 +225,26 @@ def test_a_model_has_the_same_state_and_loss(method: str) -> None:
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_features_of_the_last_four_blocks_are_those_of_plain_ones() -> None:
+    """A hook gets what a block leaves pending; the last norm takes it."""
+    images, views = make_batch(tiny_config()).images, []
+    for model in ({}, FUSED):
+        encoder = TrainModule(tiny_config(model=model)).jepa.encoder
+        with torch.no_grad():
+            views.append(pooled_views(encoder)(images))
+    for name, expected in views[0].items():
+        torch.testing.assert_close(views[1][name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_target_in_bf16_has_the_bits_of_its_autocast() -> None:
+    config = tiny_config(model=FUSED)
+    target, images = make_target(TrainModule(config).jepa.encoder), make_batch(config).images
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, got = target(images), low_target(target).encoder(images)
+    assert expected.dtype == torch.float32
+    assert torch.equal(got, expected)
 
 
 def test_their_implementation_is_chosen_and_named_with_the_others() -> None:
