@@ -6,7 +6,6 @@ The same file runs under ``deepspeed``, ``torchrun``, ``srun`` and plain ``pytho
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -139,17 +138,24 @@ def join_ranks(device: str = "auto", timeout_s: float = 1800) -> Ranks:
 
 def _meet(rank: int, world: int, timeout_s: float) -> Any:
     """Where the ranks leave their addresses; the watch begins."""
+    if world == 1:
+        # No port: two runs of one rank on one machine never collide.
+        return dist.HashStore()  # type: ignore[attr-defined]
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         limit = timedelta(seconds=timeout_s)
         store, _, _ = next(rendezvous("env://", rank, world, timeout=limit))
-        if world > 1:
-            _watches.append(Watch(store, rank, world, timeout_s))
+        _watches.append(Watch(store, rank, world, timeout_s))
     except (dist.DistError, OSError) as error:
-        env = os.environ
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(
+                f"rank {rank} found {address} in use, perhaps by another run on this machine; give "
+                f"the launcher another port: --master_port {int(os.environ['MASTER_PORT']) + 1}"
+            ) from None
         raise RanksMissing(
-            f"rank {rank} did not meet all {world} ranks at {env['MASTER_ADDR']}:"
-            f"{env['MASTER_PORT']} within run.timeout_s={timeout_s:g} s: {error}. Look at the "
-            f"output of the other ranks, and start all of them with the same command"
+            f"rank {rank} did not meet all {world} ranks at {address} within "
+            f"run.timeout_s={timeout_s:g} s: {error}. Look at the output of the other ranks, and "
+            f"start all of them with the same command"
         ) from None
     return store
 
@@ -172,11 +178,12 @@ def _read_launcher() -> None:
     env.setdefault("RANK", "0")
     env.setdefault("WORLD_SIZE", "1")
     env.setdefault("LOCAL_RANK", "0")
-    env.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in env:
-        with socket.socket() as probe:  # a free port: two runs on one machine must not meet
-            probe.bind(("127.0.0.1", 0))
-            env["MASTER_PORT"] = str(probe.getsockname()[1])
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if env["WORLD_SIZE"] != "1" and missing:
+        raise ConfigError(
+            f"WORLD_SIZE={env['WORLD_SIZE']} without {' and '.join(missing)}; start the ranks with "
+            f"deepspeed or torchrun, or export where rank 0 listens"
+        )
 
 
 def leave_ranks(error: BaseException | None = None) -> None:
