@@ -56,7 +56,7 @@ class ModulePaths:
             if learns or self._running:  # else gradients are summed between two nodes
                 self._last = self._running[-1] if self._running else ""
             if learns:  # also what checkpointing computes again
-                self._numbers.append(torch.autograd._get_sequence_nr())
+                self._numbers.append(torch._C._autograd._get_sequence_nr())
                 self._paths.append(self._last)
         elif node.name() != "torch::autograd::AccumulateGrad":
             at = bisect_right(self._numbers, node._sequence_nr())
