@@ -20,6 +20,7 @@ Range = tuple[float, float]
 #: Of tokens or layers: beyond it a mistake, whose memory nobody has.
 Width = Annotated[int, Field(gt=0, le=2**16)]
 Depth = Annotated[int, Field(gt=0, le=1000)]
+PredictorContext = Literal["per_block", "shared"]
 #: YAML reads a bare ``off`` as false.
 _Off = BeforeValidator(lambda value: "off" if value is False else value)
 
@@ -176,7 +177,7 @@ class PredictorConfig(Section):
     """Token width d; a multiple of 4 and of ``heads``."""
     heads: PositiveInt | None = None
     """Attention heads. None: as many as the encoder, as published."""
-    context: Literal["per_block", "shared"] = "per_block"
+    context: PredictorContext = "per_block"
     """``per_block``: every target block has a context of its own, which attends to its queries too,
     as published. ``shared``: the context attends to itself only and is computed once per image for
     all blocks and levels; less work, another model (docs/variants.md)."""
