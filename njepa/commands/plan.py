@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 
 from njepa import planning as plan
@@ -68,8 +69,8 @@ def _plan(args: argparse.Namespace) -> str:
             raise ConfigError(f"--{name} belongs to --step, which is not given; add --step")
     for name in ("memory", "tflops", "gbps", "nvlink", "internode"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise ConfigError(f"--{name} must be positive, got {value:g}")
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{name} must be a positive number, got {value:g}")
     if not 0 <= args.reserve < 1:
         raise ConfigError(f"--reserve must be in [0, 1), got {args.reserve:g}; 0.1 keeps a tenth")
     if not 0 < args.efficiency <= 1:
