@@ -259,7 +259,8 @@ def _batches(path: Path, group: int, footer: _Footer, *more: str) -> Iterator[An
         OSError: it cannot be decoded. _TooLarge: it unpacks to more than ``UNPACKED_BYTES``.
     """
     parquet, told = pyarrow("parquet"), f"{path}: row group {group}"
-    unpacked, most = _image_bytes(footer, group), f"at most {UNPACKED_BYTES >> 20} MiB are taken"
+    unpacked = _image_bytes(footer, group, UNPACKED_BYTES)
+    most = f"at most {UNPACKED_BYTES >> 20} MiB are taken"
     if unpacked > UNPACKED_BYTES:
         raise _TooLarge(f"{told} unpacks to {unpacked >> 20} MiB, {most}")
     unpacked = rows = 0
@@ -274,7 +275,7 @@ def _batches(path: Path, group: int, footer: _Footer, *more: str) -> Iterator[An
                     raise _TooLarge(f"{told} unpacks to more than its footer says, {most}")
                 rows += batch.num_rows
                 yield batch
-    except (_TooLarge, GeneratorExit):
+    except _TooLarge:
         raise
     except Exception as error:  # damaged pages make pyarrow raise almost anything
         reason = " ".join(str(error).split())[:200]
@@ -312,15 +313,16 @@ def _encoded(value: Any) -> bytes:
 
 
 def _group_sizes(footer: _Footer) -> Iterator[tuple[int, int]]:
-    """Decoded bytes of the images, and rows, of each row group; small ones with other columns."""
+    """Decoded bytes of the images, and rows, of each row group."""
     for k in range(footer.metadata.num_row_groups):
-        yield _image_bytes(footer, k), footer.metadata.row_group(k).num_rows
+        yield _image_bytes(footer, k, GROUP_BYTES), footer.metadata.row_group(k).num_rows
 
 
-def _image_bytes(footer: _Footer, k: int) -> int:
+def _image_bytes(footer: _Footer, k: int, above: int) -> int:
+    """Decoded bytes of the images of row group ``k``; up to ``above`` with other columns."""
     group = footer.metadata.row_group(k)
     size: int = group.total_byte_size
-    if size > GROUP_BYTES:  # pyarrow 26 aborts in ``column`` over some damaged footers
+    if size > above:  # pyarrow 26 aborts in ``column`` over some damaged footers
         columns = [group.column(c) for c in range(group.num_columns)]
         size = sum(c.total_uncompressed_size for c in columns if _is_leaf(c, footer.layout))
     return size
