@@ -7,6 +7,10 @@ from typing import Any
 import torch
 
 
+class SummaryFailed(RuntimeError):
+    """summary.json could not be written; the run is done, and all else of it is whole."""
+
+
 def summary_table(summary: dict[str, Any]) -> str:
     """What a person wants to see first of summary.json."""
     first, last = summary["loss_first"], summary["loss_last"]
