@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from njepa.config import ConfigError, RunConfig
@@ -33,21 +35,19 @@ class Recorder:
         """
         if self._folder is None:
             return
-        try:
+        path = self._folder.path
+        with _writable(path):
             self._folder.begin()
+        board = open_board(self._run.tracker, path, self._folder.config)
+        with _writable(path):
             self._tracker = Tracker(
-                self._folder.path,
+                path,
                 step,
                 total_steps,
                 tensorboard=self._run.tensorboard,
                 progress=self._run.progress,
-                board=open_board(self._run.tracker, self._folder.path, self._folder.config),
+                board=board,
             )
-        except OSError as error:
-            raise ConfigError(
-                f"run.dir={self._folder.path} cannot be written: {error}; make room, or choose "
-                f"another run.dir"
-            ) from None
 
     def lines(self) -> list[dict[str, Any]]:
         """Those of metrics.jsonl so far, written or not; none off rank 0."""
@@ -99,3 +99,13 @@ class Recorder:
             self._tracker = None
         if self._folder is not None:
             self._folder.close()
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir={folder} cannot be written: {error}; make room, or choose another run.dir"
+        ) from None
