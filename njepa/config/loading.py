@@ -60,7 +60,7 @@ def load_config(recipe: str | None = None, overrides: list[str] | None = None) -
     Raises:
         ConfigError: unknown recipe or key, wrong type, impossible combination.
     """
-    name = recipe or "shapes-tiny"
+    name = "shapes-tiny" if recipe is None else recipe  # an empty one is a variable left unset
     raw = _read_recipe(name)
     stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name
     raw.setdefault("recipe", stem)
