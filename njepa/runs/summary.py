@@ -33,4 +33,5 @@ def device_name(device: torch.device) -> str:
     """``NVIDIA H200``, or the CPU's architecture and its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' * (threads > 1)}"

@@ -9,7 +9,7 @@
 
   const several = data.runs.length > 1;
   const COLOURS = 6;
-  const HEIGHT = 220;
+  const HEIGHT = matchMedia("(max-width: 600px)").matches ? 190 : 220;
   const drawn = [];
 
   const digits = (value, n) => {
@@ -87,7 +87,7 @@
         }),
       ],
       series: [
-        { label: "step", value: (_, value) => (value == null ? "last" : value.toLocaleString("en")) },
+        { value: (_, value) => (value == null ? "last" : `step ${value.toLocaleString("en")}`) },
         ...chart.series.map((series) => line(series, chart.dots)),
       ],
       hooks: { ready: [(u) => u.setLegend({ idx: null })] },
