@@ -186,7 +186,7 @@ def test_a_full_disk(whole, tmp_path, capsys, monkeypatch):
 def test_what_cannot_be(whole, tmp_path, capsys):
     run, _ = whole
     assert "holds no run" in refused(capsys, tmp_path, "--out", tmp_path / "a.html")
-    assert "must be a run folder" in refused(capsys, tmp_path / "nowhere")
+    assert "does not exist; expected a run folder" in refused(capsys, tmp_path / "nowhere")
     assert "needs --out FILE" in refused(capsys, run, run)
     assert "given twice" in refused(capsys, run, run, "--out", tmp_path / "a.html")
     assert "--out" in refused(capsys, run, "--out", tmp_path / "no" / "a.html")
