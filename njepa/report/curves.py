@@ -55,9 +55,9 @@ CHARTS = (
     Chart("Speed", "images/s, all ranks", {"images_per_s": "images/s"}),
     Chart("Waiting for images", "% of the time", {"data_wait_frac": "wait"}, scale=100, span=1),
     Chart("Model FLOPs utilisation", "%", {"mfu": "MFU"}, scale=100),
-    Chart("Tokens", "patches", {"k_context": "context of an image", "k_target": "target block"}),
+    Chart("Tokens", "patches", {"k_context": "context", "k_target": "a target block"}),
     Chart(
-        "Context beyond the batch's shortest", "% of its patches", {"context_cut_frac": "share"},
+        "Context beyond the shortest", "% of the patches", {"context_cut_frac": "share"},
         scale=100,
     ),
     Chart("Skipped steps", "since the line before", {"bad_steps": "not finite"}, sparse=True),

@@ -46,7 +46,7 @@ def test_everything_is_there(whole, capsys):
     run, text = whole
     assert missing(text) == []
     assert ">Healthy</span>" in text
-    for word in (*PICTURES, "σ 0.5", "kNN", "41.2 %", "39.5 to 43.0", "optim.lr"):
+    for word in (*PICTURES, "σ 0.5", "kNN", "41.2 %", "39.5 to 43.0", "optim.<wbr>lr"):
         assert word in text, word
     assert len(text) < 5_000_000
     page(run)
@@ -139,6 +139,15 @@ def test_other_images_than_those_of_the_training(tmp_path):
     assert "data.path holds others now" in missing(page(run))[0]
 
 
+def test_noise_is_named_block_by_block_only_where_blocks_differ(whole, tmp_path):
+    assert 'class="chip' not in whole[1]
+    text = page(report_run(tmp_path, noise={"sigma": [1.0, 0.5]}))
+    chips = re.findall(r'<span class="chip b(\d)">σ (\S+)</span>', text)
+    assert len(chips) == 6 * 4
+    assert {sigma for _, sigma in chips} == {"1", "0.5"}
+    assert [int(b) for b, _ in chips] == [0, 1, 2, 3] * 6
+
+
 def test_numbers_alone(whole, tmp_path):
     text = page(whole[0], "--no-pictures", "--out", tmp_path / "a.html")
     assert not any(word in text for word in PICTURES)
@@ -155,7 +164,7 @@ def test_several_runs(whole, tmp_path):
     assert ">Collapsed</span>" in text
     table = text.partition('id="differences"')[2].partition("</table>")[0]
     rows = re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td><td>(.*?)</td></tr>", table)
-    assert rows == [("run.seed", "0", "3")]
+    assert rows == [("run.<wbr>seed", "0", "3")]
     data = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
     assert [series["label"] for series in data["charts"][0]["series"]] == ["run", "copy"]
 
