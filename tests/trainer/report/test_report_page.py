@@ -226,3 +226,13 @@ def test_a_page_that_fails_fails_no_run(whole, tmp_path, monkeypatch, caplog, wh
     monkeypatch.setattr(write, what, broken)
     assert write.report_of_run(whole[0], torch.device("cpu")) == ""
     assert "report.html was not written: MemoryError: no paper" in caplog.text
+
+
+def test_the_last_score_is_a_point_of_the_curve(whole, tmp_path):
+    run = copied(whole, tmp_path)
+    score = json.loads((run / "summary.json").read_text())["knn_top1"]
+    write_lines(run, [*lines(), {"step": 300, "knn_top1": 33.0}])
+    text = page(run, "--no-pictures")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
+    (chart,) = (chart for chart in data["charts"] if chart["title"] == "kNN while training")
+    assert (chart["x"], chart["series"][0]["y"]) == ([300, 580], [33.0, score])
