@@ -180,8 +180,8 @@ def jepa_loss(
     (facebookresearch/ijepa, src/train.py: layer_norm of all tokens, gather, smooth_l1_loss).
 
     Args:
-        pred: [M*B, Kt, D], row m*B + b, fp32, bf16, fp16 or fp64: the prediction from clean
-            queries.
+        pred: ``[M*B, Kt, D]``, row ``m*B + b``, fp32, bf16, fp16 or fp64: the prediction from
+            clean queries.
         h: [B, N, D] of any floating type: the target encoder's features. A constant: it gets no
             gradient, even if it requires one.
         target_idx: int64 [B, M, Kt] in [0, N).
