@@ -400,8 +400,10 @@ class RunConfig(Section):
     compile: Annotated[Literal["auto", "off", "blocks"], _Off] = "auto"
     """``blocks``: compile each transformer block by torch.compile, once for each shape.
     ``auto``: on CUDA with ``mask.static_shapes``, but not under ZeRO 3. ``off``: nothing."""
-    cuda_graphs: Annotated[Literal["off", "target"], _Off] = "off"
-    """``target``: replay the target encoder's forward pass from a CUDA graph."""
+    cuda_graphs: Annotated[Literal["off", "target", "step"], _Off] = "off"
+    """``target``: replay the target encoder's forward pass from a CUDA graph. ``step``: replay
+    whole steps, one graph for each shape, by torch's own engine in the place of DeepSpeed's: one
+    rank, ZeRO 0, no accumulation, ``mask.static_shapes`` and ``optim.fused_update``."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
     tracker: Literal["none", "wandb", "mlflow", "trackio"] = "none"

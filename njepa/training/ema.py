@@ -72,8 +72,10 @@ def frozen_copy(like: Encoder, sources: Sequence[Tensor]) -> Encoder:
     return copy
 
 
-def held_where(bad: Tensor, momentum: float) -> Tensor:
+def held_where(bad: Tensor, momentum: float | Tensor) -> Tensor:
     """m of an update that changes nothing where ``bad`` (0-dim), as ``update_target`` takes it."""
+    if isinstance(momentum, Tensor):
+        return momentum.masked_fill(bad != 0, 1.0)
     held = torch.full((), momentum, dtype=torch.float64, device=bad.device)
     return held.masked_fill_(bad != 0, 1.0)
 
