@@ -68,7 +68,7 @@ class PlainEngine:
     """Autocast, clipping and fused AdamW in one process, on the device alone; needs no DeepSpeed.
 
     Gradients are clipped as DeepSpeed does it, to ``clipping / (norm + 1e-6)`` of themselves where
-    that is less than 1; the norm is that of ``Update``, DeepSpeed's own up to rounding.
+    that is less than 1, with DeepSpeed's bits on a CPU.
 
     Attributes:
         stage: of ZeRO, for checkpoints: nothing is cut up.
@@ -113,7 +113,8 @@ class PlainEngine:
         bad = ~norm.isfinite()
         skip_where(self.optimizer, bad)
         if self._clipping:
-            self._clip((self._clipping / (norm + 1e-6)).clamp(max=1.0))
+            total = norms.square().sum().sqrt()  # DeepSpeed sums in this order
+            self._clip((self._clipping / (total + 1e-6)).clamp(max=1.0))
         self.optimizer.step()
         self.optimizer.zero_grad()
         return Update(bad, norm, norms)

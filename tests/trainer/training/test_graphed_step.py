@@ -39,7 +39,7 @@ def check(sections: dict[str, Any], ds: dict[str, Any], world: int = 1) -> None:
 @pytest.mark.parametrize(
     ("sections", "ds", "world", "told"),
     [
-        ({}, {}, 2, r"needs one rank, got 2 ranks"),
+        ({}, {}, 2, r"one rank, got 2 ranks"),
         ({}, {"zero_optimization": {"stage": 1}}, 1, r"zero_optimization\.stage 0, got stage 1"),
         ({}, {"gradient_accumulation_steps": 2}, 1, r"gradient_accumulation_steps 1, got 2"),
         ({"mask": {}}, {}, 1, r"mask\.static_shapes=true, got false"),
@@ -125,8 +125,8 @@ def test_the_trainer_has_deepspeeds_numbers_and_its_checkpoints(start):
     whole = start("whole", "step")
     losses, others = train(whole)
     assert 0 < whole.setup.take_step.replays < 6
-    torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=0)
-    torch.testing.assert_close(others, weights, rtol=1e-4, atol=1e-6)
+    assert losses == wanted
+    assert all(map(torch.equal, others, weights))
 
     first, _ = train(start("cut", "step"), until=3)
     rest, resumed = train(start("cut", "step", "run.resume=true"))
@@ -135,8 +135,8 @@ def test_the_trainer_has_deepspeeds_numbers_and_its_checkpoints(start):
 
     train(start("moved", "step"), until=3)  # to DeepSpeed
     rest, moved = train(start("moved", "off", "run.resume=true"))
-    torch.testing.assert_close(rest, wanted[3:], rtol=1e-5, atol=0)
-    torch.testing.assert_close(moved, weights, rtol=1e-4, atol=1e-6)
+    assert rest == wanted[3:]
+    assert all(map(torch.equal, moved, weights))
 
 
 def test_a_cpu_is_refused(ranks: Ranks, tmp_path):
