@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import select
@@ -21,7 +22,10 @@ COMMANDS = {
     "plan": ("njepa.commands.plan", "predict FLOPs, memory, traffic and speed without a GPU"),
     "replay": ("njepa.commands.replay", "repeat a bad step, name what was not finite first"),
     "info": ("njepa.commands.info", "print versions, recipes, keys and what runs here"),
-    "completion": ("njepa.commands.completion", "print a script that completes them in a shell"),
+    "completion": (
+        "njepa.commands.completion",
+        "print a script that completes all of this in a shell",
+    ),
 }
 
 _ROWS = "".join(f"  {name:12}{what}\n" for name, (_, what) in COMMANDS.items())
@@ -72,10 +76,10 @@ def _command(arguments: list[str]) -> int:
         print(__version__)
         return 0
     if arguments[0] not in COMMANDS:
-        print(
-            f"njepa: unknown command {arguments[0]!r}; known: {', '.join(COMMANDS)}",
-            file=sys.stderr,
-        )
+        near = difflib.get_close_matches(arguments[0], COMMANDS, 1)
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        known = f"{meant}known: {', '.join(COMMANDS)}"
+        print(f"njepa: unknown command {arguments[0]!r}; {known}", file=sys.stderr)
         return 2
     # Imported here: some take seconds for torch, which a typing error or --help should not.
     from njepa.config import ConfigError

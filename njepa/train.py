@@ -97,6 +97,7 @@ def _train(config: Config, ds: DeepSpeedFile, signals: StopSignals | None, main_
     from njepa.runs.peers import STATUS
     from njepa.runs.ranks import RanksMissing, join_ranks, leave_ranks
     from njepa.runs.saving import CheckpointFailed
+    from njepa.runs.summary import SummaryFailed
     from njepa.training.dry_run import dry_run
     from njepa.training.health import NonFiniteLoss
     from njepa.training.run import train
@@ -112,7 +113,8 @@ def _train(config: Config, ds: DeepSpeedFile, signals: StopSignals | None, main_
             train(config, ds, ranks, signals)
     except Stopped:
         return STOPPED
-    except (NonFiniteLoss, Collapsed, CheckpointFailed, DataError) as error:  # of all ranks
+    except (NonFiniteLoss, Collapsed, CheckpointFailed, SummaryFailed, DataError) as error:
+        # Of all ranks.
         return _end(error, 1, main_rank)
     except BaseException as error:
         alone = error

@@ -9,7 +9,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from njepa.commands.info import all_keys
+from njepa.commands.info import all_keys, as_typed
 
 ROOT = Path(__file__).parents[2]
 #: A file of the repository and the page that shows it.
@@ -46,7 +46,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def relink(text: str, source: str) -> str:
-    """Links that work from ``source`` in the repository, as they work among the pages."""
+    """Links that work from ``source`` in the repository, as they work among the pages.
+
+    Called ``[running.md]`` there, they are ``[running]`` here: a page is no file.
+    """
 
     def link(match: re.Match[str]) -> str:
         path, hash_, anchor = match[1].partition("#")
@@ -56,6 +59,7 @@ def relink(text: str, source: str) -> str:
         page = OUTSIDE.get(goal, goal.removeprefix("docs/"))
         return f"]({page}{hash_}{anchor})"
 
+    text = re.sub(r"\[([\w-]+)\.md\](?=\()", lambda name: f"[{name[1].replace('-', ' ')}]", text)
     return re.sub(r"\]\(([^)\s]+)\)", link, text)
 
 
@@ -73,6 +77,10 @@ def keys_page() -> str:
         if head != section:
             section = head
             lines += ["", f"## {section}", ""]
-        text = key.text.replace("<", "&lt;")
-        lines += [f"`{key.name}` = `{key.default!r}`{' ↻' if key.free else ''}", f":   {text}", ""]
+        text = re.sub(r"docs/([\w-]+)\.md", r"[\1](\1.md)", key.text.replace("<", "&lt;"))
+        lines += [
+            f"`{key.name}` = `{as_typed(key.default)}`{' ↻' if key.free else ''}",
+            f":   {text}",
+            "",
+        ]
     return "\n".join(lines) + "\n"

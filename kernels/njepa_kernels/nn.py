@@ -47,7 +47,7 @@ class GatherTokens(layers.GatherTokens):
 
 
 class PredictorTokens(layers.PredictorTokens):
-    """The predictor's input, [B, Kc, d] -> [M*B, Kc + Kt, d], row m*B + b.
+    """The predictor's input, ``[B, Kc, d] -> [M*B, Kc + Kt, d]``, row ``m*B + b``.
 
         out[m*B + b, :Kc]    = context[b] + pos[context_idx[b]]
         out[m*B + b, Kc + t] = mask_token + pos[j] + sigma[b, m] n,  j = target_idx[b, m, t]
@@ -96,8 +96,8 @@ class PredictorTokens(layers.PredictorTokens):
 class PredictionLoss(layers.PredictionLoss):
     """smooth_l1_beta(pred - LayerNorm(h)[target_idx]), and the terms of a noised prediction.
 
-    ``forward(pred, h, target_idx, noised=None)`` with pred and noised [M*B, Kt, D] in rows m*B + b,
-    h [B, N, D], target_idx int64 [B, M, Kt]; returns ``JepaLoss(loss, clean, noised,
+    ``forward(pred, h, target_idx, noised=None)`` with pred and noised ``[M*B, Kt, D]`` in rows
+    ``m*B + b``, h [B, N, D], target_idx int64 [B, M, Kt]; returns ``JepaLoss(loss, clean, noised,
     consistency)``: scalars, fp32. The op: ``njepa_kernels.jepa_loss``.
 
     Args:

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from pathlib import Path
 
+from njepa.atomic import is_place
 from njepa.config import ConfigError
 
 
 def check_writable(option: str, file: Path) -> None:
-    """Refuse a file that cannot be written.
+    """Refuse a file that cannot be written; what is there stays as it is.
 
     Raises:
-        ConfigError: it is a folder, or its folder does not exist or cannot be written.
+        ConfigError: it is a folder, or no file can be made in its folder.
     """
-    folder = file.parent
-    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        found = "is a folder" if file.is_dir() else f"cannot be written in {folder}"
-        raise ConfigError(f"{option} {file} {found}; name a file in a folder that exists")
+    if file.is_dir():
+        raise ConfigError(f"{option} {file} is a folder; name a file in a folder that exists")
+    try:
+        if not is_place(file):
+            with tempfile.TemporaryFile(dir=file.parent):  # root may, in places where nobody can
+                pass
+        elif file.exists() and not os.access(file, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ConfigError(
+            f"{option} {file} cannot be written in {file.parent}: {error.strerror}; name a file in "
+            f"a folder that exists and can be written"
+        ) from None
 
 
 def chosen_device(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ def main(argv: list[str], prog: str) -> int:
     if args.keys:
         for key in all_keys():
             resume = " A resumed run may change it." if key.free else ""
-            print(f"{key.name} = {key.default!r}\n    {key.text}{resume}")
+            print(f"{key.name} = {as_typed(key.default)}\n    {key.text}{resume}")
         return 0
     import njepa_kernels
     import torch
@@ -54,6 +55,15 @@ def main(argv: list[str], prog: str) -> int:
         print(f"  {name}: {c.method}, {patches}, {c.optim.epochs} epochs")
     print("\n`njepa info --keys` lists every configuration key.")
     return 0
+
+
+def as_typed(value: Any) -> str:
+    """A default as an override would give it: YAML, a float in six digits at most."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_typed, value))}]"
+    if isinstance(value, float):
+        return min(repr(value), f"{value:.6g}", key=len) if len(repr(value)) > 8 else repr(value)
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 class Key(NamedTuple):

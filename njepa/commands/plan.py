@@ -68,12 +68,12 @@ def _plan(args: argparse.Namespace) -> str:
             raise ConfigError(f"--{name} belongs to --step, which is not given; add --step")
     for name in ("memory", "tflops", "gbps", "nvlink", "internode"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise ConfigError(f"--{name} must be positive, got {value:g}")
+        if value is not None and not 1e-3 <= value <= 1e9:
+            raise ConfigError(f"--{name} must be from 0.001 to 1e9, got {value:g}")
     if not 0 <= args.reserve < 1:
         raise ConfigError(f"--reserve must be in [0, 1), got {args.reserve:g}; 0.1 keeps a tenth")
-    if not 0 < args.efficiency <= 1:
-        raise ConfigError(f"--efficiency must be in (0, 1], got {args.efficiency:g}")
+    if not 1e-3 <= args.efficiency <= 1:
+        raise ConfigError(f"--efficiency must be from 0.001 to 1, got {args.efficiency:g}")
     config = load_config(args.recipe, ["data.path=.", *args.overrides])
     ds = load_deepspeed_file(args.ds_config)
     gpu = plan.with_ceilings(

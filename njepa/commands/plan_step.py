@@ -10,6 +10,7 @@ from typing import Any
 
 from njepa import planning as plan
 from njepa.atomic import write_atomically
+from njepa.commands.checks import check_writable
 from njepa.commands.tables import columns
 from njepa.config import Config, ConfigError
 from njepa.config.deepspeed_file import BatchSizes, DeepSpeedFile
@@ -36,8 +37,8 @@ def step_report(config: Config, ds: DeepSpeedFile, gpu: plan.Gpu, args: argparse
     smallest = 2 if config.vicreg.weight > 0 else 1
     if micro < smallest:
         raise ConfigError(f"--micro must be at least {smallest}, got {micro}")
-    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
-        raise ConfigError(f"--json {args.json}: there is no folder {Path(args.json).parent}")
+    if args.json is not None:
+        check_writable("--json", Path(args.json))
     net, shapes = plan.network(config), plan.drawn_shapes(config, BatchSizes(micro, 1, 1))
     shape = plan.Shape(*(round(sum(s[i] * n for s, n in shapes.items()) / shapes.total())
                          for i in (0, 1)))  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +15,7 @@ from njepa.commands.checks import check_writable, chosen_device
 from njepa.commands.parsers import command_parser
 from njepa.config import ConfigError, did_you_mean
 from njepa.config.messages import log_to_stderr
+from njepa.runs.folder import DECODE_PICTURE
 
 DESCRIPTION = """Probe a frozen encoder on labelled images, beside raw pixels and the same network
 before training. Every setting is chosen on a split of --train; --test is used once."""
@@ -88,7 +90,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help=where)
     kept = "keeps features and indices (default: ~/.cache/njepa)"
     add("--cache", type=Path, metavar="DIR", help=kept)
-    drawn = "of decode, a PNG (default: decode.png in the run folder, else where you are)"
+    drawn = f"of decode, a PNG (default: {DECODE_PICTURE} in the run folder, else where you are)"
     add("--picture", type=Path, metavar="FILE", help=drawn)
     add("--no-floors", action="store_true", help="leave out pixels and the untrained network")
     return result
@@ -164,8 +166,10 @@ def _decode(network: Any, task: Any, settings: Any, floors: bool, picture: Path)
     from njepa.evaluation.decode_probe import decode_probe, sheet
 
     result, columns = decode_probe(network, task, settings.seed, settings.device, floors)
+    drawn = BytesIO()
+    sheet(columns).save(drawn, "PNG")
     try:
-        sheet(columns).save(picture, "PNG")
+        write_atomically(picture, drawn.getvalue())
     except OSError as error:
         raise ConfigError(f"--picture {picture} cannot be written: {error}") from None
     return result | {"picture": str(picture)}
@@ -175,7 +179,7 @@ def _picture(args: argparse.Namespace, kinds: list[str]) -> Path:
     """Where ``decode`` draws; refuses what cannot be drawn there."""
     folder = Path(args.subject)
     default = folder if (folder / "config.yaml").is_file() else Path()
-    file: Path = args.picture or default / "decode.png"
+    file: Path = args.picture or default / DECODE_PICTURE
     if args.picture is not None and "decode" not in kinds:
         raise ConfigError(f"--picture {file} needs --kind decode, got --kind {args.kind}")
     if file.suffix.lower() != ".png":

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 DESCRIPTION = """Repeat a bad step of a run from the checkpoint kept beside it, with the same
-samples, crops, masks and noise, and name the first module whose output or gradient is not finite.
-Status 1: this time all was finite."""
+samples, crops, masks and noise, and name the first module whose output or gradient
+is not finite. Status 1: this time all was finite."""
 EPILOG = """For example:
 
   njepa replay runs/ijepa/bad/step-00000123.json

@@ -10,8 +10,8 @@ from njepa.commands.parsers import command_parser
 from njepa.config import ConfigError
 from njepa.config.messages import log_to_stderr
 
-DESCRIPTION = """Draw one or several runs on a self-contained HTML page: a verdict on health in
-words, curves, scores, masks, features, neighbours and errors; several runs beside each other."""
+DESCRIPTION = """Draw one run, or several beside each other, on a self-contained HTML page:
+a verdict on health in words, curves, scores, masks, errors, features, neighbours."""
 EPILOG = """A run writes its own page, RUN/report.html, when it ends (eval.report). For example:
 
   njepa report runs/a                                 # into runs/a/report.html

@@ -10,8 +10,9 @@ from njepa.commands.parsers import command_parser
 from njepa.config import ConfigError
 from njepa.data.scan import scan
 
-DESCRIPTION = """Decode every image once, list the good ones (the list works as data.path), name the
-bad ones. Shards and Parquet are only reported on. The same command goes on where it was stopped."""
+DESCRIPTION = """Decode every image once, list the good ones (the list works as data.path) and name
+the bad ones. Shards and Parquet are only reported on. After an interrupt the same
+command goes on where it was."""
 EPILOG = """For example:
 
   njepa scan photos --out good.txt

@@ -147,6 +147,8 @@ def load_deepspeed_file(path: str | Path) -> DeepSpeedFile:
         ConfigError: not there, not JSON, a key twice, or what ``parse_deepspeed`` refuses.
     """
     file = Path(path)
+    if file.is_dir():
+        raise ConfigError(f"--ds_config {path} is a folder; name the file in it")
     if not file.is_file():
         raise ConfigError(f"--ds_config {path}: no such file (here is {Path.cwd()})")
     try:

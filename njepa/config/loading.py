@@ -60,7 +60,7 @@ def load_config(recipe: str | None = None, overrides: list[str] | None = None) -
     Raises:
         ConfigError: unknown recipe or key, wrong type, impossible combination.
     """
-    name = recipe or "shapes-tiny"
+    name = "shapes-tiny" if recipe is None else recipe  # an empty one is a variable left unset
     raw = _read_recipe(name)
     stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name
     raw.setdefault("recipe", stem)
@@ -95,7 +95,10 @@ def _read_recipe(name: str) -> dict[str, Any]:
 def _apply_override(raw: dict[str, Any], item: str) -> None:
     key, equals, text = item.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override must be section.key=value, got {item!r}")
+        raise ConfigError(
+            f"override must be section.key=value, got {item!r}; files are given by --ds_config "
+            f"and --recipe"
+        )
     value = read_yaml(text, f"override {item!r}: the value") if text else None
     *sections, last = key.removeprefix("--").split(".")
     node = raw
@@ -139,4 +142,5 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return str(message)  # the validators above name their keys
+    message = message.replace("a valid tuple", "a list such as [0.5,1.0]")
     return f"{where}: {message[0].lower()}{message[1:]}, got {got!r:.200}"

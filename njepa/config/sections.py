@@ -20,6 +20,7 @@ Range = tuple[float, float]
 #: Of tokens or layers: beyond it a mistake, whose memory nobody has.
 Width = Annotated[int, Field(gt=0, le=2**16)]
 Depth = Annotated[int, Field(gt=0, le=1000)]
+PredictorContext = Literal["per_block", "shared"]
 #: YAML reads a bare ``off`` as false.
 _Off = BeforeValidator(lambda value: "off" if value is False else value)
 
@@ -70,7 +71,7 @@ def _increasing(name: str, values: Range, low: float, high: float = math.inf) ->
 
 class DataConfig(Section):
     path: Annotated[FilePath | None, FREE] = None
-    """Image folder, list file (.txt), tar shards or Parquet (a file, a folder or a pattern). None:
+    """Image folder, list file (.txt), tar shards or Parquet (a file, a folder or a pattern). null:
     the embedded set ``shapes``."""
     eval_path: Annotated[FilePath | None, FREE] = None
     """Labelled test images (class folders, or a list or shards with labels), for kNN and linear
@@ -90,7 +91,7 @@ class DataConfig(Section):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Divides per channel."""
     workers: Annotated[Annotated[int, Field(ge=0, le=1024)] | None, FREE] = None
-    """Loader processes (torchvision) or threads (DALI) per rank. None: on a GPU the cores of this
+    """Loader processes (torchvision) or threads (DALI) per rank. null: on a GPU the cores of this
     machine shared among its ranks, at most 16; on a CPU one. 0: decode in the training process
     (torchvision only)."""
     prefetch: Annotated[Annotated[int, Field(gt=0, le=1024)], FREE] = 2
@@ -108,7 +109,7 @@ class DataConfig(Section):
     """More unreadable images than this share of the source end the run: those that the index left
     out, and those that any rank has met since its start; looked at with every line of the log."""
     cache_dir: Annotated[FilePath | None, FREE] = None
-    """Where the index of a source and the embedded set are kept. None: ``~/.cache/njepa``."""
+    """Where the index of a source and the embedded set are kept. null: ``~/.cache/njepa``."""
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -175,8 +176,8 @@ class PredictorConfig(Section):
     width: Width = 384
     """Token width d; a multiple of 4 and of ``heads``."""
     heads: PositiveInt | None = None
-    """Attention heads. None: as many as the encoder, as published."""
-    context: Literal["per_block", "shared"] = "per_block"
+    """Attention heads. null: as many as the encoder, as published."""
+    context: PredictorContext = "per_block"
     """``per_block``: every target block has a context of its own, which attends to its queries too,
     as published. ``shared``: the context attends to itself only and is computed once per image for
     all blocks and levels; less work, another model (docs/variants.md)."""
@@ -323,7 +324,7 @@ class VicregConfig(Section):
     target blocks of an image are its views. ``context_vs_target`` (pseudo-code C.2): the mean
     context token against the mean target token, variance and covariance of the context alone."""
     projector: tuple[Width, ...] | Literal["identity"] | None = None
-    """Widths of the Linear-BN-ReLU projector (last one linear). None: (D, D, D)."""
+    """Widths of the Linear-BN-ReLU projector (last one linear). null: (D, D, D)."""
 
 
 class OptimConfig(Section):
@@ -361,7 +362,7 @@ class OptimConfig(Section):
 
 class RunConfig(Section):
     dir: FilePath | None = None
-    """Run folder. None: ``runs/<recipe>``."""
+    """Run folder. null: ``runs/<recipe>``."""
     resume: bool = False
     """Continue the run in ``dir`` from its last checkpoint."""
     seed: Annotated[int, Field(ge=0, lt=2**32), FIXED] = 0
@@ -377,7 +378,7 @@ class RunConfig(Section):
     log_every: PositiveInt = 10
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: PositiveInt | None = None
-    """Steps between two checkpoints. None: once an epoch and at the end."""
+    """Steps between two checkpoints. null: once an epoch and at the end."""
     max_bad_steps: PositiveInt = 10
     """Steps in a row whose loss or gradient is not finite, at which the run goes back to a
     checkpoint (``max_rollbacks``) or ends. Such a step changes nothing; a log line counts them
@@ -391,7 +392,7 @@ class RunConfig(Section):
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept; older ones are removed once a newer one is complete."""
     keep_every: PositiveInt | None = None
-    """Checkpoints of multiples of so many steps stay for ever. None: no others than the newest."""
+    """Checkpoints of multiples of so many steps stay for ever. null: no others than the newest."""
     timeout_s: Annotated[float, Field(ge=1, le=86400)] = 1800.0
     """Seconds after which the run ends, with several ranks: one of them is silent, or none moves
     (docs/running.md, Several ranks). More than the longest single read, write or compilation."""
@@ -417,7 +418,7 @@ class EvalConfig(Section):
     """Encoder that kNN and linear probe look at. I-JEPA reports the target encoder, N-JEPA the
     context encoder (its student). ``both``: keys of the context encoder end in ``_context``."""
     every: PositiveInt | None = None
-    """Steps between two evaluations. None: at the end only."""
+    """Steps between two evaluations. null: at the end only."""
     knn_k: PositiveInt = 20
     """Neighbours that vote."""
     knn_temperature: Annotated[float, Field(gt=0)] = 0.07

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from njepa_kernels import NoiseKey
 from torch import Tensor
@@ -44,15 +46,22 @@ class Masks(NamedTuple):
         )
 
 
-def as_masks(drawn: DrawnMasks, ragged: bool) -> Masks:
+def as_masks(drawn: DrawnMasks, ragged: bool, pinned: bool = False) -> Masks:
     """Drawn masks as tensors; ``ragged``: contexts of different lengths, cut to the longest."""
     context_idx, target_idx, lengths = drawn
     context_lengths = None
     if ragged:
         context_idx = context_idx[:, : lengths.max()]
-        context_lengths = Lengths(tuple(lengths.tolist()), torch.from_numpy(lengths.copy()))
-    context, target = (torch.from_numpy(idx.copy()) for idx in (context_idx, target_idx))
+        if lengths.min() < lengths.max():
+            context_lengths = Lengths(tuple(lengths.tolist()), as_tensor(lengths, pinned))
+    context, target = (as_tensor(idx, pinned) for idx in (context_idx, target_idx))
     return Masks(context, target, context_lengths)
+
+
+def as_tensor(array: npt.NDArray[np.generic], pinned: bool) -> Tensor:
+    """A copy; ``pinned``: in memory that a GPU can copy from by itself."""
+    tensor = torch.from_numpy(array.copy())
+    return tensor.pin_memory() if pinned else tensor
 
 
 class Noise(NamedTuple):

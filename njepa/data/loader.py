@@ -12,21 +12,19 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from njepa_kernels import NoiseKey
-from torch import Tensor
 
 from njepa.choice import Choice
 from njepa.config import Config, ConfigError
 from njepa.data.bad_images import WAY_OUT, check_source
-from njepa.data.batch import Batch, Lengths, Masks, Noise
+from njepa.data.batch import Batch, Noise, as_masks, as_tensor
 from njepa.data.errors import DataError, LoaderStalled
 from njepa.data.fork_guard import at_work
 from njepa.data.index import ImageIndex
 from njepa.data.pixels import Pixels, PixelSource
 from njepa.data.torch_loader import TorchPixels
-from njepa.draws.masks import MaskSampler
+from njepa.draws.masks import DrawnMasks, MaskSampler
 from njepa.draws.order import Planned, SampleOrder
 from njepa.draws.sigmas import block_sigmas
 from njepa.draws.streams import stream_seed
@@ -56,6 +54,7 @@ class Loader:
         self.wait_s, self.skipped = 0.0, list[int]()
         self._config, self._index, self._order = config, index, order
         self._masks, self._device, self._steps = masks, device, steps
+        self._pinned = device.type == "cuda"
         self._pixels, self._warned = pixels, set[int]()
         self._ready: queue.Queue[_Item] = queue.Queue(config.data.prefetch)
         self._closed = threading.Event()
@@ -137,44 +136,35 @@ class Loader:
                 f"the pixels of micro-step {micro_step} are of samples {pixels.ids.tolist()}, its "
                 f"masks of {plan.ids.tolist()}: a bug in the {self.backend.name} loader"
             )
-        mine = slice(order.rank * order.micro_batch, (order.rank + 1) * order.micro_batch)
+        ragged = self._config.mask.ragged
         if self._config.mask.compat == "fixed":  # sizes follow the global batch
-            masks = self._masks(micro_step, plan.global_ids)
-            context_idx, target_idx, lengths = (array[mine] for array in masks)
+            drawn = self._masks(micro_step, plan.global_ids)
+            mine = slice(order.rank * order.micro_batch, (order.rank + 1) * order.micro_batch)
+            own = DrawnMasks(*(array[mine] for array in drawn))
         else:  # as published: every rank for itself
-            masks = self._masks(micro_step, plan.ids)
-            context_idx, target_idx, lengths = masks
-        context_lengths, kept = None, masks.context_idx.shape[1]
-        if self._config.mask.ragged:
-            kept = masks.lengths.min()  # without ``ragged``
-            context_idx = context_idx[:, : lengths.max()]  # another rank's may be longer
-            if lengths.min() < lengths.max():
-                context_lengths = Lengths(tuple(lengths.tolist()), self._tensor(lengths))
+            own = drawn = self._masks(micro_step, plan.ids)
+        kept = drawn.lengths.min() if ragged else drawn.context_idx.shape[1]
         noise = None
         if self._config.noise.active:
-            noise = self._noise(plan, blocks=target_idx.shape[1])
-        if self._device.type == "cuda" and not images.is_cuda:
+            noise = self._noise(plan, blocks=own.target_idx.shape[1])
+        if self._pinned and not images.is_cuda:
             images = images.pin_memory()
         return Batch(
             images,
-            Masks(self._tensor(context_idx), self._tensor(target_idx), context_lengths),
+            as_masks(own, ragged, self._pinned),
             noise,
-            torch.from_numpy(plan.ids.copy()),
+            as_tensor(plan.ids, pinned=False),
             micro_step,
-            float(1.0 - kept / masks.lengths.mean()),
+            float(1.0 - kept / drawn.lengths.mean()),
         )
 
     def _noise(self, plan: Planned, blocks: int) -> Noise:
         config, seed = self._config.noise, self._order.seed
         sigma = block_sigmas(config, blocks, seed, plan.step, plan.ids)
         shared = config.draw == "shared"
-        ids = self._tensor(plan.ids)
+        ids = as_tensor(plan.ids, self._pinned)
         key = NoiseKey(stream_seed(seed, "noise"), plan.micro_step, ids, shared)
-        return Noise(self._tensor(sigma), key)
-
-    def _tensor(self, array: npt.NDArray[np.generic]) -> Tensor:
-        tensor = torch.from_numpy(array.copy())
-        return tensor.pin_memory() if self._device.type == "cuda" else tensor
+        return Noise(as_tensor(sigma, self._pinned), key)
 
     def _report(self, unreadable: list[tuple[int, str]]) -> None:
         """Count and name what was replaced in the batch that is due.

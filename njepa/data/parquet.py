@@ -1,6 +1,8 @@
 """Images in Parquet files: all rows in order for the index, single rows at random for a loader.
 
-A row cannot be read alone: its row group is decoded whole. Groups that were decoded stay in a cache
+A row cannot be read alone: its row group is decoded up to its end, row by row, so that one which
+unpacks to far more than the file has (a dictionary names one value a million times) is refused
+when it does and not held before. Groups that were decoded stay in a cache
 of each process, at most ``CACHE_BYTES`` of them, so a set that fits is decoded once; of a larger
 one every image costs about a group. Files are opened for each group and closed again, and pyarrow's
 threads stay off, so nothing of it lives across a fork.
@@ -32,7 +34,14 @@ CACHE_BYTES = 128 << 20
 #: Larger row groups are refused where the set does not fit into the cache.
 GROUP_BYTES = 32 << 20
 
-_THREADS = 4  # each holds a row group
+#: A row group that unpacks to more is refused.
+UNPACKED_BYTES = 1 << 30
+
+_THREADS = 4
+
+
+class _TooLarge(OSError):
+    """A row group over ``UNPACKED_BYTES``."""
 
 
 class Row(NamedTuple):
@@ -127,7 +136,8 @@ def read_rows(
         quiet: as ``disable`` of tqdm.
 
     Raises:
-        SourceError: a row group that cannot be decoded, or labels on some rows only.
+        SourceError: a row group that cannot be decoded or unpacks to more than ``UNPACKED_BYTES``,
+            or labels on some rows only.
     """
     tasks = [
         (k, group)
@@ -139,6 +149,11 @@ def read_rows(
         k, group = task
         try:
             return list(_group_rows(root, files[k], k, group, measure))
+        except _TooLarge as error:
+            raise SourceError(
+                f"data: {error}. Write the file again with smaller row groups, or leave it out by "
+                f"a pattern"
+            ) from None
         except OSError as error:
             raise SourceError(
                 f"data: {error}. The file is damaged: copy it again, or leave it out by a pattern"
@@ -231,17 +246,42 @@ def _footer_of_reader(path: Path) -> _Footer:
         raise OSError(str(error)) from None
 
 
-def _read_group(path: Path, group: int, footer: _Footer, *more: str) -> Any:
-    """The image column of a row group (with ``more`` columns: the table)."""
-    parquet = pyarrow("parquet")
+def _read_group(path: Path, group: int, footer: _Footer) -> Any:
+    """The image column of a row group."""
+    batches = list(_batches(path, group, footer))
+    return pyarrow().chunked_array([batch.column(0) for batch in batches])
+
+
+def _batches(path: Path, group: int, footer: _Footer, *more: str) -> Iterator[Any]:
+    """Image column, and ``more`` columns, of a row group: a record batch for each row.
+
+    Raises:
+        OSError: it cannot be decoded. _TooLarge: it unpacks to more than ``UNPACKED_BYTES``.
+    """
+    parquet, told = pyarrow("parquet"), f"{path}: row group {group}"
+    unpacked = _image_bytes(footer, group, UNPACKED_BYTES)
+    most = f"at most {UNPACKED_BYTES >> 20} MiB are taken"
+    if unpacked > UNPACKED_BYTES:
+        raise _TooLarge(f"{told} unpacks to {unpacked >> 20} MiB, {most}")
+    unpacked = rows = 0
     try:
         with parquet.ParquetFile(path, metadata=footer.metadata, pre_buffer=False) as file:
             columns = [footer.layout.leaf, *more]
-            table = file.read_row_group(group, columns=columns, use_threads=False)
+            for batch in file.iter_batches(
+                batch_size=1, row_groups=[group], columns=columns, use_threads=False
+            ):
+                unpacked += batch.nbytes
+                if unpacked > UNPACKED_BYTES:
+                    raise _TooLarge(f"{told} unpacks to more than its footer says, {most}")
+                rows += batch.num_rows
+                yield batch
+    except _TooLarge:
+        raise
     except Exception as error:  # damaged pages make pyarrow raise almost anything
         reason = " ".join(str(error).split())[:200]
-        raise OSError(f"{path}: row group {group} cannot be decoded ({reason})") from None
-    return table if more else table.column(0)
+        raise OSError(f"{told} cannot be decoded ({reason})") from None
+    if rows != (expected := footer.metadata.row_group(group).num_rows):
+        raise OSError(f"{told} has {rows} rows, its footer says {expected}")
 
 
 def _group_rows(
@@ -249,18 +289,15 @@ def _group_rows(
 ) -> Iterator[Row]:
     footer = _footer(root / file)
     layout, start = footer.layout, footer.starts[group]
-    table = _read_group(root / file, group, footer, *([layout.label] if layout.label else []))
-    images, labels = table, None
-    if layout.label is not None:
-        images, labels = table.column(layout.image), table.column(layout.label)
-    for i in range(len(images)):
+    more = [layout.label] if layout.label else []
+    for i, batch in enumerate(_batches(root / file, group, footer, *more)):
         name = f"{file}/{start + i}"
         try:
-            label = None if labels is None else layout.name_of(labels[i].as_py())
+            label = layout.name_of(batch.column(layout.label)[0].as_py()) if more else None
         except ValueError as error:
             raise SourceError(f"data: {name} has {error}; write the file again") from None
         try:
-            data = _encoded(images[i].as_py())
+            data = _encoded(batch.column(layout.image)[0].as_py())
         except OSError as error:
             yield Row(name, label, 0, k, start + i, 0, 0, str(error))
             continue
@@ -276,14 +313,19 @@ def _encoded(value: Any) -> bytes:
 
 
 def _group_sizes(footer: _Footer) -> Iterator[tuple[int, int]]:
-    """Decoded bytes of the images, and rows, of each row group; small ones with other columns."""
+    """Decoded bytes of the images, and rows, of each row group."""
     for k in range(footer.metadata.num_row_groups):
-        group = footer.metadata.row_group(k)
-        size = group.total_byte_size
-        if size > GROUP_BYTES:  # pyarrow 26 aborts in ``column`` over some damaged footers
-            columns = [group.column(c) for c in range(group.num_columns)]
-            size = sum(c.total_uncompressed_size for c in columns if _is_leaf(c, footer.layout))
-        yield size, group.num_rows
+        yield _image_bytes(footer, k, GROUP_BYTES), footer.metadata.row_group(k).num_rows
+
+
+def _image_bytes(footer: _Footer, k: int, above: int) -> int:
+    """Decoded bytes of the images of row group ``k``; up to ``above`` with other columns."""
+    group = footer.metadata.row_group(k)
+    size: int = group.total_byte_size
+    if size > above:  # pyarrow 26 aborts in ``column`` over some damaged footers
+        columns = [group.column(c) for c in range(group.num_columns)]
+        size = sum(c.total_uncompressed_size for c in columns if _is_leaf(c, footer.layout))
+    return size
 
 
 def _is_leaf(column: Any, layout: Layout) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from njepa.atomic import write_atomically
 from njepa.config import ConfigError
 from njepa.config.messages import printable
 from njepa.data.decode_team import faults
@@ -92,7 +93,8 @@ def scan(
         progress: show bars, where stderr is a terminal.
 
     Raises:
-        SourceError: nothing there, or no image is readable. ConfigError: ``out`` cannot be written.
+        SourceError: nothing there, or no image is readable. ConfigError: ``out`` cannot be written;
+            what was decoded by then is kept, and the next scan goes on there.
     """
     source = find_source(Path(path).expanduser())
     try:
@@ -149,7 +151,11 @@ def _write_list(out: Path, index: ImageIndex, good: list[int]) -> None:
         name = path.relative_to(folder) if path.is_relative_to(folder) else path
         label = "" if index.labels is None else f"\t{index.classes[index.labels[i]]}"
         lines.append(f"{name.as_posix()}{label}\n")
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
-    os.replace(temporary, out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, "".join(lines))
+    except OSError as error:
+        raise ConfigError(
+            f"--out {out} cannot be written: {error.strerror}; make room, and the same command "
+            f"writes it without decoding again"
+        ) from None

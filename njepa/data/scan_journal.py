@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 from pathlib import Path
 from types import TracebackType
+
+from njepa.config import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +50,32 @@ class ScanJournal:
         self._file.truncate(kept)
         self._file.seek(kept)
         if not kept:
-            self._file.write(head.encode())
+            try:
+                self._write(head.encode())
+            except OSError:
+                self._file.close()
+                self.remove()
+                raise
         self._empty = not self.done
         if self.done:
             logger.warning("%s: the interrupted scan goes on", self._path)
 
     def add(self, chunk: int, bad: dict[int, str]) -> None:
-        """A chunk is done; it stays so if the process is killed now."""
-        if self._path is not None:
-            self._file.write(json.dumps([chunk, list(bad.items())]).encode() + b"\n")
-            self._empty = False
+        """A chunk is done; it stays so if the process is killed now.
+
+        Raises:
+            ConfigError: it cannot be written; what was written before stays.
+        """
+        if self._path is None:
+            return
+        try:
+            self._write(json.dumps([chunk, list(bad.items())]).encode() + b"\n")
+        except OSError as error:
+            raise ConfigError(
+                f"scan: {self._path} cannot be written: {error.strerror}; make room, and the same "
+                f"command goes on where it was"
+            ) from None
+        self._empty = False
 
     def remove(self) -> None:
         """The scan is complete."""
@@ -75,6 +95,16 @@ class ScanJournal:
             self._file.close()
             if self._empty:
                 self.remove()
+
+    def _write(self, line: bytes) -> None:
+        """The line, or nothing of it."""
+        end = self._file.tell()
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self._file.truncate(end)
+            raise
 
     def _take(self, line: bytes) -> bool:
         if not line.endswith(b"\n"):

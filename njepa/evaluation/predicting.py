@@ -111,7 +111,12 @@ def _published(weights: Weights, encoder: EncoderWeights, predictor: State) -> C
             "width": encoder.width,
             "depth": encoder.depth,
             "heads": encoder.heads,
-            "predictor": {"width": width, "depth": depth, "heads": heads},
+            "predictor": {
+                "width": width,
+                "depth": depth,
+                "heads": heads,
+                "context": weights.predictor_context or "per_block",
+            },
         },
     }
     return parse_config(raw, weights.origin)

@@ -42,12 +42,21 @@ def write(folder: Path, encoder: EncoderWeights, weights: Weights) -> str:
         "std": list(encoder.std),
         "step": weights.record.get("step", 0),
     }
+    if weights.predictor_context is not None:
+        content["njepa"]["predictor_context"] = weights.predictor_context
     torch.save(content, folder / FILE)
-    return (
+    told = (
         f"{FILE} has the layout of official I-JEPA files. Its key `encoder`, the one that timm and "
         f"transformers' converter read, holds the {encoder.which} encoder. All keys: "
         f"{', '.join(f'`{name}`' for name in states)}. Optimizer state is not in it."
     )
+    if predictors and weights.predictor_context == "shared":
+        told += (
+            " The predictor was trained with `model.predictor.context=shared`: it has the tensors "
+            "of the published predictor and is another model, so the published code predicts "
+            "something else with it. njepa reads this from the file."
+        )
+    return told
 
 
 def usage(encoder: EncoderWeights) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -14,6 +15,8 @@ from njepa.models.architecture import SIZES, Architecture, Stack, architecture
 from njepa.models.encoder import Encoder
 from njepa.models.jepa import Jepa
 from njepa.models.predictor import Predictor
+
+log = logging.getLogger(__name__)
 
 
 class _Given(NamedTuple):
@@ -76,6 +79,17 @@ def read_initial_weights(config: Config) -> InitialWeights | None:
     for encoder in {context.which: context, target.which: target}.values():
         _check_encoder(encoder, config, parts)
     predictors = _predictors(weights, config, parts) if model.init_predictor else {}
+    context_of = weights.predictor_context
+    if predictors and context_of not in (None, model.predictor.context):
+        log.warning(
+            "the predictor of %s was trained with model.predictor.context=%s and goes on with %s, "
+            "which is another model: it has to learn again. Set model.predictor.context=%s to go "
+            "on with the same",
+            weights.origin,
+            context_of,
+            model.predictor.context,
+            context_of,
+        )
     side = config.grid[0]
     told = f"{weights.origin}: context encoder from {context.which}, target from {target.which}"
     told += f", {' and '.join(predictors) or 'no predictor'}"

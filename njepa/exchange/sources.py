@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from njepa.config import ConfigError, parse_config
 from njepa.config.reading import read_yaml
+from njepa.config.sections import PredictorContext
 from njepa.exchange.files import as_object, read_json, read_metadata, read_safetensors, read_torch
 from njepa.exchange.layouts import State, to_ours
 from njepa.exchange.weights import FACTS, Channels, Weights
@@ -120,6 +121,7 @@ def _open_checkpoint(checkpoint: CheckpointFiles, run: Path) -> Weights:
         predictors,
         parts.encoder.heads,
         parts.predictor.heads,
+        config.model.predictor.context,
         (config.data.mean, config.data.std),
         image_size=config.data.image_size,
         record=record,
@@ -171,6 +173,7 @@ def _open_published(path: Path) -> Weights:
         lambda: predictors,
         heads,
         own,
+        _predictor_context(facts, path),
         _mean_std(facts),
         record={"epoch": found["epoch"]} if isinstance(found.get("epoch"), int) else {},
     )
@@ -235,6 +238,16 @@ def _heads(value: object, path: Path) -> int | None:
     if not re.fullmatch(r"0*[1-9]\d{0,5}", str(value), re.ASCII):
         raise ConfigError(f"{path}: the number of attention heads must be positive, got {value!r}")
     return int(str(value))
+
+
+def _predictor_context(facts: dict[str, Any], path: Path) -> str | None:
+    found = facts.get("predictor_context")
+    known = get_args(PredictorContext)
+    if found is not None and found not in known:
+        raise ConfigError(
+            f"{path}: predictor_context must be one of {', '.join(known)}, got {found!r}"
+        )
+    return found
 
 
 def _mean_std(facts: dict[str, Any]) -> tuple[Channels, Channels] | None:

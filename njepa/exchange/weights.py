@@ -68,6 +68,8 @@ class Weights:
     heads: int | None = None
     predictor_heads: int | None = None
     """None where the source does not say: then as many as the encoder has, as published."""
+    predictor_context: str | None = None
+    """``model.predictor.context``; None: the source does not say, as published files."""
     mean_std: tuple[Channels, Channels] | None = None
     image_size: int | None = None
     """What a run's configuration says."""

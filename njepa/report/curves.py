@@ -55,9 +55,9 @@ CHARTS = (
     Chart("Speed", "images/s, all ranks", {"images_per_s": "images/s"}),
     Chart("Waiting for images", "% of the time", {"data_wait_frac": "wait"}, scale=100, span=1),
     Chart("Model FLOPs utilisation", "%", {"mfu": "MFU"}, scale=100),
-    Chart("Tokens", "a block or image", {"k_context": "context", "k_target": "target block"}),
+    Chart("Tokens", "patches", {"k_context": "context", "k_target": "a target block"}),
     Chart(
-        "Context beyond the shortest", "% of the context", {"context_cut_frac": "context"},
+        "Context beyond the shortest", "% of the patches", {"context_cut_frac": "share"},
         scale=100,
     ),
     Chart("Skipped steps", "since the line before", {"bad_steps": "not finite"}, sparse=True),
@@ -75,7 +75,7 @@ def charts(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     known = {key for chart in CHARTS for key in chart.keys}
     others = {key for run in runs for line in run.lines for key in line} - known - _NOT_DRAWN
     extra = [Chart(key, "", {key: key}) for key in sorted(map(str, others))]
-    thinned = [_thinned(run.lines) for run in runs]
+    thinned = [_thinned(run.lines) + _at_the_end(run) for run in runs]
     found = (_chart(chart, runs, thinned) for chart in (*CHARTS, *extra))
     return [chart for chart in found if chart is not None]
 
@@ -112,6 +112,13 @@ def _chart(
             what | {"y": [_rounded(points.get(step)) for step in x]} for what, points in series
         ],
     }
+
+
+def _at_the_end(run: RunRecord) -> list[dict[str, Any]]:
+    """The scores of the summary as the last points of curves that there are (``eval.every``)."""
+    curves = {key for line in run.lines for key in line if key.startswith("knn_top1")}
+    scores = {key: run.summary[key] for key in sorted(curves & set(run.summary))}
+    return [{"step": run.last_step, **scores}] if scores else []
 
 
 def _rounded(value: float | None) -> float | None:

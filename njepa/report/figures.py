@@ -152,9 +152,16 @@ class NeighbourRow:
     label: str | None
     uri: str
     neighbours: list[Neighbour]
+    places: int
+    """Decimals of the cosines, so that those near 1 can be told apart."""
 
 
 _THUMBNAIL = 96
+
+
+def _places(cosine: float) -> int:
+    """Decimals that show two digits of the distance of ``cosine`` to 1; 3 to 5."""
+    return min(max(1 - math.floor(math.log10(max(1 - cosine, 1e-9))), 3), 5)
 
 
 def neighbour_rows(
@@ -170,5 +177,6 @@ def neighbour_rows(
             same = None if own is None or label is None else own == label
             uri = data_uri(bank.images[place].numpy(), _THUMBNAIL)
             found.append(Neighbour(bank.names[place], label, uri, cosine, same))
-        rows.append(NeighbourRow(name, own, data_uri(queries.images[q].numpy(), _THUMBNAIL), found))
+        uri = data_uri(queries.images[q].numpy(), _THUMBNAIL)
+        rows.append(NeighbourRow(name, own, uri, found, _places(cosines[q].min().item())))
     return rows

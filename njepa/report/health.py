@@ -56,23 +56,27 @@ def _features(run: RunRecord) -> Verdict:
         )
     last, shares = curve.lines[-1], (judged.share, judged.rank_share)
     numbers = [
-        f"The features of the target encoder spread over images with a standard deviation of "
-        f"{last.std:.3g}, {100 * judged.share:.0f} % of the largest in this run.",
+        f"The features of the target encoder vary over images with a standard deviation of "
+        f"{last.std:.3g}, {100 * judged.share:.0f} % of its largest value in this run.",
         f"They use {last.rank:.1f} dimensions (RankMe), {100 * judged.rank_share:.0f} % of the "
         f"most in this run.",
     ]
     if last.cosine is not None:
-        numbers.append(f"Those of two images have a cosine of {last.cosine:.4f} in the mean.")
+        places = 2 if last.cosine < 0.95 else 4  # what the limits tell apart
+        numbers.append(
+            f"The features of two images have a cosine of {last.cosine:.{places}f} on average."
+        )
     if judged.collapsed:
         return Verdict("bad", "Collapsed", [*numbers, "Almost every image has the same features."])
     if judged.bad:
-        return Verdict("bad", "Collapsing", [*numbers, "Neither spread nor rank is growing."])
+        return Verdict("bad", "Collapsing", [*numbers, "Spread and rank are not both growing."])
     if run.last_step < EARLY:
         return Verdict("unknown", "Too early to tell", numbers)
     if judged.low or (min(shares) < SHRUNK and judged.growing):
-        return Verdict("watch", "Recovering", [*numbers, "Both were lower and are growing."])
+        return Verdict("watch", "Recovering", [*numbers, "Both had been lower and are growing."])
     if min(shares) < SHRUNK:
-        text = "Small models go through such a valley and leave it, or end in it; look again later."
+        text = "Small models go through such a valley and leave it, or stay in it"
+        text += "; this one ended there." if run.summary else "; look again later."
         return Verdict("watch", "Shrinking", [*numbers, text])
     return Verdict("good", "Healthy", numbers)
 
@@ -83,8 +87,8 @@ def _end(run: RunRecord) -> str | None:
     total = run.total_steps
     place = f"step {run.last_step:,}" + (f" of {total:,}" if total else "")
     return (
-        f"There is no summary.json and the last line is of {place}: the run was stopped, has died, "
-        f"or still runs."
+        f"The last line is of {place} and there is no summary.json: the run was stopped, died, or "
+        f"is still running."
     )
 
 
@@ -125,8 +129,8 @@ def _scores(run: RunRecord) -> str | None:
             worst = worst and (low if low is not None else score) > floor
     if not parts:
         return None
-    text = f"kNN finds the class of {score:.1f} % of the test images; {', '.join(parts)}."
-    return text if worst else f"{text} Not clearly above both: little that helps was learnt."
+    text = f"kNN gets {score:.1f} % of the test images right; {', '.join(parts)}."
+    return text if worst else f"{text} Not clearly above both: little of use was learnt."
 
 
 def _waiting(run: RunRecord) -> str | None:

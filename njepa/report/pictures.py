@@ -31,11 +31,9 @@ from njepa.report.figures import (
 from njepa.report.images import Gallery, StepViews, gallery, some_ids, step_views
 from njepa.report.network import Network, open_network, prediction_errors
 from njepa.report.record import RunRecord
+from njepa.runs.folder import DECODE_PICTURE
 
 T = TypeVar("T")
-
-#: In a run folder.
-DECODED = "decode.png"
 
 #: Images of each figure, neighbours of an image.
 SHOWN, NEIGHBOURS = 6, 6
@@ -74,8 +72,8 @@ class Pictures:
 def take_pictures(run: RunRecord, device: torch.device) -> Pictures:
     """Whatever can be drawn; never raises because of what is missing or damaged."""
     began, found = time.perf_counter(), Pictures()
-    if (run.path / DECODED).is_file():
-        found.decoded = found.attempt(DECODED, lambda: _decoded(run.path / DECODED))
+    if (run.path / DECODE_PICTURE).is_file():
+        found.decoded = found.attempt(DECODE_PICTURE, lambda: _decoded(run.path / DECODE_PICTURE))
     config = run.config
     if config is None:
         return found

@@ -104,8 +104,8 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
         ConfigError: it is no folder, or holds nothing of a run.
     """
     if not path.is_dir():
-        there = "a file" if path.exists() else "nothing"
-        raise ConfigError(f"{path} must be a run folder, got {there}; give run.dir of a training")
+        fault = "is a file" if path.exists() else "does not exist"
+        raise ConfigError(f"{path} {fault}; expected a run folder, the run.dir of a training")
     wanted = ("config.yaml", "metrics.jsonl", "summary.json")
     try:
         held = [entry for entry in wanted if (path / entry).is_file()]

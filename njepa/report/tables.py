@@ -91,6 +91,7 @@ def facts(run: RunRecord) -> dict[str, str]:
         "recipe": run.settings.get("recipe") or run.summary.get("recipe"),
         "method": run.method,
         "model": _model(run),
+        "batch": _batch(run),
         "steps": f"{run.last_step:,}" + (f" of {total:,}" if total else ""),
         "time": None if seconds is None else _duration(seconds),
         "images/s": None if speed is None else f"{speed:,.0f}",
@@ -112,6 +113,13 @@ def _model(run: RunRecord) -> str | None:
     own = [f"{part} {get('model.' + part)}" for part in ("width", "depth") if get(f"model.{part}")]
     size = f"{get('model.encoder')}/{get('model.patch_size')} at {get('data.image_size')} px"
     return size + (f" ({', '.join(own)})" if own else "")
+
+
+def _batch(run: RunRecord) -> str | None:
+    """Images of an optimizer step."""
+    if (batch := number(run.state.get("global_batch"))) is None:
+        return None
+    return f"{batch:,.0f} images"
 
 
 def _duration(seconds: float) -> str:

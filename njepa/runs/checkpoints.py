@@ -7,6 +7,7 @@ with the highest number: a pointer beside the names would be a second truth that
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shutil
@@ -71,8 +72,24 @@ def good_checkpoint(run: Path, files: Iterable[str] | None = None) -> Checkpoint
     Raises:
         ConfigError: all are damaged, or the newest good one is of an older version.
     """
+    found, damaged = newest_good(run, files)
+    if found is None and damaged:
+        lines = "\n  ".join(damaged)
+        raise ConfigError(
+            f"run.dir={run} has no checkpoint that is whole:\n  {lines}\nrestore one from a copy, "
+            f"or start a new run in another run.dir"
+        )
+    return found
+
+
+def newest_good(
+    run: Path, files: Iterable[str] | None = None, up_to: float = math.inf
+) -> tuple[CheckpointFiles | None, list[str]]:
+    """As ``good_checkpoint``, of those up to step ``up_to``; and what is wrong with newer ones."""
     damaged = list[str]()
     for path in reversed(all_checkpoints(run)):
+        if checkpoint_step(path) > up_to:
+            continue
         try:
             found = CheckpointFiles(path)
             found.verify(files)
@@ -80,14 +97,8 @@ def good_checkpoint(run: Path, files: Iterable[str] | None = None) -> Checkpoint
             log.warning("%s; taking the one before it", error)
             damaged.append(str(error))
         else:
-            return found
-    if damaged:
-        lines = "\n  ".join(damaged)
-        raise ConfigError(
-            f"run.dir={run} has no checkpoint that is whole:\n  {lines}\nrestore one from a copy, "
-            f"or start a new run in another run.dir"
-        )
-    return None
+            return found, damaged
+    return None, damaged
 
 
 def set_aside_after(run: Path, step: int, ending: str) -> list[Path]:

@@ -18,6 +18,9 @@ from njepa.config import Config, ConfigError, dump_config, free_on_resume
 from njepa.config.deepspeed_file import DeepSpeedFile
 from njepa.config.reading import read_yaml, read_yaml_file
 
+#: In a run folder: what ``njepa probe --kind decode`` draws and ``njepa report`` shows.
+DECODE_PICTURE = "decode.png"
+
 
 class RunFolder:
     """Claim ``config.run.dir`` for this process (rank 0 only); ``begin`` starts the run in it.
@@ -50,10 +53,15 @@ class RunFolder:
         return self._config
 
     def begin(self) -> None:
-        """Record what runs; from here on the folder holds a run."""
-        self._begun = True
+        """Record what runs; from here on the folder holds a run.
+
+        Raises:
+            OSError: it cannot be written; the folder holds a run only where it did before.
+        """
+        ds = json.dumps(dict(self._ds.raw), indent=2) + "\n"
+        write_atomically(self.path / "ds.json", ds)
         write_atomically(self.path / "config.yaml", dump_config(self._config))
-        write_atomically(self.path / "ds.json", json.dumps(dict(self._ds.raw), indent=2) + "\n")
+        self._begun = True
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")

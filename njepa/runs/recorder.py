@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from njepa.config import RunConfig
+from njepa.config import ConfigError, RunConfig
 from njepa.runs.folder import RunFolder
 from njepa.runs.summary import summary_table
 from njepa.runs.trackers import open_board
@@ -22,26 +24,36 @@ class Recorder:
     def __init__(self, folder: RunFolder | None, run: RunConfig) -> None:
         self._folder, self._run = folder, run
         self._tracker: Tracker | None = None
+        self.unwritten: str | None = None
+        """Why there is no summary, for people, where there should be one."""
 
     def begin(self, step: int, total_steps: int) -> None:
-        """The run begins, after ``step`` of its steps."""
-        if self._folder is not None:
+        """The run begins, after ``step`` of its steps.
+
+        Raises:
+            ConfigError: its folder cannot be written.
+        """
+        if self._folder is None:
+            return
+        path = self._folder.path
+        with _writable(path):
             self._folder.begin()
+        board = open_board(self._run.tracker, path, self._folder.config)
+        with _writable(path):
             self._tracker = Tracker(
-                self._folder.path,
+                path,
                 step,
                 total_steps,
                 tensorboard=self._run.tensorboard,
                 progress=self._run.progress,
-                board=open_board(self._run.tracker, self._folder.path, self._folder.config),
+                board=board,
             )
 
     def lines(self) -> list[dict[str, Any]]:
-        """Those of metrics.jsonl so far; none off rank 0."""
-        if self._folder is None:
+        """Those of metrics.jsonl so far, written or not; none off rank 0."""
+        if self._tracker is None:
             return []
-        metrics = self._folder.path / "metrics.jsonl"
-        return [json.loads(line) for line in metrics.read_text().splitlines()]
+        return [json.loads(line) for line in self._tracker.lines()]
 
     def say(self, text: str) -> None:
         """Print for the person who watches."""
@@ -61,6 +73,8 @@ class Recorder:
     def finish(self, summarise: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> Any:
         """Write the summary that ``summarise`` makes of the lines of metrics.jsonl.
 
+        Where the disk does not take it, ``unwritten`` says so.
+
         Returns:
             The summary; None off rank 0.
         """
@@ -68,9 +82,14 @@ class Recorder:
             return None
         self._tracker.end_bar()
         summary = summarise(self.lines())
-        self._folder.write_summary(summary)
+        file = self._folder.path / "summary.json"
+        try:
+            self._folder.write_summary(summary)
+        except OSError as error:
+            self.unwritten = f"{file} cannot be written: {error}"
         self.say(summary_table(summary))
-        self.say(f"all numbers are in {self._folder.path / 'summary.json'}")
+        if self.unwritten is None:
+            self.say(f"all numbers are in {file}")
         return summary
 
     def close(self) -> None:
@@ -80,3 +99,13 @@ class Recorder:
             self._tracker = None
         if self._folder is not None:
             self._folder.close()
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir={folder} cannot be written: {error}; make room, or choose another run.dir"
+        ) from None

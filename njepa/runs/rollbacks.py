@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 from njepa.atomic import write_atomically
 from njepa.config import ConfigError
-from njepa.runs.checkpoint_files import CheckpointFiles, DamagedCheckpoint
-from njepa.runs.checkpoints import all_checkpoints, checkpoint_step, set_aside_after
+from njepa.runs.checkpoints import checkpoint_step, newest_good, set_aside_after
 
 FILE = "rollbacks.json"
 
@@ -58,22 +57,18 @@ def roll_back(run: Path, step: int, row_began: int, limit: int) -> Rollback:
     if len(before) >= limit:
         times = f"{len(before)} time{'s' * (len(before) != 1)}"
         return Rollback(None, f"the run went back {times} already (run.max_rollbacks={limit})")
-    good: Path | None = None
-    for path in reversed(all_checkpoints(run)):
-        if good is None and checkpoint_step(path) <= row_began:
-            try:
-                CheckpointFiles(path).verify()
-                good = path
-            except DamagedCheckpoint:
-                continue
+    good, _ = newest_good(run, up_to=row_began)
     if good is None:
         return Rollback(None, "there is no checkpoint before them to go back to")
-    to = checkpoint_step(good)
+    to = checkpoint_step(good.folder)
     entry = {"from": step, "to": to, "salt": len(before) + 1}
-    write_atomically(run / FILE, json.dumps([*before, entry]) + "\n")
+    try:
+        write_atomically(run / FILE, json.dumps([*before, entry]) + "\n")
+    except OSError as error:  # a full disk
+        return Rollback(None, f"{run / FILE} cannot be written: {error}")
     set_aside_after(run, to, ".abandoned")
     return Rollback(
         to,
-        f"going back to {good} and on from there with another order of the data "
+        f"going back to {good.folder} and on from there with another order of the data "
         f"(rollback {len(before) + 1} of {limit}, run.max_rollbacks)",
     )

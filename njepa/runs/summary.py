@@ -7,6 +7,10 @@ from typing import Any
 import torch
 
 
+class SummaryFailed(RuntimeError):
+    """summary.json could not be written; the run is done, and all else of it is whole."""
+
+
 def summary_table(summary: dict[str, Any]) -> str:
     """What a person wants to see first of summary.json."""
     first, last = summary["loss_first"], summary["loss_last"]
@@ -25,7 +29,7 @@ def summary_table(summary: dict[str, Any]) -> str:
     for key, name in names.items():
         if key in summary:
             low, high = summary[f"{key}_ci95"]
-            rows[name] = f"{summary[key]:.2f} %   (95 % interval {low:.2f} to {high:.2f})"
+            rows[name] = f"{summary[key]:.1f} %   (95 % interval {low:.1f} to {high:.1f})"
     return "\n".join(f"{name:>29}  {text}" for name, text in rows.items())
 
 
@@ -33,4 +37,5 @@ def device_name(device: torch.device) -> str:
     """``NVIDIA H200``, or the CPU's architecture and its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' * (threads > 1)}"

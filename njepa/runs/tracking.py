@@ -54,6 +54,10 @@ class Tracker:
         self._lines, self._total = progress and self._bar.disable, total
         self._first: tuple[int, float] | None = None  # of these lines: step, time
 
+    def lines(self) -> list[str]:
+        """All of metrics.jsonl, and those that it did not take yet."""
+        return [*self._path.read_text().splitlines(), *self._unwritten]
+
     def advance(self) -> None:
         self._bar.update()
 

@@ -22,7 +22,7 @@ from njepa.runs.place import at_step, here, phase
 from njepa.runs.saving import CheckpointFailed, keep_saved
 from njepa.runs.signals import Stopped, StopSignals
 from njepa.runs.stopping import StopRequest
-from njepa.runs.summary import device_name
+from njepa.runs.summary import SummaryFailed, device_name
 from njepa.training.agreed_batches import agreed_batches
 from njepa.training.compiling import compilations
 from njepa.training.dumping import dump_bad_steps
@@ -61,16 +61,18 @@ class Loop:
             NonFiniteLoss: too many steps in a row had no finite loss and gradient.
             DataError: the loader cannot go on; the steps done are saved.
             Collapsed: with ``run.on_collapse=stop``; the steps done are saved.
+            ConfigError: the run folder cannot be written. SummaryFailed: at the end, alone.
         """
         say, total = self._recorder.say, self._length.total_steps
-        self._recorder.begin(self.step, total)
-        self._alarm = CollapseAlarm(self._config.run.on_collapse, self._recorder.lines())
-        say(start_table(self.setup))
-        stop, began, first_step = StopRequest(self._ranks, signals), time.perf_counter(), self.step
-        if signals is not None:
-            signals.lost = self._lost
-        self._watch.lap()
+        stop, first_step = StopRequest(self._ranks, signals), self.step
         try:
+            self._ranks.on_main(lambda: self._recorder.begin(first_step, total))
+            self._alarm = CollapseAlarm(self._config.run.on_collapse, self._recorder.lines())
+            say(start_table(self.setup))
+            began = time.perf_counter()
+            if signals is not None:
+                signals.lost = self._lost
+            self._watch.lap()
             asked = stop.agreed_now() or self._train(stop)
             here.phase = "ending"
             self.setup.writer.finish()
@@ -85,6 +87,8 @@ class Loop:
             images = (self.step - first_step) * self.setup.plan.sizes.total
             summary = self._summarise(stop, images, time.perf_counter() - began)
             self._report()
+            if told := self._ranks.on_main(lambda: self._recorder.unwritten):
+                raise SummaryFailed(f"{told}; make room, and run.resume=true writes it")
             return summary
         except (NonFiniteLoss, Collapsed):
             self._report()

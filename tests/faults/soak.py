@@ -24,17 +24,15 @@ import os
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from njepa.runs.signals import STEPS_LOST, STOPPED
 from tests.faults.kills import Case, Run
+from tests.support.disks import fill, mounted
 from tests.support.forked import prepare
 from tests.support.jobs import make_images
 from tests.support.written import differences
@@ -105,14 +103,6 @@ class Soaked(Run):
         assert self.status in (1, STOPPED, STEPS_LOST), f"status {self.status}\n{self.text()}"
         assert "Traceback" not in self.text(), self.text()
 
-    def fill(self) -> None:
-        with open(self.filler, "wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(bytes(1 << 16))
-            except OSError:
-                pass
-
     def sample(self) -> None:
         """Bytes, handles and threads of the process and its loader."""
         found = [0, 0, 0]
@@ -134,23 +124,10 @@ class Soaked(Run):
             time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
 
 
-@contextmanager
-def small_disk(folder: Path) -> Iterator[bool]:
-    """Whether ``folder`` is a file system of its own, of 512 MB."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512m", "tmpfs", str(folder)]
-    own = os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
-    try:
-        yield own
-    finally:
-        if own:
-            subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def inject(run: Soaked, kind: str, rng: random.Random) -> None:
     """One fault; a run that it ends is started again."""
     if "full" in kind:
-        run.fill()
+        fill(run.filler)
     if "slow" in kind:
         run.slow.touch()
     run.rest(rng.uniform(0.5, 4.0))
@@ -225,7 +202,7 @@ def main() -> int:
     args = parser.parse_args()
     prepare()
     rng, seconds = random.Random(args.seed), 60 * args.minutes
-    with tempfile.TemporaryDirectory() as name, small_disk(Path(name) / "disk") as own:
+    with tempfile.TemporaryDirectory() as name, mounted(Path(name) / "disk", "512m") as own:
         root = Path(name)
         make_images(root / "images", IMAGES)
         cut = root / "images" / "class0" / "0000.jpg"

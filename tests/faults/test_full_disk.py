@@ -11,8 +11,10 @@ import time
 import pytest
 
 from njepa.runs.checkpoints import all_checkpoints, checkpoint_step, good_checkpoint
-from tests.support import ROOT, program_env
-from tests.support.jobs import TINY, make_images
+from tests.support import program_env
+from tests.support.disks import fill, small_disk
+from tests.support.jobs import TINY
+from tests.support.whole_runs import TRAIN, prepare, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.multirank]
 
@@ -20,31 +22,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.multirank]
 @pytest.fixture
 def disk(tmp_path):
     """4 MB; a checkpoint of the tiny run has about half of one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a file system is not permitted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def fill(path):
-    """Until nothing fits any more."""
-    with open(path, "wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            pass
+    with small_disk(tmp_path / "disk", "4m") as folder:
+        yield folder
 
 
 def test_a_training_on_a_disk_that_fills_up(tmp_path, disk):
-    make_images(tmp_path / "images", 16)
-    (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 4}')
+    prepare(tmp_path)
     run = disk / "run"
     command = [
-        sys.executable, str(ROOT / "njepa/train.py"), "--ds_config", str(tmp_path / "ds.json"),
+        sys.executable, *TRAIN, "--ds_config", str(tmp_path / "ds.json"),
         *TINY, f"data.path={tmp_path}/images", f"data.cache_dir={tmp_path}/cache",
         f"run.dir={run}", "run.max_steps=1000000", "run.checkpoint_every=5", "run.device=cpu",
         "run.log_every=5",
@@ -87,3 +73,44 @@ def test_a_training_on_a_disk_that_fills_up(tmp_path, disk):
     good = good_checkpoint(run)
     assert f"The last good one is {good.folder}" in last
     assert list((run / "checkpoints").glob(".step-*")) == []  # nothing half written
+
+
+#: ``njepa train`` whose disk is full when the summary is due.
+FILLING = """
+import sys
+from pathlib import Path
+from njepa.runs.recorder import Recorder
+from njepa.train import main
+from tests.support.disks import fill
+finish = Recorder.finish
+def filling(self, summarise):
+    fill(Path(sys.argv[1]))
+    return finish(self, summarise)
+Recorder.finish = filling
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_disk_that_is_full_at_the_begin_and_at_the_summary(tmp_path, disk):
+    prepare(tmp_path)
+    run, filler = disk / "run", disk / "filler"
+    fill(filler)
+    ended = train(tmp_path, run, TRAIN)
+    assert ended.returncode == 2, ended.stderr
+    told = f"njepa: run.dir={run} cannot be written: [Errno 28] No space left on device; make room"
+    assert ended.stderr.splitlines()[-1].startswith(told)
+    assert "Traceback" not in ended.stderr
+    assert not run.exists()
+    filler.unlink()
+    ended = train(tmp_path, run, ["-c", FILLING, str(filler)])
+    assert ended.returncode == 1, ended.stderr
+    told = f"njepa: {run}/summary.json cannot be written: [Errno 28] No space left on device; make"
+    assert ended.stderr.splitlines()[-1].startswith(told)
+    assert "Traceback" not in ended.stderr
+    assert "in 3 steps" in ended.stdout  # the numbers are seen at least
+    assert checkpoint_step(good_checkpoint(run).folder) == 3
+    assert not list(run.glob(".*.tmp"))
+    filler.unlink()
+    ended = train(tmp_path, run, TRAIN, "run.resume=true")
+    assert ended.returncode == 0, ended.stderr
+    assert (run / "summary.json").is_file()

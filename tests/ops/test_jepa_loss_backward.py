@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from njepa_kernels import jepa_loss
 from njepa_kernels.ops.jepa_loss import op as loss_op
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.loss_inputs import each_dtype, each_fused, gradients_of, leaves_of, make_inputs
 
@@ -179,3 +181,52 @@ def test_targets_and_predictions_may_change_after_the_forward(impl: Any) -> None
     gc.collect()
     got = torch.autograd.grad(loss, leaves)
     assert all(torch.equal(a, b) for a, b in zip(got, both, strict=True))
+
+
+class _Zeros(TorchDispatchMode):
+    """Elements of the tensors that are filled with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if "zero" in str(func):
+            self.elements += out.numel()
+        return out
+
+
+@each_fused
+@pytest.mark.parametrize("two", [False, True], ids=["one", "two"])
+def test_no_zeros_in_the_place_of_gradients_that_nobody_has(two: bool, impl: Any) -> None:
+    """The slopes are outputs of the operator; autograd would make a gradient of each."""
+    inputs = make_inputs(two=two)
+    leaves = leaves_of(inputs)
+    loss = jepa_loss(**inputs, impl=impl).loss
+    with _Zeros() as zeros:
+        torch.zeros(2)
+        torch.autograd.grad(loss, leaves)
+    assert zeros.elements == 2
+
+
+class _Cut(torch.autograd.Function):
+    """The identity, which hands no gradient on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> None:
+        return None
+
+
+@each_fused
+def test_a_loss_without_a_gradient_gives_none(impl: Any) -> None:
+    inputs = make_inputs(two=True)
+    leaves = leaves_of(inputs)
+    _Cut.apply(jepa_loss(**inputs, impl=impl).loss).backward()
+    assert [leaf.grad for leaf in leaves] == [None, None]

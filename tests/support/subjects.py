@@ -1,13 +1,15 @@
-"""Run folders with an encoder that nobody trained, and small labelled sources, for probes."""
+"""For probes: runs with an encoder that nobody trained, small labelled sources, the command."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from njepa import cli
 from njepa.config import dump_config, load_config
 from njepa.models.encoder import build_encoder
 from tests.support.written import write_checkpoint
@@ -40,3 +42,23 @@ def make_stripes(folder: Path, n: int, classes: int = 3, seed: int = 0) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
     return folder
+
+
+def probe_arguments(
+    root: Path, subject: str, *more: str, train: str = "train", test: str = "test"
+) -> list[str]:
+    """``njepa probe`` of a subject in ``root``, which holds the sources and the cache, too."""
+    return [
+        "probe", str(root / subject), "--train", str(root / train), "--test", str(root / test),
+        "--cache", str(root / "cache"), "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+def refusal(capsys: Any, argv: list[str]) -> str:
+    """The one message of a command whose input cannot work."""
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("njepa: ")
+    assert "Traceback" not in err
+    assert not out
+    return str(err)

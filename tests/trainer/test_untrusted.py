@@ -18,6 +18,7 @@ import pytest
 
 from njepa.atomic import write_atomically
 from njepa.config import ConfigError, load_config
+from njepa.data import parquet
 from njepa.data.convert import convert
 from njepa.data.decode import decode, jpeg_size
 from njepa.data.errors import DecodeError, SourceError
@@ -103,6 +104,27 @@ def test_a_zip_with_a_member_without_a_name(tmp_path):
     path.write_bytes(content)
     with pytest.raises(SourceError, match="'': it has no name"):
         convert(path, tmp_path / "out", progress=False)
+
+
+def test_parquet_that_unpacks_to_gigabytes(tmp_path, monkeypatch):
+    """Its footer may say so, or hide it: the value of a dictionary has its size once there."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(parquet, "UNPACKED_BYTES", 64 << 20)
+    hidden = pa.DictionaryArray.from_arrays(pa.array([0] * 100), pa.array([bytes(1 << 20)]))
+    for name, told in (("hidden", "to more than its footer says"), ("told", "to 100 MiB")):
+        file = tmp_path / f"{name}.parquet"
+        image = hidden if name == "hidden" else hidden.dictionary_decode()
+        pq.write_table(
+            pa.table({"image": image}), file, use_dictionary=name == "hidden", store_schema=False,
+            compression="zstd",
+        )  # fmt: skip
+        assert file.stat().st_size < 1 << 20
+        for read in (lambda f: convert(f, tmp_path / "out"), lambda f: parquet.read_row(f, 3)):
+            with pytest.raises((SourceError, OSError), match=f"unpacks {told}, at most 64 MiB"):
+                read(file)
+        if name == "hidden":
+            assert pa.default_memory_pool().max_memory() < 90 << 20
 
 
 def test_a_list_names_files_and_nothing_else_is_opened(tmp_path):

@@ -9,7 +9,7 @@
 
   const several = data.runs.length > 1;
   const COLOURS = 6;
-  const HEIGHT = 220;
+  const HEIGHT = matchMedia("(max-width: 600px)").matches ? 190 : 220;
   const drawn = [];
 
   const digits = (value, n) => {
@@ -33,7 +33,8 @@
     ...more,
   });
 
-  // One run: a colour a curve. Several: a colour a run, a dash a kind of curve.
+  // One run: a colour a curve. Several: a colour a run. A dash a kind of curve, so that what lies
+  // behind another one is seen.
   const shade = (series) => (several ? series.run : series.part) % COLOURS;
 
   function line(series, dots) {
@@ -44,7 +45,7 @@
       label: series.label,
       stroke: () => colour(`--c${number}`),
       width: 1.75,
-      dash: dashes[((several ? series.part : 0) + turn) % dashes.length] || undefined,
+      dash: dashes[(series.part + turn) % dashes.length] || undefined,
       spanGaps: true,
       points: { show: dots, size: 5, fill: () => colour(`--c${number}`) },
       // Without a cursor: the last one.
@@ -87,7 +88,7 @@
         }),
       ],
       series: [
-        { label: "step", value: (_, value) => (value == null ? "last" : value.toLocaleString("en")) },
+        { value: (_, value) => (value == null ? "last" : `step ${value.toLocaleString("en")}`) },
         ...chart.series.map((series) => line(series, chart.dots)),
       ],
       hooks: { ready: [(u) => u.setLegend({ idx: null })] },
@@ -172,8 +173,9 @@
         frame.style.top = `${100 * Math.floor(patch / side) / side}%`;
         frame.style.width = frame.style.height = `${100 / side}%`;
       });
-      panel.querySelector(".low").textContent = low.toFixed(2);
-      panel.querySelector(".high").textContent = high.toFixed(2);
+      const places = Math.min(5, Math.max(2, 1 - Math.floor(Math.log10(high - low || 1))));
+      panel.querySelector(".low").textContent = low.toFixed(places);
+      panel.querySelector(".high").textContent = high.toFixed(places);
       panel.querySelector(".chosen").textContent =
         `with image ${image + 1}, row ${Math.floor(patch / side) + 1}, column ${patch % side + 1}`;
     }

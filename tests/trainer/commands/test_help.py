@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import io
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from njepa import cli
+from njepa.commands.info import all_keys, as_typed
+from njepa.config import load_config
 from tests.support.subjects import make_stripes
 
 
@@ -102,3 +105,15 @@ def test_bars_are_for_terminals(
     monkeypatch.setattr(sys, "stderr", shown)
     assert cli.main(command.split()) == 0
     assert bar in shown.getvalue()
+
+
+def test_a_default_can_be_typed_as_it_is_printed():
+    """What `njepa info --keys` shows is YAML: as an override it gives the default again."""
+    keys = list(all_keys())
+    config = load_config("shapes-tiny", [f"{key.name}={as_typed(key.default)}" for key in keys])
+    for key in keys:
+        value = functools.reduce(getattr, key.name.split("."), config)
+        if isinstance(value, float | tuple):
+            assert value == pytest.approx(key.default, rel=1e-5), key.name
+        else:
+            assert value == key.default, key.name

@@ -124,8 +124,8 @@ def test_loaders_see_the_same_as_from_files(tmp_path, two_files, backend):
 def decoded(monkeypatch):
     """The row groups that are decoded."""
     groups = []
-    real = parquet._read_group
-    monkeypatch.setattr(parquet, "_read_group", lambda *a: (groups.append(a[1]), real(*a))[1])
+    real = parquet._batches
+    monkeypatch.setattr(parquet, "_batches", lambda *a: (groups.append(a[1]), real(*a))[1])
     return groups
 
 

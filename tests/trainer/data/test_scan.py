@@ -18,6 +18,7 @@ from njepa.data.errors import SourceError
 from njepa.data.scan import scan
 from njepa.data.sources import open_source
 from tests.support import program_env
+from tests.support.disks import resize, small_disk
 from tests.support.pictures import class_folders, encoded, picture, shard, write
 
 GOOD = encoded(picture(9, 80, 60))
@@ -173,6 +174,41 @@ def test_a_list_that_cannot_be_written_is_said_before_the_work(tmp_path, mixed, 
     with pytest.raises(SourceError, match="none of the 1 images"):
         scan(root, root / "good.txt", progress=False)
     assert os.listdir(root) == ["a.jpg"]
+
+
+def test_a_disk_that_is_full_at_the_journal_and_at_the_list(tmp_path, decoded, capsys):
+    cut = {f"{i:03d}.jpg": GOOD[:-2] for i in range(128)}  # a long line of the journal for each 64
+    root = write(tmp_path / "in", cut | {f"{i:03d}.jpg": GOOD for i in range(128, 150)})
+    with small_disk(tmp_path / "disk", "4k") as disk:
+        out, journal = disk / "good.txt", disk / ".good.txt.scan"
+        command = ["scan", str(root), "--out", str(out), "--workers", "1"]
+
+        def fails(size, told, seen):
+            resize(disk, size)
+            decoded.clear()
+            assert cli.main(command) == 2
+            assert capsys.readouterr().err.splitlines()[-1].startswith(f"njepa: {told}")
+            assert decoded[:1] == seen[:1]
+            assert decoded[-1:] == seen[-1:]
+            return os.listdir(disk)
+
+        journal_full = f"scan: {journal} cannot be written: No space left on device; make room"
+        assert fails("4k", journal_full, [0, 127]) == [journal.name]
+        assert journal.read_bytes().count(b"\n") == 2
+        list_full = f"--out {out} cannot be written: No space left on device; make room"
+        assert fails("8k", list_full, [64, 149]) == [journal.name]
+        assert journal.read_bytes().count(b"\n") == 4
+        resize(disk, "64k")
+        decoded.clear()
+        assert cli.main(command) == 0
+        assert decoded == []
+        assert len(out.read_text().splitlines()) == 22
+        assert not journal.exists()
+        (disk / "filler").write_bytes(bytes(1))
+        resize(disk, "8k")  # no page for the journal's first line
+        assert cli.main(command) == 2
+        assert f"--out {out} cannot be written" in capsys.readouterr().err
+        assert sorted(os.listdir(disk)) == ["filler", "good.txt"]
 
 
 @pytest.mark.slow

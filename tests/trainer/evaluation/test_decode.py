@@ -18,7 +18,7 @@ from njepa.evaluation.decode_probe import CELL, FOOT, FRAME, GAP, HEAD, decode_p
 from njepa.evaluation.predicting import open_predicting
 from njepa.evaluation.task import open_task
 from njepa.exchange.export import export
-from tests.support.subjects import make_run, make_stripes
+from tests.support.subjects import make_run, make_stripes, probe_arguments, refusal
 from tests.support.weight_sources import config_of, network, write_run
 
 
@@ -47,19 +47,7 @@ def world(tmp_path_factory):
 
 
 def arguments(root, run="ijepa", *more):
-    return [
-        "probe", str(root / run), "--kind", "decode", "--train", str(root / "train"),
-        "--test", str(root / "test"), "--cache", str(root / "cache"), "--device", "cpu", *more,
-    ]  # fmt: skip
-
-
-def refusal(capsys, argv):
-    assert cli.main(argv) == 2
-    out, err = capsys.readouterr()
-    assert err.startswith("njepa: ")
-    assert "Traceback" not in err
-    assert not out
-    return err
+    return probe_arguments(root, run, "--kind", "decode", *more)
 
 
 def a_batch(config, n=5, seed=0):

@@ -18,7 +18,7 @@ from njepa.evaluation import probe as probe_module
 from njepa.evaluation import tokens as tokens_module
 from njepa.evaluation.subject import open_subject
 from njepa.evaluation.task import open_task
-from tests.support.subjects import make_run, make_stripes
+from tests.support.subjects import make_run, make_stripes, probe_arguments, refusal
 
 
 @pytest.fixture(scope="module")
@@ -30,20 +30,8 @@ def world(tmp_path_factory):
     return root
 
 
-def arguments(root, *more, subject="run", train="train", test="test"):
-    return [
-        "probe", str(root / subject), "--train", str(root / train), "--test", str(root / test),
-        "--cache", str(root / "cache"), "--k", "5,20", "--device", "cpu", *more,
-    ]  # fmt: skip
-
-
-def refusal(capsys, argv):
-    assert cli.main(argv) == 2
-    out, err = capsys.readouterr()
-    assert err.startswith("njepa: ")
-    assert "Traceback" not in err
-    assert not out
-    return err
+def arguments(root, *more, subject="run", **sides):
+    return probe_arguments(root, subject, "--k", "5,20", *more, **sides)
 
 
 def test_numbers_are_those_of_the_encoder(world, capsys):
@@ -149,6 +137,7 @@ def test_options_that_make_no_sense(world, capsys):
         (("--seed", "-1"), "--seed must be 0 or more, got -1"),
         (("--json", str(world / "no" / "x.json")), "cannot be written in"),
         (("--json", str(world)), "is a folder"),
+        (("--json", "/proc/x"), "cannot be written in /proc: "),
     ):
         assert message in refusal(capsys, arguments(world, *more))
 

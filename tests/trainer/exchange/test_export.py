@@ -7,6 +7,9 @@ import torch
 import yaml
 
 from njepa.cli import main
+from njepa.config import ConfigError
+from njepa.evaluation.predicting import open_predicting
+from njepa.exchange.initial import read_initial_weights
 from njepa.exchange.reading import open_weights, read_encoder
 from tests.support.weight_sources import (
     MEAN,
@@ -18,6 +21,7 @@ from tests.support.weight_sources import (
     write_run,
 )
 
+SHARED = {"width": 24, "depth": 2, "heads": 3, "context": "shared"}
 WITHIN = {"rtol": 0, "atol": 1e-5}
 
 
@@ -115,6 +119,38 @@ def test_published_layout(run, exported, which, under_encoder, beside):
         assert torch.equal(read.state["norm.weight"], own.norm.weight)
         assert (list(read.mean), read.heads) == (MEAN, 2)
     assert weights.predictor_heads == 3
+
+
+def test_a_predictor_with_a_shared_context_says_so(run, tmp_path, capsys, caplog):
+    """Same tensors, another model: whoever reads them is told, and read back it is what it was."""
+    config = config_of(model={"predictor": SHARED})
+    folder, out = tmp_path / "run", tmp_path / "out"
+    jepa, target = network(config)
+    write_run(folder, config, jepa, target)
+    assert main(["export", str(folder), str(out), "--format", "ijepa"]) == 0
+    told = "trained with `model.predictor.context=shared`"
+    assert told in capsys.readouterr().out
+    assert told in (out / "README.md").read_text()
+    for source in (folder, out):
+        assert open_predicting(str(source)).config.model.predictor.context == "shared"
+        for context, warned in (("shared", False), ("per_block", True)):
+            caplog.clear()
+            model = {"init_from": str(source), "predictor": SHARED | {"context": context}}
+            assert read_initial_weights(config_of(model=model)).predictors
+            assert ("trained with model.predictor.context=shared" in caplog.text) == warned
+    file = out / "ijepa.pth.tar"
+    content = torch.load(file, weights_only=True)
+    content["njepa"]["predictor_context"] = "both"
+    torch.save(content, file)
+    with pytest.raises(ConfigError, match="one of per_block, shared, got 'both'"):
+        open_weights(file)
+
+
+def test_the_published_predictor_needs_no_word(run, exported):
+    folder = exported("ijepa")
+    assert "predictor.context" not in (folder / "README.md").read_text().split("## Use")[0]
+    content = torch.load(folder / "ijepa.pth.tar", weights_only=True)
+    assert content["njepa"]["predictor_context"] == "per_block"
 
 
 def test_onnx(run, exported):

@@ -314,7 +314,7 @@ def test_the_table_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([*TINY_PLAN, "--json", "nowhere/step.json"], "there is no folder nowhere"),
+        ([*TINY_PLAN, "--json", "nowhere/step.json"], "cannot be written in nowhere"),
         ([*TINY_PLAN, "--micro", "0"], "--micro must be at least"),
         ([*TINY_PLAN, "--micro", "1", "method=cjepa"], "--micro must be at least 2, got 1"),
         ([*TINY_PLAN, "mask.ragged=true"], "mask.ragged=true is not covered"),

@@ -86,9 +86,7 @@ def test_nothing_to_judge_by():
 def test_scores_beside_their_floors():
     summary = {"knn_top1": 60.0, "knn_top1_ci95": [58, 62], "knn_top1_init": 30.0}
     told = judged(lines(), summary).remarks
-    assert told == [
-        "kNN finds the class of 60.0 % of the test images; the untrained network 30.0 %."
-    ]
+    assert told == ["kNN gets 60.0 % of the test images right; the untrained network 30.0 %."]
     told = judged(lines(), summary | {"knn_top1_pixels": 59.0}).remarks
     assert "raw pixels 59.0 %. Not clearly above both" in told[0]
 
@@ -124,3 +122,17 @@ def test_on_measured_runs():
     assert set(titles) <= {"Healthy", "Recovering", "Collapsing"}
     assert halves["Collapsing"] == {"Collapsing"}  # and nobody else, at half of the length
     assert "Collapsing" not in halves["Healthy"] | halves["Recovering"]
+
+
+def test_a_shrunk_run_is_told_to_wait_only_while_it_runs():
+    content = lines(std=0.2)
+    assert "this one ended there." in judged(content).because[-1]
+    running = judged(content[:-5], {}, [NO_SUMMARY])
+    assert running.title == "Unfinished, shrinking"
+    assert "look again later." in running.because[-1]
+
+
+@pytest.mark.parametrize(("cosine", "shown"), [(0.903, "of 0.90 on"), (0.99768, "of 0.9977 on")])
+def test_the_cosine_has_the_digits_that_its_limits_need(cosine, shown):
+    content = [line | {"feature_cosine": cosine} for line in lines()]
+    assert shown in judged(content).because[2]

@@ -15,8 +15,8 @@ from njepa.draws.masks import MaskSampler
 from njepa.draws.order import SampleOrder
 from njepa.objectives import prediction_loss
 from njepa.report.drawing import VIRIDIS, coloured
-from njepa.report.figures import mask_figures
-from njepa.report.images import some_ids, step_views
+from njepa.report.figures import mask_figures, neighbour_rows
+from njepa.report.images import Gallery, some_ids, step_views
 from njepa.report.maps import KEPT, nearest, packed_tokens, pca_colours
 from njepa.report.network import open_network, prediction_errors
 from njepa.report.page import render, show
@@ -168,3 +168,16 @@ def test_the_picture_of_decode_is_shown_where_it_is(tmp_path):
     assert found.decoded is None
     assert any(line.startswith("decode.png: ") for line in found.missing)
     assert "What the predictor expects" not in render([show(run, found)])
+
+
+@pytest.mark.parametrize(
+    ("cosine", "places"), [(-0.2, 3), (0.7, 3), (0.981, 3), (0.993, 4), (0.99985, 5), (1.0, 5)]
+)
+def test_cosines_near_one_get_more_digits(cosine, places):
+    """As many as tell the neighbours of a query apart, the least similar of which this is."""
+    queries = Gallery(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), ["a"], [None])
+    bank = Gallery(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), ["b", "c"], [None, None])
+    features = torch.tensor([[1.0, 0.0], [cosine, (1 - cosine**2) ** 0.5]])
+    (row,) = neighbour_rows(queries, features[:1], bank, features, 2)
+    assert [one.name for one in row.neighbours] == ["b", "c"]
+    assert row.places == places

@@ -88,8 +88,8 @@ def test_no_run(tmp_path, kind):
         if kind == "other":
             (path / "notes.txt").write_text("")
     message = {
-        "nothing": "must be a run folder, got nothing",
-        "file": "must be a run folder, got a file",
+        "nothing": "does not exist; expected a run folder",
+        "file": "is a file; expected a run folder",
         "empty": "holds no run: expected config.yaml, .* got an empty folder",
         "other": "got notes.txt",
     }

@@ -1,7 +1,4 @@
-"""The page in a browser: drawn, clicked, silent. Needs Chromium, its driver, and selenium.
-
-apt-get install chromium chromium-driver; pip install selenium
-"""
+"""The page in a browser: drawn, clicked, silent. `apt-get install chromium chromium-driver`."""
 
 import shutil
 

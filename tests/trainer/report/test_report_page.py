@@ -46,7 +46,7 @@ def test_everything_is_there(whole, capsys):
     run, text = whole
     assert missing(text) == []
     assert ">Healthy</span>" in text
-    for word in (*PICTURES, "σ 0.5", "kNN", "41.2 %", "39.5 to 43.0", "optim.lr"):
+    for word in (*PICTURES, "σ 0.5", "kNN", "41.2 %", "39.5 to 43.0", "optim.<wbr>lr"):
         assert word in text, word
     assert len(text) < 5_000_000
     page(run)
@@ -139,6 +139,15 @@ def test_other_images_than_those_of_the_training(tmp_path):
     assert "data.path holds others now" in missing(page(run))[0]
 
 
+def test_noise_is_named_block_by_block_only_where_blocks_differ(whole, tmp_path):
+    assert 'class="chip' not in whole[1]
+    text = page(report_run(tmp_path, noise={"sigma": [1.0, 0.5]}))
+    chips = re.findall(r'<span class="chip b(\d)">σ (\S+)</span>', text)
+    assert len(chips) == 6 * 4
+    assert {sigma for _, sigma in chips} == {"1", "0.5"}
+    assert [int(b) for b, _ in chips] == [0, 1, 2, 3] * 6
+
+
 def test_numbers_alone(whole, tmp_path):
     text = page(whole[0], "--no-pictures", "--out", tmp_path / "a.html")
     assert not any(word in text for word in PICTURES)
@@ -155,7 +164,7 @@ def test_several_runs(whole, tmp_path):
     assert ">Collapsed</span>" in text
     table = text.partition('id="differences"')[2].partition("</table>")[0]
     rows = re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td><td>(.*?)</td></tr>", table)
-    assert rows == [("run.seed", "0", "3")]
+    assert rows == [("run.<wbr>seed", "0", "3")]
     data = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
     assert [series["label"] for series in data["charts"][0]["series"]] == ["run", "copy"]
 
@@ -186,7 +195,7 @@ def test_a_full_disk(whole, tmp_path, capsys, monkeypatch):
 def test_what_cannot_be(whole, tmp_path, capsys):
     run, _ = whole
     assert "holds no run" in refused(capsys, tmp_path, "--out", tmp_path / "a.html")
-    assert "must be a run folder" in refused(capsys, tmp_path / "nowhere")
+    assert "does not exist; expected a run folder" in refused(capsys, tmp_path / "nowhere")
     assert "needs --out FILE" in refused(capsys, run, run)
     assert "given twice" in refused(capsys, run, run, "--out", tmp_path / "a.html")
     assert "--out" in refused(capsys, run, "--out", tmp_path / "no" / "a.html")
@@ -217,3 +226,13 @@ def test_a_page_that_fails_fails_no_run(whole, tmp_path, monkeypatch, caplog, wh
     monkeypatch.setattr(write, what, broken)
     assert write.report_of_run(whole[0], torch.device("cpu")) == ""
     assert "report.html was not written: MemoryError: no paper" in caplog.text
+
+
+def test_the_last_score_is_a_point_of_the_curve(whole, tmp_path):
+    run = copied(whole, tmp_path)
+    score = json.loads((run / "summary.json").read_text())["knn_top1"]
+    write_lines(run, [*lines(), {"step": 300, "knn_top1": 33.0}])
+    text = page(run, "--no-pictures")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
+    (chart,) = (chart for chart in data["charts"] if chart["title"] == "kNN while training")
+    assert (chart["x"], chart["series"][0]["y"]) == ([300, 580], [33.0, score])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import resource
-import subprocess
 import traceback
 from pathlib import Path
 
@@ -14,7 +12,9 @@ import pytest
 import torch
 
 from njepa.runs import checkpoints, saving, snapshot
+from njepa.runs.rollbacks import read_rollbacks, roll_back
 from njepa.runs.saving import CheckpointFailed, CheckpointWriter
+from tests.support.disks import files_up_to, small_disk
 from tests.support.written import ALONE, TARGET, flip, names, save, write_checkpoint
 
 
@@ -57,12 +57,22 @@ def test_a_limit_on_the_size_of_files(tmp_path, caplog):
     """A real error of the system, in the middle of a file."""
     writer = CheckpointWriter(tmp_path, ALONE, keep=1)
     save(tmp_path, 1, writer)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # Python ignores SIGXFSZ
-    try:
+    with files_up_to(1000):
         fails(tmp_path, writer, 2, r"File too large.*ulimit -f", caplog)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_rollback_that_cannot_be_written_down_is_none(tmp_path):
+    """Without the note a resume would go through the bad steps again."""
+    writer = CheckpointWriter(tmp_path, ALONE, keep=9)
+    for step in (2, 4):
+        save(tmp_path, step, writer)
+    with files_up_to(10):
+        back = roll_back(tmp_path, 6, 3, limit=1)
+    assert back.to is None
+    assert "rollbacks.json cannot be written: [Errno 27] File too large" in back.told
+    assert names(tmp_path) == ["step-00000002", "step-00000004"]
+    assert read_rollbacks(tmp_path) == []
+    assert roll_back(tmp_path, 6, 3, limit=1).to == 2
 
 
 def test_lost_permission(tmp_path):
@@ -95,12 +105,7 @@ def test_lost_permission(tmp_path):
 
 def test_a_full_file_system(tmp_path, caplog):
     """A real one of 256 kB: room for one checkpoint, not for two."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a file system is not permitted here")
-    try:
+    with small_disk(tmp_path / "disk", "256k") as disk:
         writer = CheckpointWriter(disk, ALONE, keep=1)
         large = {"weight/b": torch.zeros(35_000)}  # 140 kB
 
@@ -117,8 +122,6 @@ def test_a_full_file_system(tmp_path, caplog):
         large["weight/b"] = torch.zeros(5_000)
         save_large(3)
         assert names(disk) == ["step-00000003"]
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import re
-import resource
 
 import pytest
 
@@ -10,6 +9,7 @@ from njepa.config import ConfigError, parse_config
 from njepa.config.deepspeed_file import parse_deepspeed
 from njepa.runs.folder import RunFolder, run_dir
 from njepa.runs.tracking import Tracker
+from tests.support.disks import files_up_to
 
 FILE = parse_deepspeed({})
 
@@ -90,14 +90,11 @@ def test_tracker_drops_lines_after_the_resumed_step(tmp_path):
 def test_lines_that_the_disk_did_not_take_come_with_the_next(tmp_path, caplog):
     tracker = Tracker(tmp_path, 0, 100, tensorboard=False, progress=False)
     tracker.log(1, {"loss": 1.0})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40, hard))  # half of the second line fits
-    try:
+    with files_up_to(40):  # half of the second line fits
         for step in (2, 3):
             tracker.log(step, {"loss": 2.0})
         assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert [json.loads(x)["step"] for x in tracker.lines()] == [1, 2, 3]
     assert "the next line will bring this one" in caplog.text
     tracker.log(4, {"loss": 3.0})
     tracker.close()

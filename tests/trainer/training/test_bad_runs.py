@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -15,8 +13,8 @@ from njepa.draws.streams import seed_of_try
 from njepa.runs.dumps import read_dump
 from njepa.runs.rollbacks import read_rollbacks, roll_back
 from njepa.runs.saving import CheckpointWriter
-from tests.support import ROOT, program_env
-from tests.support.jobs import TINY, make_images
+from tests.support import whole_runs
+from tests.support.whole_runs import TRAIN, prepare, python, ranks
 from tests.support.written import ALONE, names, save
 
 STEPS = 8
@@ -24,25 +22,12 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bad-runs")
-    make_images(path / "images", 16)
-    (path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 4}')
-    return path
-
-
-def python(root, *arguments):
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=root, text=True, capture_output=True, timeout=300,
-        env=program_env(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
-    )  # fmt: skip
+    return prepare(tmp_path_factory.mktemp("bad-runs"))
 
 
 def train(root, name, program, *overrides):
-    return python(
-        root, *program, "--ds_config", "ds.json", *TINY, "data.path=images", "data.cache_dir=cache",
-        f"run.dir={name}", f"run.max_steps={STEPS}", "run.checkpoint_every=1", "run.device=cpu",
-        "run.max_bad_steps=2", *overrides,
-    )  # fmt: skip
+    steps = [f"run.max_steps={STEPS}", "run.checkpoint_every=1", "run.max_bad_steps=2"]
+    return whole_runs.train(root, name, program, *steps, *overrides)
 
 
 def losses(root, name):
@@ -50,7 +35,6 @@ def losses(root, name):
     return {line["step"]: line.get("loss") for line in lines}
 
 
-TRAIN = [str(ROOT / "njepa/train.py")]
 #: The samples of the second epoch's first two steps, which no step of another order has.
 POISONED = ["-m", "tests.support.poisoned_train", "4,5"]
 
@@ -87,16 +71,16 @@ def test_two_ranks_write_one_dump_and_repeat_it(root, stage):
     """With DALI, also after the rollback."""
     ds = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}
     (root / "two.json").write_text(json.dumps(ds))
-    run, ranks = f"two-{stage}", ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    run, two = f"two-{stage}", ranks(2)
     changes = ["--ds_config", "two.json", "optim.lr=1e25", "data.backend=dali"]
-    ended = train(root, run, [*ranks, *TRAIN], *changes)
+    ended = train(root, run, [*two, *TRAIN], *changes)
     assert "not finite in 2 steps in a row up to step 3" in ended.stderr, ended.stderr
     assert read_rollbacks(root / run) == [{"from": 3, "to": 1, "salt": 1}]
     for name, salt in (("step-00000002.json", 0), ("step-00000002-try1.json", 1)):
         dump = read_dump(root / run / "bad" / name)
         order = SampleOrder(16, 2, 1, 2, 0, seed_of_try(0, salt))
         assert dump.sample_ids == [order.at(2).global_ids.tolist()]
-        again = python(root, *ranks, "-m", "njepa.cli", "replay", f"{run}/bad/{name}")
+        again = python(root, *two, "-m", "njepa.cli", "replay", f"{run}/bad/{name}")
         assert again.returncode == 0, again.stderr
         assert "as then: True" in again.stdout
         assert "bad again" in again.stdout

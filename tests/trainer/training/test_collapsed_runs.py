@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from njepa.runs.checkpoint_files import CheckpointFiles
-from tests.support import program_env
-from tests.support.jobs import TINY, make_images
+from tests.support import whole_runs
+from tests.support.whole_runs import prepare, ranks
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    path = tmp_path_factory.mktemp("collapsed-runs")
-    make_images(path / "images", 16)
-    (path / "ds.json").write_text('{"train_batch_size": 4}')
-    return path
+    return prepare(tmp_path_factory.mktemp("collapsed-runs"))
 
 
-def train(root, name, *overrides, ranks=1):
-    launch = ["-m"]
-    if ranks > 1:
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    return subprocess.run(
-        [
-            sys.executable, *launch, "tests.support.collapsed_train", "--ds_config", "ds.json",
-            *TINY, "data.path=images", "data.cache_dir=cache", f"run.dir={name}", "run.max_steps=6",
-            "run.device=cpu", "run.checkpoint_every=100", *overrides,
-        ],
-        cwd=root, text=True, capture_output=True, timeout=300,
-        env=program_env(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
-    )  # fmt: skip
+def train(root, name, *overrides, launch=()):
+    program = [*launch, "-m", "tests.support.collapsed_train"]
+    steps = ["run.max_steps=6", "run.checkpoint_every=100"]
+    return whole_runs.train(root, name, program, *steps, *overrides)
 
 
 def files(root, name, kind):
@@ -56,17 +42,17 @@ def test_a_warning_and_a_checkpoint_that_stays(root):
 @pytest.mark.slow
 @pytest.mark.multirank
 def test_a_stop_that_can_be_resumed(root):
-    name, ranks = "stopped", 2
-    ended = train(root, name, "run.on_collapse=stop", ranks=ranks)
+    name, two = "stopped", ranks(2)
+    ended = train(root, name, "run.on_collapse=stop", launch=two)
     assert ended.returncode == 1, ended.stderr
     assert "njepa: the features collapse at step 3" in ended.stderr
     assert "run.resume=true run.on_collapse=warn goes on" in ended.stderr
     assert files(root, name, "kept") == files(root, name, "checkpoints") == ["step-00000003"]
     assert not (root / name / "summary.json").exists()
-    again = train(root, name, "run.on_collapse=stop", "run.resume=true", ranks=ranks)
+    again = train(root, name, "run.on_collapse=stop", "run.resume=true", launch=two)
     assert again.returncode == 1, again.stderr
     assert "collapse at step 4" in again.stderr
-    on = train(root, name, "run.resume=true", "run.on_collapse=off", ranks=ranks)
+    on = train(root, name, "run.resume=true", "run.on_collapse=off", launch=two)
     assert on.returncode == 0, on.stderr
     assert "the features collapse" not in on.stderr
     lines = (root / name / "metrics.jsonl").read_text().splitlines()

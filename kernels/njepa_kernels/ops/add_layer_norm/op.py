@@ -153,7 +153,7 @@ def add_layer_norm(
 ) -> AddLayerNorm:
     """The residual add of a pre-norm transformer block, and the LayerNorm of the sum:
 
-        s = x + residual                                rounded to the type of ``residual``
+        s = x + residual                                rounded to the type of residual
         out = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias     over the last dimension, D
 
     (Ba et al., arXiv 1607.06450; var divides by D.) Between attention and MLP of a block, ``x`` is
@@ -167,7 +167,7 @@ def add_layer_norm(
         x: [..., D], fp32, bf16, fp16 or fp64.
         residual: shape of ``x``, of any of these types; or None.
         weight, bias: [D], of any of these types.
-        eps: > 0. The default is that of timm's Vision Transformers (``torch.nn.LayerNorm``: 1e-5).
+        eps: above 0; the default is timm's for Vision Transformers (``torch.nn.LayerNorm``: 1e-5).
         out_dtype: type of ``out``; None: that of ``x``.
         impl: which implementation runs; see ``njepa_kernels.available_impls``.
 

@@ -117,10 +117,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
     need_pred, need_noised, ctx.impl = inputs[9:]
     _, terms, dpred, dnoised = output
     ctx.mark_non_differentiable(terms, dpred, dnoised)
+    ctx.set_materialize_grads(False)  # else zeros as large as both slopes, which nobody reads
     ctx.save_for_backward(dpred if need_pred else None, dnoised if need_noised else None)
 
 
-def _gradients(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+def _gradients(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    if grad is None:  # the engine came here, but with no gradient
+        return (None,) * 12
     dpred, dnoised = ctx.saved_tensors
     if may_reuse_saved():
         slopes = [slope for slope in (dpred, dnoised) if slope is not None]
@@ -177,8 +180,8 @@ def jepa_loss(
     (facebookresearch/ijepa, src/train.py: layer_norm of all tokens, gather, smooth_l1_loss).
 
     Args:
-        pred: [M*B, Kt, D], row m*B + b, fp32, bf16, fp16 or fp64: the prediction from clean
-            queries.
+        pred: ``[M*B, Kt, D]``, row ``m*B + b``, fp32, bf16, fp16 or fp64: the prediction from
+            clean queries.
         h: [B, N, D] of any floating type: the target encoder's features. A constant: it gets no
             gradient, even if it requires one.
         target_idx: int64 [B, M, Kt] in [0, N).

@@ -204,15 +204,17 @@ def predictor_tokens(
 
     Args:
         context: [B, Kc, d], fp32, bf16, fp16 or fp64.
-        pos: [N, d] of any floating type. mask_token: [d], the same.
-        context_idx: int64 [B, Kc] in [0, N). target_idx: int64 [B, M, Kt] in [0, N).
+        pos: [N, d] of any floating type.
+        mask_token: [d], the same.
+        context_idx: int64 [B, Kc] in [0, N).
+        target_idx: int64 [B, M, Kt] in [0, N).
         sigma: fp32 (or fp64) [B, M], in units of ``pos``, or None.
         noise: what n is a function of; required with ``sigma``, without it not used.
         impl: which implementation runs; see ``njepa_kernels.available_impls``.
 
     Returns:
-        [M*B, Kc+Kt, d], row m*B + b, in the type of ``context``. Noise and sums are fp32 (sums fp64
-        if an input is fp64), rounded once at the end.
+        ``[M*B, Kc+Kt, d]``, row ``m*B + b``, in the type of ``context``. Noise and sums are fp32
+        (sums fp64 if an input is fp64), rounded once at the end.
 
     Gradients: ``context`` (summed over M), ``mask_token``, ``pos``, ``sigma``, summed in fp32; the
     noise is drawn again, not stored. Deterministic, except the reference on an accelerator.
