@@ -1,6 +1,6 @@
 """What ``model.target_dtype=fp8`` does to features and to a training, on a CPU.
 
-    python -m bench.target_dtype [--steps 256] [--methods ijepa cjepa]
+    python -m bench.target_dtype [--steps 256] [--batch 64] [--methods ijepa cjepa]
 
 First the error of the target's features against fp32, block by block: bf16, fp8 with a scale a row,
 as the trainer has it, and fp8 with one scale for all rows. Then trainings of the recipe
@@ -38,7 +38,7 @@ ARMS = {
     "bf16, fused blocks": ["model.target_dtype=bf16", "model.fused_block=true"],
 }
 DS = {
-    "train_micro_batch_size_per_gpu": 64, "gradient_clipping": 1.0,
+    "gradient_clipping": 1.0,
     "zero_optimization": {"stage": 1}, "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
 }  # fmt: skip
 
@@ -87,29 +87,30 @@ def print_errors(title: str, target: Encoder, images: Tensor) -> None:
 
 
 @contextmanager
-def running(method: str, steps: int, folder: Path, ranks: Ranks) -> Iterator[dict[str, Loop]]:
+def running(
+    method: str, batch: int, steps: int, folder: Path, ranks: Ranks
+) -> Iterator[dict[str, Loop]]:
     """A training of each arm, before its first step."""
     loops: dict[str, Loop] = {}
+    ds = parse_deepspeed({"train_micro_batch_size_per_gpu": batch, **DS})
     with ExitStack() as stack:
         for number, (name, overrides) in enumerate(ARMS.items()):
             given = [
                 f"method={method}", f"run.dir={folder}/{method}-{number}", "run.device=cpu",
                 f"run.max_steps={steps}", "data.workers=0", "run.tensorboard=false", *overrides,
             ]  # fmt: skip
-            loops[name] = Loop(
-                set_up(load_config("shapes-tiny", given), parse_deepspeed(DS), ranks)
-            )
+            loops[name] = Loop(set_up(load_config("shapes-tiny", given), ds, ranks))
             stack.callback(loops[name].setup.close)
         yield loops
 
 
 def train(
-    method: str, steps: int, every: int, folder: Path, ranks: Ranks
+    method: str, batch: int, steps: int, folder: Path, ranks: Ranks
 ) -> tuple[Encoder, Tensor]:
     """Print the runs beside each other; returns the first's fp32 target and last images."""
-    print(f"\n{method}, {steps} steps of 64 images\n| steps | run | loss | own | other |")
+    print(f"\n{method}, {steps} steps of {batch} images\n| steps | run | loss | own | other |")
     print("|---|---|---|---|---|")
-    with running(method, steps, folder, ranks) as loops:
+    with running(method, batch, steps, folder, ranks) as loops:
         states = {name: loop.setup.state for name, loop in loops.items()}
         losses: dict[str, list[float]] = {name: [] for name in loops}
         last: list[Tensor] = []  # the images of the step, which all runs share
@@ -118,7 +119,7 @@ def train(
             for name, loop in loops.items():
                 seen = loop.advance().micro_batches
                 losses[name].append(float(seen[0].metrics["loss"]))
-            if step % every and step != steps:
+            if step % max(1, steps // 8) and step != steps:
                 continue
             images = last[-1]
             last.clear()
@@ -140,9 +141,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--methods", nargs="*", default=["ijepa", "cjepa"])
     args = parser.parse_args()
-    every = max(1, args.steps // 8)
     ranks = join_ranks("cpu")
     vit = parse_config({"model": {"encoder": "vit_small"}})
     images = torch.randint(0, 256, (4, 224, 224, 3), dtype=torch.uint8)
@@ -151,7 +152,7 @@ def main() -> None:
     )
     with TemporaryDirectory() as folder:
         for method in args.methods:
-            trained = train(method, args.steps, every, Path(folder), ranks)
+            trained = train(method, args.batch, args.steps, Path(folder), ranks)
             title = f"the bf16 run of {method} after {args.steps} steps, its last batch"
             print_errors(title, *trained)
     leave_ranks()

@@ -178,14 +178,14 @@ def test_the_weights_follow_what_is_loaded() -> None:
 
 
 def test_a_block_is_one_graph() -> None:
-    """What ``run.compile=blocks`` and a CUDA graph need: no break, the same bits."""
+    """What ``run.compile=blocks`` needs; compilers then round a few products differently."""
     state = build()
     block, x = state.running.blocks[0], torch.randn(2, 36, 32)
     layout = SDPA.sequences(2, 36)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         want = block(x, layout)
-        got = torch.compile(block, fullgraph=True, backend="aot_eager")(x, layout)
-    torch.testing.assert_close(got, want, rtol=0, atol=2e-2)
+        got = torch.compile(block, fullgraph=True, backend="eager")(x, layout)
+    assert torch.equal(got, want)
 
 
 def test_what_is_chosen() -> None:
@@ -276,11 +276,12 @@ def job(root, name, overrides, stage, folder=None):
 def test_it_trains_under_every_stage_and_a_resumed_run_has_the_same_bits(tmp_path):
     make_images(tmp_path / "images", 26)
     fp8 = "model.target_dtype=fp8"
-    jobs = [job(tmp_path, f"zero{stage}", [fp8], stage) for stage in range(4)]
-    jobs += [job(tmp_path, "bf16", [], 0), job(tmp_path, "cut", [fp8, "run.stop_after=3"], 0)]
-    first = run_jobs(jobs, 2, tmp_path / "first")
+    jobs = [job(tmp_path, "cut", [fp8, "run.stop_after=3"], 0), job(tmp_path, "bf16", [], 0)]
+    # ZeRO 3 comes last: it changes how the process multiplies from then on.
+    jobs += [job(tmp_path, f"zero{stage}", [fp8], stage) for stage in range(4)]
+    first = run_jobs(jobs, 1, tmp_path / "first")
     resumed = job(tmp_path, "resumed", [fp8, "run.resume=true"], 0, folder="cut")
-    second = run_jobs([resumed], 2, tmp_path / "second")
+    second = run_jobs([resumed], 1, tmp_path / "second")
     losses = {name: torch.tensor(record["losses"]) for name, record in first.items()}
     for stage in (1, 2, 3):  # gradients are communicated in bf16 there
         torch.testing.assert_close(losses[f"zero{stage}"], losses["zero0"], rtol=1e-2, atol=0)
