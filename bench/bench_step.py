@@ -30,22 +30,22 @@ if MISSING:
 
 from bench.measure import Replay  # noqa: E402
 from bench.step_race import Race  # noqa: E402
-from bench.step_sizes import VARIANTS as KNOWN  # noqa: E402
+from bench.step_sizes import usual_variants  # noqa: E402
 from njepa.choice import Choice  # noqa: E402
 from njepa.config import load_config  # noqa: E402
 from njepa.data.loader import Loader  # noqa: E402
 from njepa.data.pixels import Pixels  # noqa: E402
 from njepa.draws.masks import MaskSampler  # noqa: E402
 from njepa.draws.order import SampleOrder  # noqa: E402
+from njepa.training.precision import matrix_units  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 SIZES = os.environ.get("NJEPA_BENCH_STEP_SIZES") or (
     "vits16-224-b128,vitb16-224-b128,vitl16-224-b128" if ON_GPU else "vits16-224-b8"
 )
-# On a CPU compiling takes long: only when asked for.
-USUAL = [name for name, variant in KNOWN.items() if ON_GPU or not variant.compiled]
-VARIANTS = [n for n in os.environ.get("NJEPA_BENCH_STEP_VARIANTS", "").split(",") if n] or USUAL
+NAMED = [n for n in os.environ.get("NJEPA_BENCH_STEP_VARIANTS", "").split(",") if n]
+VARIANTS = NAMED or usual_variants(DEVICE.type, matrix_units() is not None)
 ROUNDS = int(os.environ.get("NJEPA_BENCH_STEP_ROUNDS", "12" if ON_GPU else "3"))
 WARMUP, PHASE_STEPS = (3, 5) if ON_GPU else (1, 1)  # the first: for each shape
 
@@ -69,7 +69,8 @@ def test_step(benchmark: Any, races: dict[str, Race], size: str, impl: str) -> N
 
     ``shared``: ours with ``model.predictor.context=shared``, another model. ``blocks``: ours with
     ``run.compile=blocks``; ``static+blocks``: with ``mask.static_shapes``, too, and then the masks
-    of all variants have static shapes.
+    of all variants have static shapes. ``fused``: ours with ``model.fused_block``. ``...-bf16``: on
+    a CPU under bf16 autocast; the others are in fp32 there.
     """
     if size not in races:
         races.clear()

@@ -71,10 +71,11 @@ class Runner:
     """One variant: its step, and where its masks come from."""
 
     def __init__(
-        self, name: str, case: Case, weights: dict[str, Tensor], device: torch.device, low: bool
+        self, name: str, case: Case, weights: dict[str, Tensor], device: torch.device
     ) -> None:
         variant = VARIANTS[name]
         self.name, self.device, self.same = name, device, variant.same
+        self.low = low = variant.low or device.type == "cuda"
         self.config = step_config(case, variant.overrides or ())
         before = memory(device)
         self._published: PublishedStep | None = None
@@ -168,15 +169,16 @@ class Race:
         """``warmup``: steps for each shape. ``only``: names of ``VARIANTS``; None: all."""
         names = only or list(VARIANTS)
         self.case, self.device = parse_case(name), device
-        self.low = device.type == "cuda"
         if device.type == "cuda" and self.case.batch is not None:
-            check_memory(self.case, names, self.low, torch.cuda.mem_get_info(device)[0])
-        self.ceiling = ceilings(device, torch.bfloat16 if self.low else torch.float32).flops
+            check_memory(self.case, names, True, torch.cuda.mem_get_info(device)[0])
         self.static = any(VARIANTS[variant].static for variant in names)
         self.config = step_config(self.case, (STATIC,) if self.static else ())
         weights = {k: v.clone() for k, v in TrainModule(self.config).jepa.state_dict().items()}
-        self.runners = {
-            variant: Runner(variant, self.case, weights, device, self.low) for variant in names
+        self.runners = {variant: Runner(variant, self.case, weights, device) for variant in names}
+        types = {True: torch.bfloat16, False: torch.float32}
+        self.ceilings = {
+            low: ceilings(device, types[low]).flops
+            for low in {r.low for r in self.runners.values()}
         }
         self._check(self.case.batch or 16)
         self.batch = self.case.batch or self._largest_batch()
@@ -241,9 +243,12 @@ class Race:
             before = memory(self.device)
             losses[name] = runner.step(inputs).item()
             runner.resident += memory(self.device) - before
-        same = [loss for name, loss in losses.items() if self.runners[name].same]
-        middle, limit = statistics.median(same), 2e-2 if self.low else 1e-5
-        assert all(abs(x - middle) <= limit * middle for x in same), losses
+        for low, limit in ((False, 1e-5), (True, 2e-2)):
+            same = [
+                x for n, x in losses.items() if self.runners[n].same and self.runners[n].low == low
+            ]
+            middle = statistics.median(same or [0.0])
+            assert all(abs(x - middle) <= limit * middle for x in same), losses
 
     def _round(self, turn: int, number: int) -> None:
         inputs = self.inputs(number, self.images)
@@ -290,7 +295,7 @@ class Race:
         row: dict[str, Any] = {
             "op": "step",
             "size": size,
-            "dtype": "bf16 autocast" if self.low else "fp32",
+            "dtype": "bf16 autocast" if runner.low else "fp32",
             "impl": name,
             "mode": "step",
             "images_per_s": self.batch / seconds,
@@ -298,7 +303,7 @@ class Race:
             "tokens_per_s": self.batch * self.config.grid[0] ** 2 / seconds,
             "peak_bytes": runner.peak or None,
             "flops": flops,
-            "mfu": flops / seconds / self.ceiling,
+            "mfu": flops / seconds / self.ceilings[runner.low],
             "mfu_nominal": flops / seconds / nominal if nominal else None,
             "compilations": runner.graphs,
             "rounds": len(runner.seconds),
@@ -306,11 +311,11 @@ class Race:
             "masks": "static" if self.static else "drawn",
             "shapes": len(set(self.shapes)),
             "timm": timm.__version__,
-            "matmul_ceiling": self.ceiling,
+            "matmul_ceiling": self.ceilings[runner.low],
             **runner.choices(),
             **machine(self.device),
         }  # fmt: skip
-        for other in ("eager", "compile"):
+        for other in ("eager", "compile", "eager-bf16", "compile-bf16"):
             if other in self.runners:
                 pairs = zip(self.runners[other].seconds, runner.seconds, strict=True)
                 row[f"faster_than_{other}"] = statistics.median(a / b for a, b in pairs)

@@ -60,6 +60,8 @@ class Variant(NamedTuple):
     compiled: bool
     same: bool = True
     """Whether it computes what the published step computes."""
+    low: bool = False
+    """bf16 autocast on a CPU, too; on a GPU all have it."""
 
     @property
     def static(self) -> bool:
@@ -73,9 +75,20 @@ VARIANTS = {
     "reference": Variant(("impl.default=reference",), compiled=False),
     "auto": Variant((), compiled=False),
     "shared": Variant(("model.predictor.context=shared",), compiled=False, same=False),
+    "fused": Variant(("model.fused_block=true",), compiled=False),
     "blocks": Variant(("run.compile=blocks",), compiled=True),
     "static+blocks": Variant((STATIC, "run.compile=blocks"), compiled=True),
 }
+#: The same in bf16 where a CPU would else compute in fp32.
+_LOW = ("eager", "compile", "auto", "shared", "fused", "blocks")
+VARIANTS |= {f"{name}-bf16": VARIANTS[name]._replace(low=True) for name in _LOW}
+
+
+def usual_variants(device_type: str, bf16_units: bool) -> list[str]:
+    """What a machine races unless told: compiled variants take long on a CPU."""
+    if device_type == "cuda":
+        return [name for name, variant in VARIANTS.items() if not variant.low]
+    return [n for n, v in VARIANTS.items() if not v.compiled and (bf16_units or not v.low)]
 
 
 def step_config(case: Case, overrides: tuple[str, ...] = ()) -> Config:

@@ -24,6 +24,7 @@ from bench.step_sizes import (
     parse_case,
     published_size,
     step_config,
+    usual_variants,
 )
 from njepa.data.batch import Batch, Masks
 from njepa.training.module import TrainModule
@@ -205,6 +206,37 @@ def test_a_wrong_variant_gets_no_number(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(PublishedStep, "loss", lambda *args: 1.01 * right(*args))
     with pytest.raises(AssertionError, match="eager"):
         Race("tiny-b4", CPU, rounds=1, warmup=0, phase_steps=1, only=["eager", "auto"])
+
+
+def test_a_race_in_two_types(monkeypatch: pytest.MonkeyPatch):
+    """fp32 and bf16 beside each other on a CPU; each is checked against its own."""
+    monkeypatch.setattr("bench.step_race.parse_case", lambda name: TINY._replace(batch=3))
+    names = ["eager", "auto", "eager-bf16", "auto-bf16", "fused-bf16"]
+    race = Race("tiny-b3", CPU, rounds=1, warmup=1, phase_steps=1, only=names)
+    rows = {name: race.row(name) for name in names}
+    assert [rows[name]["dtype"] for name in names] == ["fp32"] * 2 + ["bf16 autocast"] * 3
+    seconds = {name: race.runners[name].seconds[0] for name in names}
+    for other in ("eager", "eager-bf16"):
+        found = rows["auto-bf16"][f"faster_than_{other}"]
+        assert found == pytest.approx(seconds[other] / seconds["auto-bf16"])
+    low = race.runners["auto-bf16"]._ours
+    assert low is not None
+    assert low.state.low is not None  # the trainer's bf16 target, too
+
+    right = PublishedStep.loss
+    monkeypatch.setattr(
+        PublishedStep, "loss", lambda self, *rest: (1.05 if self.low else 1) * right(self, *rest)
+    )
+    with pytest.raises(AssertionError, match="eager-bf16"):
+        Race("tiny-b3", CPU, rounds=1, warmup=0, phase_steps=1, only=names)
+
+
+def test_what_a_machine_races():
+    assert "auto-bf16" in usual_variants("cpu", bf16_units=True)
+    assert not any("bf16" in name for name in usual_variants("cpu", bf16_units=False))
+    on_gpu = usual_variants("cuda", bf16_units=False)
+    assert "blocks" in on_gpu
+    assert not any("bf16" in name for name in on_gpu)
 
 
 def test_names_of_sizes():
