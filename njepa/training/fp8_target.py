@@ -135,10 +135,11 @@ class Fp8Linear(nn.Module):
         rows, scale = to_fp8(x.flatten(0, -2))
         # Its public successor, nn.functional.scaled_mm, has no CPU kernel in torch 2.11. Fast
         # accumulation, which rounds the sums on Hopper, is off: it cannot be measured on a CPU.
-        y: Tensor = torch._scaled_mm(
+        y = torch._scaled_mm(
             rows, self.weight.t(), scale, self.scale, bias=bias, out_dtype=torch.bfloat16
         )
-        return y.unflatten(0, x.shape[:-1])
+        out: Tensor = y.unflatten(0, x.shape[:-1])
+        return out
 
 
 class Fp8GeluLinear(Fp8Linear):
