@@ -39,6 +39,7 @@ from njepa.training.compiling import GraphedForward, choose_compilation, compile
 from njepa.training.ema import low_target, make_target
 from njepa.training.engine import PlainEngine
 from njepa.training.fits import check_memory
+from njepa.training.fp8_target import choose_target_dtype
 from njepa.training.fused_update import check_fused_update
 from njepa.training.graphed_step import GraphedStep, check_graphed_step
 from njepa.training.impls import choose_impls
@@ -69,6 +70,8 @@ class Plan:
     sizes: BatchSizes
     parts: Architecture
     precision: Choice
+    target: Choice
+    """What the target encoder's layers compute in: ``fp32``, ``bf16`` or ``fp8``."""
     impl: dict[str, Choice]
     """By op."""
     attention: Attention
@@ -192,6 +195,8 @@ def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
     ds = replace(ds, precision=as_precision(precision))
     check_fused_update(config, ds)
     check_graphed_step(config, ds, sizes)
+    dtype = compute_dtype(ds, device)
+    low = dtype != torch.float32
     # Kc is the minimum over all ranks, or, as published, over each on its own.
     together = ranks.world if config.mask.compat == "fixed" else 1
     return Plan(
@@ -201,13 +206,14 @@ def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
         sizes=sizes,
         parts=parts,
         precision=precision,
+        target=choose_target_dtype(config.model.target_dtype, low, device, parts.encoder),
         impl=choose_impls(config, device),
         attention=choose_attention(
             config.model,
             config.mask,
             {stack.width // stack.heads for stack in (parts.encoder, parts.predictor)},
             device,
-            compute_dtype(ds, device),
+            dtype,
         ),
         compilation=choose_compilation(config, ds.stage, device),
         masks=MaskSampler(config.mask, config.grid, config.run.seed, sizes.micro * together),
@@ -266,15 +272,15 @@ def build_state(
     if initial is not None:
         initial.load_into(module.jepa, target)
     target.to(device)
-    in_bf16 = compute_dtype(plan.ds, device) != torch.float32
-    low = low_target(target) if in_bf16 else None
+    dtype = plan.target.name
+    low = low_target(target, fp8=dtype == "fp8") if dtype != "fp32" else None
     running = target if low is None else low.encoder
     if plan.compilation.name == "blocks":
         compile_blocks((module, running), config.mask.static_shapes)
     engine: ZeroEngine | PlainEngine
     if config.run.cuda_graphs == "step":
         clipping = plan.ds.clipping
-        engine = PlainEngine(module, config.optim, device, low=in_bf16, clipping=clipping)
+        engine = PlainEngine(module, config.optim, device, low=low is not None, clipping=clipping)
     else:
         engine = ZeroEngine(module, config.optim, plan.ds, plan.sizes, device)
     graph = GraphedForward(running, engine.autocast) if config.run.cuda_graphs == "target" else None
