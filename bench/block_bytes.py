@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from njepa.models.architecture import Stack
 from njepa.models.attention import SDPA
-from njepa.models.block import build_blocks
+from njepa.models.block import FusedBlock, Pending, build_blocks
 
 _PRODUCTS = ("mm", "addmm", "bmm", "linear", "attention")
 #: Nothing but another view of the same memory, or no data at all.
@@ -49,30 +49,36 @@ class _Operators(TorchDispatchMode):
         return out
 
 
-def _step(block: nn.Module, x: Tensor) -> None:
+def _step(block: nn.Module, x: Tensor, low: Tensor) -> None:
+    """As one of many: a fused block gets the pending sum of the one before, and returns its own."""
+    fused = isinstance(block, FusedBlock)
+    given = (low, x) if fused else (x,)
+    for tensor in given:
+        tensor.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        out = block(x.requires_grad_(), SDPA.sequences(1, x.shape[1]))
-    out.backward(x.detach())
+        out = block(Pending(*given) if fused else x, SDPA.sequences(1, x.shape[1]))
+    torch.autograd.backward(out, [tensor.detach() for tensor in given])
 
 
 def count(tokens: int, width: int, fused: bool, compiled: bool) -> dict[str, float]:
     """Bytes per token and channel of one block, of products and of the rest."""
     torch.manual_seed(0)
     x = torch.randn(1, tokens, width)
+    low = x.bfloat16()
     (block,) = build_blocks(Stack(width, 1, width // 64, 4 * width), fused, "auto")
     for layer in block.modules():
         if isinstance(layer, nn.Linear):
             layer.bfloat16()
     if compiled:
-        moved = _compiled(block, x)
+        moved = _compiled(block, x, low)
     else:
         with _Operators() as seen:
-            _step(block, x)
+            _step(block, x, low)
         moved = seen.moved
     return {kind: bytes_ / (tokens * width) for kind, bytes_ in moved.items()}
 
 
-def _compiled(block: nn.Module, x: Tensor) -> dict[str, int]:
+def _compiled(block: nn.Module, x: Tensor, low: Tensor) -> dict[str, int]:
     import torch._dynamo
     from torch._functorch import config as functorch_config
     from torch._inductor import compile_fx, config, metrics
@@ -90,7 +96,7 @@ def _compiled(block: nn.Module, x: Tensor) -> dict[str, int]:
             functorch_config.patch(enable_autograd_cache=False),
         ):
             block.compile(fullgraph=True)
-            _step(block, x)
+            _step(block, x, low)
     finally:
         log.setLevel(level)
     for node, elements in metrics.nodes_num_elem:  # in units of four bytes

@@ -7,7 +7,7 @@ is the layout's business: ``Sequences`` (attention.py) or ``Segments`` (shared_c
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from njepa_kernels import AddLayerNorm, Impl, add_layer_norm, bias_gelu
@@ -93,6 +93,15 @@ class Block(nn.Module):
         return q
 
 
+class Pending(NamedTuple):
+    """A residual stream whose last addition is left to the norm that reads it next."""
+
+    branch: Tensor
+    """[..., D], what attention or an MLP computed, in the type of its last product."""
+    stream: Tensor
+    """[..., D], what it is added to."""
+
+
 class FusedNorm(BlockNorm):
     """``BlockNorm`` with the residual add before it, from the stream's type to the next product's.
 
@@ -104,14 +113,27 @@ class FusedNorm(BlockNorm):
         self.impl = impl
 
     def forward(  # type: ignore[override]  # nothing calls it as a LayerNorm
-        self, x: Tensor, residual: Tensor | None = None
+        self, x: Tensor | Pending
     ) -> AddLayerNorm:
-        """LN(x + residual) and the sum, in the type of ``residual``; see ``add_layer_norm``."""
-        device = x.device.type
+        """LN of the stream, and the stream itself, added up; see ``add_layer_norm``."""
+        stream = x.stream if isinstance(x, Pending) else x
+        device = stream.device.type
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return self._added(x, low)
+
+    def _added(self, x: Tensor | Pending, dtype: torch.dtype | None) -> AddLayerNorm:
+        branch, stream = x if isinstance(x, Pending) else (x, None)
         return add_layer_norm(
-            x, residual, self.weight, self.bias, self.eps, out_dtype=low, impl=self.impl
+            branch, stream, self.weight, self.bias, self.eps, out_dtype=dtype, impl=self.impl
         )
+
+
+class FusedLastNorm(FusedNorm):
+    """Behind the last block: as ``BlockNorm`` the rows alone, in the type of the stream."""
+
+    def forward(self, x: Tensor | Pending) -> Tensor:  # type: ignore[override]
+        stream = x.stream if isinstance(x, Pending) else x
+        return self._added(x, stream.dtype).out
 
 
 class GeluLinear(nn.Linear):
@@ -141,7 +163,9 @@ class FusedBlock(Block):
     """``Block`` whose memory-bound parts are ops of ``njepa_kernels``.
 
     Parameters, names and, up to rounding, values are those of ``Block``. Under autocast the norms
-    write the type of the next product, and bias and GELU are rounded once, not twice.
+    write the type of the next product, and bias and GELU are rounded once, not twice. What the MLP
+    computes is added by the norm of whatever comes next, inside of the module that has its weight:
+    ZeRO 3 gathers it there.
     """
 
     def __init__(self, width: int, heads: int, hidden: int, impl: Impl = "auto") -> None:
@@ -150,12 +174,14 @@ class FusedBlock(Block):
         self.norm2 = FusedNorm(width, impl)
         self.mlp = FusedMlp(width, hidden, impl)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(  # type: ignore[override]  # ``run_blocks`` calls it
+        self, x: Tensor | Pending, layout: Layout
+    ) -> Pending:
         """Tokens [..., D] in, those that ask out."""
-        normed, _ = self.norm1(x)
-        normed, q = self.norm2(self.attn(normed, layout), layout.take_queries(x))
-        out: Tensor = q + self.mlp(normed)
-        return out
+        normed, stream = self.norm1(x)
+        attended = self.attn(normed, layout)
+        normed, stream = self.norm2(Pending(attended, layout.take_queries(stream)))
+        return Pending(self.mlp(normed), stream)
 
 
 def build_blocks(size: Stack, fused: bool, impl: Impl) -> nn.ModuleList:
@@ -166,7 +192,14 @@ def build_blocks(size: Stack, fused: bool, impl: Impl) -> nn.ModuleList:
     )
 
 
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, layout: Layout, recompute: bool) -> Tensor:
+def build_last_norm(width: int, fused: bool, impl: Impl) -> nn.Module:
+    """The norm behind the blocks of ``build_blocks``: takes what ``run_blocks`` returns."""
+    return FusedLastNorm(width, impl) if fused else BlockNorm(width)
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module], x: Tensor | Pending, layout: Layout, recompute: bool
+) -> Tensor | Pending:
     """``x`` through the blocks.
 
     Args:
@@ -175,6 +208,8 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, layout: Layout, recompute
     """
     for block in blocks:
         if recompute and torch.is_grad_enabled():
+            if isinstance(x, Pending):  # what is kept is one tensor
+                x = x.stream + x.branch
             # The blocks draw no random numbers, so there is no generator to restore.
             x = checkpoint(block, x, layout, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -14,7 +14,7 @@ from njepa.config import Config
 from njepa.data.batch import Lengths
 from njepa.models.architecture import Stack, encoder_stack
 from njepa.models.attention import SDPA, Attention
-from njepa.models.block import BlockNorm, build_blocks, run_blocks
+from njepa.models.block import build_blocks, build_last_norm, run_blocks
 from njepa.models.init import init_generator, init_weights, rescale_by_depth
 from njepa.models.patch_projection import PatchProjection
 from njepa.models.positions import position_table
@@ -50,7 +50,7 @@ class Encoder(nn.Module):
             projection = PatchProjection(size.width, patch_size, mean, std, impl)
             self.patch_embed = nn.ModuleDict({"proj": projection})
             self.blocks = build_blocks(size, fused_block, impl)
-            self.norm = BlockNorm(size.width)
+            self.norm = build_last_norm(size.width, fused_block, impl)
 
     def forward(
         self, images: Tensor, idx: Tensor | None = None, lengths: Lengths | None = None

@@ -15,7 +15,7 @@ from njepa.config import Config
 from njepa.data.batch import Masks, Noise
 from njepa.models.architecture import Stack, architecture
 from njepa.models.attention import SDPA, Attention
-from njepa.models.block import BlockNorm, Layout, build_blocks, run_blocks
+from njepa.models.block import Layout, Pending, build_blocks, build_last_norm, run_blocks
 from njepa.models.init import init_generator, init_weights, rescale_by_depth
 from njepa.models.positions import position_table
 from njepa.models.shared_context import Segments
@@ -68,7 +68,7 @@ class Predictor(nn.Module):
             self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
             self.predictor_pos_embed = nn.Parameter(table.unsqueeze(0), requires_grad=False)
             self.predictor_blocks = build_blocks(size, fused_block, impl)
-            self.predictor_norm = BlockNorm(width)
+            self.predictor_norm = build_last_norm(width, fused_block, impl)
             self.predictor_proj = nn.Linear(width, encoder_width)
             self.noise_mask_token: nn.Parameter | None = None
             if noise_mask_token:
@@ -103,17 +103,17 @@ class Predictor(nn.Module):
             kept = context + F.embedding(context_idx, self.predictor_pos_embed[0])
             every = target_idx.repeat(1, 2, 1) if with_clean else target_idx
             segments = Segments.of(self.attention, kept, every, lengths)
-            tokens = self._run_blocks(
+            queries = self._run_blocks(
                 segments.join(kept, tokens), segments, segments.of_queries_alone()
             )
-            queries = tokens.unflatten(0, (-1, n_targets))
         else:
             sequences = self.attention.sequences(
                 tokens.shape[0], tokens.shape[1], lengths, tail=n_targets
             )
             last = self.attention.sequences(sequences.rows, n_targets).over(sequences)
             queries = self._run_blocks(sequences.enter(tokens), sequences, last)
-        features: Tensor = self.predictor_proj(self.predictor_norm(queries))
+        rows = self.predictor_norm(queries)  # [M*B, Kt, d], or with a shared context flat
+        features: Tensor = self.predictor_proj(rows.view(-1, n_targets, rows.shape[-1]))
         return features
 
     def _tokens(
@@ -145,11 +145,11 @@ class Predictor(nn.Module):
         rows = rows.to(tokens.dtype)
         return tokens + F.pad(rows, (0, 0, tokens.shape[1] - rows.shape[1], 0))
 
-    def _run_blocks(self, tokens: Tensor, everything: Layout, queries: Layout) -> Tensor:
+    def _run_blocks(self, tokens: Tensor, everything: Layout, queries: Layout) -> Tensor | Pending:
         """All tokens in, the queries out: no block behind the last one reads its other tokens."""
         *blocks, last = self.predictor_blocks
-        tokens = run_blocks(blocks, tokens, everything, self.checkpoint_blocks)
-        return run_blocks([last], tokens, queries, self.checkpoint_blocks)
+        stream = run_blocks(blocks, tokens, everything, self.checkpoint_blocks)
+        return run_blocks([last], stream, queries, self.checkpoint_blocks)
 
     def _embed_with_noise(
         self, z: Tensor, target_idx: Tensor, noise: NoiseKey

@@ -19,13 +19,13 @@ from njepa_kernels._runtime import dispatch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.module_tracker import ModuleTracker
 
 from njepa.config import Config
 from njepa.data.batch import Batch, Masks, Noise
 from njepa.models.attention import Attention
 from njepa.models.attention import Sequences as SequenceLayout
 from njepa.models.encoder import build_encoder
+from njepa.planning.module_paths import ModulePaths
 from njepa.planning.network import Shape
 from njepa.planning.operators import Cost, operator_cost, tensors
 from njepa.training.ema import low_target
@@ -73,7 +73,7 @@ class Operator:
 class _Recorder(TorchDispatchMode):
     """Notes operators with what they cost, the phase and the module that they are of."""
 
-    def __init__(self, modules: ModuleTracker) -> None:
+    def __init__(self, modules: ModulePaths) -> None:
         super().__init__()
         self.modules, self.phase, self.backward = modules, "", False
         self.operators: list[Operator] = []
@@ -82,29 +82,19 @@ class _Recorder(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             # The momentum, which stays a tensor on a GPU; "is a first weight out of range?"
             return False if args[0].dtype == torch.bool else _RATES.momentum
+        module = self.modules.at_operator()
         out = func(*args, **(kwargs or {}))
         if self.phase:
             cost = operator_cost(func, args, kwargs or {}, out)
             if cost.launches:
-                self._note(func, cost, (args, kwargs), out)
+                self._note(func, module, cost, (args, kwargs), out)
         return out
 
-    def _note(self, func: Any, cost: Cost, given: Any, out: Any) -> None:
+    def _note(self, func: Any, module: str, cost: Cost, given: Any, out: Any) -> None:
         name = str(func._overloadpacket)
-        module = self._module()
         phase = self.phase if self.phase != "module" else _phase_of(name, module)
         numbers = (tuple(t.numel() for t in tensors(x)) for x in (given, out))
         self.operators.append(Operator(name, phase, self.backward, module, cost, *numbers))
-
-    def _module(self) -> str:
-        """The innermost module that runs.
-
-        In the backward a norm that returned its own input stays behind when it is done; its block
-        does not, so that the block must be running, too.
-        """
-        running = self.modules.parents
-        alive = (path for path in running if _blocks_around(path) <= running)
-        return max(alive, key=lambda path: (path.count("."), path))  # of a set, the same each time
 
     @contextmanager
     def at(self, phase: str, backward: bool = False) -> Iterator[None]:
@@ -165,7 +155,7 @@ def trace_step(
     gpu_ops = mock.patch.dict(
         dispatch._found, {(op, "triton", "cpu"): "yes" for op in dispatch.OPS}
     )
-    modules = ModuleTracker()
+    modules = ModulePaths()
     recorder = _Recorder(modules)
     # On a GPU the norm of the gradient is a few kernels over lists.
     lists = mock.patch("torch.nn.utils.clip_grad._has_foreach_support", return_value=True)
@@ -206,12 +196,6 @@ def _batch(config: Config, shape: Shape, batch: int) -> Batch:
     )
     images = torch.zeros(batch, side, side, 3, dtype=torch.uint8)
     return Batch(images, masks, noise, ids, 0)
-
-
-def _blocks_around(path: str) -> set[str]:
-    """``a.blocks.0`` of ``a.blocks.0.norm1``."""
-    parts = path.split(".")
-    return {".".join(parts[:n]) for n in range(1, len(parts)) if parts[n - 1].isdigit()}
 
 
 def _phase_of(name: str, module: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,21 @@ from torch import Tensor, nn
 
 from njepa.config.deepspeed_file import BatchSizes, parse_deepspeed
 from njepa.data.batch import Lengths
+from njepa.evaluation.features import pooled_views
 from njepa.models.architecture import Stack
 from njepa.models.attention import SDPA, Sequences
-from njepa.models.block import Block, FusedBlock, Layout, build_blocks, run_blocks
+from njepa.models.block import (
+    Block,
+    FusedBlock,
+    FusedLastNorm,
+    Layout,
+    Pending,
+    build_blocks,
+    run_blocks,
+)
 from njepa.models.shared_context import Segments
 from njepa.training.compiling import compile_blocks
-from njepa.training.ema import make_target
+from njepa.training.ema import low_target, make_target
 from njepa.training.impls import choose_impls
 from njepa.training.module import TrainModule
 from njepa.training.zero import engine_config
@@ -58,8 +68,29 @@ def layouts() -> dict[str, tuple[Layout, Layout]]:
 LAYOUTS = layouts()
 
 
+Run = Callable[[nn.ModuleList, Tensor | Pending, Layout], Tensor | Pending]
+
+
+def kept(blocks: nn.ModuleList, x: Tensor | Pending, layout: Layout) -> Tensor | Pending:
+    return run_blocks(blocks, x, layout, recompute=False)
+
+
+def recomputed(blocks: nn.ModuleList, x: Tensor | Pending, layout: Layout) -> Tensor | Pending:
+    return run_blocks(blocks, x, layout, recompute=True)
+
+
+def one_by_one(blocks: nn.ModuleList, x: Tensor | Pending, layout: Layout) -> Tensor | Pending:
+    for block in blocks:
+        x = block(added(x), layout)
+    return x
+
+
+def added(x: Tensor | Pending) -> Tensor:
+    return x.stream + x.branch if isinstance(x, Pending) else x
+
+
 def evaluate(
-    blocks: nn.ModuleList, name: str, seed: int, low: bool = False, recompute: bool = False
+    blocks: nn.ModuleList, name: str, seed: int, low: bool = False, run: Run = kept
 ) -> dict[str, Tensor]:
     """Output and gradients of input and parameters, in the type of the parameters."""
     everything, queries = LAYOUTS[name]
@@ -69,8 +100,7 @@ def evaluate(
     given = torch.randn(shape, generator=g).to(dtype).requires_grad_()
     x = everything.enter(given) if isinstance(everything, Sequences) else given
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
-        x = run_blocks(blocks[:-1], x, everything, recompute)
-        out = run_blocks(blocks[-1:], x, queries, recompute)
+        out = added(run(blocks[-1:], run(blocks[:-1], x, everything), queries))
     cotangent = torch.randn(out.shape, generator=g).to(dtype)
     named = dict(blocks.named_parameters())
     grads = torch.autograd.grad(out, [given, *named.values()], cotangent)
@@ -97,10 +127,11 @@ def test_values_and_gradients_are_within_the_baseline(low: bool) -> None:
 
 
 def test_recomputed_gradients_have_the_same_bits() -> None:
+    """Of blocks whose sums are made between them: the backward rounds one addition more."""
     for name in LAYOUTS:
         blocks = stack(True)
-        kept, again = (evaluate(blocks, name, 0, recompute=r) for r in (False, True))
-        for key, value in kept.items():
+        once, again = (evaluate(blocks, name, 0, run=run) for run in (one_by_one, recomputed))
+        for key, value in once.items():
             assert torch.equal(again[key], value), (name, key)
 
 
@@ -110,11 +141,40 @@ def test_the_stream_stays_wide_and_the_products_get_what_they_compute_in() -> No
     for layer in (block.attn.qkv, block.mlp.fc1, block.mlp.fc2):
         layer.register_forward_pre_hook(lambda _, x: seen.append(x[0].dtype))
     x = torch.randn(2, 5, D)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert block(x, sequences).dtype == torch.float32
-    assert block(x, sequences).dtype == torch.float32
-    assert block.bfloat16()(x.bfloat16(), sequences).dtype == torch.bfloat16
-    assert seen == [torch.bfloat16] * 3 + [torch.float32] * 3 + [torch.bfloat16] * 3
+    low, wide = torch.bfloat16, torch.float32
+    with torch.autocast("cpu", low):
+        pending = block(x, sequences)
+        assert [t.dtype for t in pending] == [low, wide]
+        assert [t.dtype for t in block(pending, sequences)] == [low, wide]
+        assert FusedLastNorm(D, "auto")(pending).dtype == wide
+    assert [t.dtype for t in block(x, sequences)] == [wide, wide]
+    assert [t.dtype for t in block.bfloat16()(x.bfloat16(), sequences)] == [low, low]
+    assert seen == [low] * 6 + [wide] * 3 + [low] * 3
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "autocast"])
+def test_the_norm_behind_a_block_adds_what_is_pending(low: bool) -> None:
+    """The stream that is passed on has the bits of an addition by torch."""
+    norm, last = stack(True)[1].norm1, FusedLastNorm(D, "auto")
+    branch = torch.randn(2, 5, D).to(torch.bfloat16 if low else torch.float32)
+    stream = torch.randn(2, 5, D)
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        pending = Pending(branch, stream)
+        assert torch.equal(norm(pending).residual, stream + branch)
+        assert torch.equal(norm(pending).out, norm(stream + branch).out.to(branch.dtype))
+        assert torch.equal(last(pending), last(stream + branch))
+
+
+def test_a_recomputed_block_keeps_one_tensor() -> None:
+    """A sum of a stream in fp32, not that and what is to be added to it."""
+    seen: list[object] = []
+    blocks, sequences = stack(True), SDPA.sequences(2, 5)
+    blocks[1].register_forward_pre_hook(lambda _, args: seen.append(type(args[0])))
+    for recompute in (False, True):
+        run_blocks(blocks, torch.randn(2, 5, D).requires_grad_(), sequences, recompute)
+    with torch.no_grad():
+        run_blocks(blocks, torch.randn(2, 5, D), sequences, True)
+    assert seen == [Pending, torch.Tensor, Pending]
 
 
 @pytest.fixture
@@ -140,9 +200,12 @@ def test_a_compiled_block_is_one_graph(low: bool, monkeypatch: pytest.MonkeyPatc
             torch.testing.assert_close(value, expected[key], msg=f"{name} {key}")
 
 
-@pytest.mark.parametrize("method", ["ijepa", "ncjepa"])
-def test_a_model_has_the_same_state_and_loss(method: str) -> None:
-    config, fused_config = tiny_config(method), tiny_config(method, model=FUSED)
+SHARED = {"predictor": {"width": 24, "depth": 2, "heads": 2, "context": "shared"}}
+
+
+@pytest.mark.parametrize(("method", "model"), [("ijepa", {}), ("ncjepa", {}), ("njepa", SHARED)])
+def test_a_model_has_the_same_state_and_loss(method: str, model: dict[str, Any]) -> None:
+    config, fused_config = (tiny_config(method, model=model | more) for more in ({}, FUSED))
     plain, fused = TrainModule(config), TrainModule(fused_config)
     ours = [module for module in fused.modules() if isinstance(module, Block)]
     assert ours
@@ -162,6 +225,26 @@ def test_a_model_has_the_same_state_and_loss(method: str) -> None:
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_features_of_the_last_four_blocks_are_those_of_plain_ones() -> None:
+    """A hook gets what a block leaves pending; the last norm takes it."""
+    images, views = make_batch(tiny_config()).images, []
+    for model in ({}, FUSED):
+        encoder = TrainModule(tiny_config(model=model)).jepa.encoder
+        with torch.no_grad():
+            views.append(pooled_views(encoder)(images))
+    for name, expected in views[0].items():
+        torch.testing.assert_close(views[1][name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_target_in_bf16_has_the_bits_of_its_autocast() -> None:
+    config = tiny_config(model=FUSED)
+    target, images = make_target(TrainModule(config).jepa.encoder), make_batch(config).images
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, got = target(images), low_target(target).encoder(images)
+    assert expected.dtype == torch.float32
+    assert torch.equal(got, expected)
 
 
 def test_their_implementation_is_chosen_and_named_with_the_others() -> None:

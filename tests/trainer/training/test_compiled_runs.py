@@ -140,9 +140,13 @@ def test_recomputed_activations_give_the_same_bits_under_every_zero_stage(root):
 @pytest.mark.slow
 @pytest.mark.multirank
 def test_fused_blocks_train_alike_also_where_zero_3_gathers_their_weights(root):
-    variants = {"plain": ([], 0), "fused": ([FUSED], 0), "fused3": ([FUSED, RECOMPUTE], 3)}
+    variants = {
+        "plain": ([], 0), "fused": ([FUSED], 0), "fused3": ([FUSED], 3),
+        "recomputed3": ([FUSED, RECOMPUTE], 3),
+    }  # fmt: skip
+    deep = ["model.depth=3", "model.predictor.depth=2"]
     records = run_jobs(
-        [job(root, name, given, stage, steps=4) for name, (given, stage) in variants.items()],
+        [job(root, name, deep + own, stage, steps=4) for name, (own, stage) in variants.items()],
         2,
         root / "fused",
     )
