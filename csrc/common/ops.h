@@ -15,14 +15,15 @@ struct Extents {
 Tensor predictor_tokens_forward(const Tensor& context, const Tensor& pos, const Tensor& mask_token,
                                 const Tensor& context_idx, const Tensor& target_idx,
                                 const OptionalTensor& sigma, int64_t seed, int64_t step,
+                                const OptionalTensor& step_tensor,
                                 const OptionalTensor& sample_ids, bool shared);
 
 // `n`: N. Returns dcontext, dmask_token, dpos [N,D], and dsigma, to be summed over its last
 // dimension.
 std::tuple<Tensor, Tensor, Tensor, Tensor> predictor_tokens_backward(
     const Tensor& grad, const Tensor& context_idx, const Tensor& target_idx,
-    int64_t seed, int64_t step, const OptionalTensor& sample_ids, bool shared, int64_t n,
-    bool need_pos, bool need_sigma);
+    int64_t seed, int64_t step, const OptionalTensor& step_tensor,
+    const OptionalTensor& sample_ids, bool shared, int64_t n, bool need_pos, bool need_sigma);
 
 inline Extents check_predictor(
     const Tensor& context, const Tensor& pos, const Tensor& target_idx) {
@@ -40,10 +41,11 @@ inline Extents check_predictor_gradient(
   return e;
 }
 
-inline Noise noise_of(bool needed, int64_t seed, int64_t step, const OptionalTensor& sample_ids,
-                      bool shared, int64_t B) {
+inline Noise noise_of(bool needed, int64_t seed, int64_t step, const OptionalTensor& step_tensor,
+                      const OptionalTensor& sample_ids, bool shared, int64_t B) {
   STD_TORCH_CHECK(!needed || sample_ids, "sample_ids must be given with sigma");
   return {static_cast<uint32_t>(seed), static_cast<uint32_t>(step),
+          input<int64_t>("step_tensor", step_tensor, {}),
           input<int64_t>("sample_ids", sample_ids, {B}), shared};
 }
 
@@ -109,12 +111,13 @@ template <class Library>
 void define_common_ops(Library& m) {
   m.def(
       "predictor_tokens_forward(Tensor context, Tensor pos, Tensor mask_token, Tensor context_idx, "
-      "Tensor target_idx, Tensor? sigma, int seed, int step, Tensor? sample_ids, bool shared) "
+      "Tensor target_idx, Tensor? sigma, int seed, int step, Tensor? step_tensor, "
+      "Tensor? sample_ids, bool shared) "
       "-> Tensor");
   m.def(
       "predictor_tokens_backward(Tensor grad, Tensor context_idx, Tensor target_idx, "
-      "int seed, int step, Tensor? sample_ids, bool shared, int n, bool need_pos, "
-      "bool need_sigma) -> (Tensor, Tensor, Tensor, Tensor)");
+      "int seed, int step, Tensor? step_tensor, Tensor? sample_ids, bool shared, int n, "
+      "bool need_pos, bool need_sigma) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "jepa_loss_forward(Tensor pred, Tensor h, Tensor target_idx, Tensor? noised, "
       "float noise_weight, float consistency, float beta, float eps, float scale, "

@@ -12,6 +12,7 @@ constexpr int64_t kNoiseWork = 8;
 Tensor predictor_tokens_forward(const Tensor& context, const Tensor& pos, const Tensor& mask_token,
                          const Tensor& context_idx, const Tensor& target_idx,
                          const OptionalTensor& sigma, int64_t seed, int64_t step,
+                         const OptionalTensor& step_tensor,
                          const OptionalTensor& sample_ids, bool shared) {
   const auto [B, M, Kc, Kt, N, D] = check_predictor(context, pos, target_idx);
   Tensor out = empty({M * B, Kc + Kt, D}, context.scalar_type());
@@ -22,7 +23,8 @@ Tensor predictor_tokens_forward(const Tensor& context, const Tensor& pos, const 
                               indices("context_idx", context_idx, {B, Kc}, N),
                               indices("target_idx", target_idx, {B, M, Kt}, N),
                               input<float>("sigma", sigma, {B, M}),
-                              noise_of(sigma.has_value(), seed, step, sample_ids, shared, B),
+                              noise_of(sigma.has_value(), seed, step, step_tensor, sample_ids,
+                                       shared, B),
                               out.data_ptr(),
                               B,
                               M,
@@ -36,8 +38,8 @@ Tensor predictor_tokens_forward(const Tensor& context, const Tensor& pos, const 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> predictor_tokens_backward(
     const Tensor& grad, const Tensor& context_idx, const Tensor& target_idx,
-    int64_t seed, int64_t step, const OptionalTensor& sample_ids, bool shared, int64_t n,
-    bool need_pos, bool need_sigma) {
+    int64_t seed, int64_t step, const OptionalTensor& step_tensor,
+    const OptionalTensor& sample_ids, bool shared, int64_t n, bool need_pos, bool need_sigma) {
   const auto [B, M, Kc, Kt, N, D] = check_predictor_gradient(grad, context_idx, target_idx, n);
   const int64_t targets = B * M * Kt;
   const int64_t* target = need_pos || need_sigma
@@ -59,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> predictor_tokens_backward(
   const PredictorBackward args{grad.data_ptr(),
                                type_of("grad", grad),
                                target,
-                               noise_of(need_sigma, seed, step, sample_ids, shared, B),
+                               noise_of(need_sigma, seed, step, step_tensor, sample_ids, shared, B),
                                inverted.get(),
                                dcontext.data_ptr(),
                                mask_blocks.data(),

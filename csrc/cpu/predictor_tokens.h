@@ -7,7 +7,8 @@ namespace njepa::NJEPA_ISA {
 
 NJEPA_INLINE void token_normals(
     const Noise& noise, int64_t b, int64_t m, int64_t patch, int64_t d, float* out) {
-  normals(noise.seed, noise.step, static_cast<uint32_t>(noise.sample_ids[b]),
+  const uint32_t step = noise.step_at ? static_cast<uint32_t>(*noise.step_at) : noise.step;
+  normals(noise.seed, step, static_cast<uint32_t>(noise.sample_ids[b]),
           noise.shared ? 0 : static_cast<uint32_t>(m), static_cast<uint32_t>(patch), d, out);
 }
 

@@ -56,11 +56,12 @@ __device__ inline void box_muller(uint32_t a, uint32_t b, float& first, float& s
 template <int kCount>
 __device__ inline void normals(const Noise& noise, int64_t sample, uint32_t block, int64_t patch,
                                uint32_t column, float (&out)[kCount]) {
+  const uint32_t step = noise.step_at ? static_cast<uint32_t>(read(noise.step_at)) : noise.step;
 #pragma unroll
   for (int i = 0; i < kCount; i += 4) {
     uint32_t words[4] = {static_cast<uint32_t>(sample), noise.shared ? 0 : block,
                          static_cast<uint32_t>(patch), (column + i) / 4};
-    philox(words, noise.seed, noise.step);
+    philox(words, noise.seed, step);
     box_muller(words[0], words[1], out[i], out[i + 1]);
     box_muller(words[2], words[3], out[i + 2], out[i + 3]);
   }

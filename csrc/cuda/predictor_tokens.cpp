@@ -10,6 +10,7 @@ static constexpr const char* kPredictor = "predictor_tokens";
 Tensor predictor_tokens_forward(const Tensor& context, const Tensor& pos, const Tensor& mask_token,
                                 const Tensor& context_idx, const Tensor& target_idx,
                                 const OptionalTensor& sigma, int64_t seed, int64_t step,
+                                const OptionalTensor& step_tensor,
                                 const OptionalTensor& sample_ids, bool shared) {
   const Extents extents = check_predictor(context, pos, target_idx);
   const auto [B, M, Kc, Kt, N, D] = extents;
@@ -21,7 +22,8 @@ Tensor predictor_tokens_forward(const Tensor& context, const Tensor& pos, const 
                               input<int64_t>("context_idx", context_idx, {B, Kc}),
                               input<int64_t>("target_idx", target_idx, {B, M, Kt}),
                               input<float>("sigma", sigma, {B, M}),
-                              noise_of(sigma.has_value(), seed, step, sample_ids, shared, B),
+                              noise_of(sigma.has_value(), seed, step, step_tensor, sample_ids,
+                                       shared, B),
                               out.data_ptr(),
                               sizes(kPredictor, extents)};
   const Type type = type_of("context", context);
@@ -32,15 +34,15 @@ Tensor predictor_tokens_forward(const Tensor& context, const Tensor& pos, const 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> predictor_tokens_backward(
     const Tensor& grad, const Tensor& context_idx, const Tensor& target_idx,
-    int64_t seed, int64_t step, const OptionalTensor& sample_ids, bool shared, int64_t n,
-    bool need_pos, bool need_sigma) {
+    int64_t seed, int64_t step, const OptionalTensor& step_tensor,
+    const OptionalTensor& sample_ids, bool shared, int64_t n, bool need_pos, bool need_sigma) {
   const Extents extents = check_predictor_gradient(grad, context_idx, target_idx, n);
   const auto [B, M, Kc, Kt, N, D] = extents;
   const Place place(grad);
   void* stream = place.stream();
   const Type type = type_of("grad", grad);
   const Sizes size = sizes(kPredictor, extents);
-  const Noise noise = noise_of(need_sigma, seed, step, sample_ids, shared, B);
+  const Noise noise = noise_of(need_sigma, seed, step, step_tensor, sample_ids, shared, B);
   const int64_t* context = input<int64_t>("context_idx", context_idx, {B, Kc});
   const int64_t* target = input<int64_t>("target_idx", target_idx, {B, M, Kt});
 

@@ -90,9 +90,10 @@ __global__ __launch_bounds__(kThreads) void predictor_tokens_context_kernel(
   store<kVector>(static_cast<T*>(p.dcontext) + static_cast<int64_t>(row) * s.D + column, n, total);
 }
 
-// Warps go over the tokens of a block: mask token and level from one read of a gradient.
+// Warps go over the tokens of a block: mask token and level from one read of a gradient. Without the
+// bound nvcc saves registers by 8 bytes of local memory on sm_100.
 template <class T, bool kVector>
-__global__ __launch_bounds__(kThreads) void predictor_tokens_target_kernel(
+__global__ __launch_bounds__(kThreads, 2) void predictor_tokens_target_kernel(
     const __grid_constant__ TargetGradient p) {
   constexpr int count = Tile<T>::kCount, groups = Tile<T>::kGroups;
   __shared__ float shared[kWarps];

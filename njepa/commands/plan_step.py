@@ -34,6 +34,11 @@ def step_report(config: Config, ds: DeepSpeedFile, gpu: plan.Gpu, args: argparse
         )
     micro = ds.resolve(1).micro if args.micro is None else args.micro
     low = zero.precision is plan.AUTOCAST
+    if config.model.target_dtype == "fp8" and args.gpu == "a100":
+        raise ConfigError(
+            "model.target_dtype=fp8 needs a GPU of compute capability 8.9 or more, got --gpu a100; "
+            "plan with --gpu h100, h200 or b200, or with model.target_dtype=auto"
+        )
     smallest = 2 if config.vicreg.weight > 0 else 1
     if micro < smallest:
         raise ConfigError(f"--micro must be at least {smallest}, got {micro}")

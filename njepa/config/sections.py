@@ -233,6 +233,11 @@ class ModelConfig(Section):
     """Residual add with LayerNorm, and bias with GELU, as ops of njepa_kernels in all blocks: the
     same parameters and, up to rounding, values with fewer passes over memory
     (docs/performance.md)."""
+    target_dtype: Annotated[Literal["auto", "bf16", "fp8"], FREE] = "auto"
+    """What the layers of the target encoder multiply in. ``auto``: as all others. ``bf16``: so,
+    too, and an error where the run computes in fp32. ``fp8``: the linear layers of its blocks in
+    float8_e4m3fn, on a GPU of compute capability 8.9 or more (docs/variants.md); the target itself
+    stays fp32, and so does what is saved and evaluated."""
 
 
 def _read_sigma(value: Any) -> Any:
@@ -401,8 +406,10 @@ class RunConfig(Section):
     compile: Annotated[Literal["auto", "off", "blocks"], _Off] = "auto"
     """``blocks``: compile each transformer block by torch.compile, once for each shape.
     ``auto``: on CUDA with ``mask.static_shapes``, but not under ZeRO 3. ``off``: nothing."""
-    cuda_graphs: Annotated[Literal["off", "target"], _Off] = "off"
-    """``target``: replay the target encoder's forward pass from a CUDA graph."""
+    cuda_graphs: Annotated[Literal["off", "target", "step"], _Off] = "off"
+    """``target``: replay the target encoder's forward pass from a CUDA graph. ``step``: replay
+    whole steps, one graph for each shape, by torch's own engine in the place of DeepSpeed's: one
+    rank, ZeRO 0, no accumulation, ``mask.static_shapes`` and ``optim.fused_update``."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
     tracker: Literal["none", "wandb", "mlflow", "trackio"] = "none"

@@ -59,11 +59,13 @@ def state_bytes(net: Network, zero: ZeroSettings, world: int) -> dict[str, float
     Buckets: stages 1 to 3 hold one for each type that gradients are communicated in (autocast: bf16
     and fp32); those of stages 1 and 2 have the type of the parameters, and are two with
     overlap_comm. Gathered: parameters that stage 3 may hold at once. The target encoder is whole on
-    every rank, with a bf16 copy where that is what it computes with.
+    every rank, with a bf16 copy where that is what it computes with, and one of its blocks'
+    weights in fp8 beside it where they multiply so (the scales are left out).
     """
     count, width = net.trained_parameters, zero.precision.parameter
     stage, shard = zero.stage, net.trained_parameters / world
     kinds = 2 if zero.precision is AUTOCAST else 1
+    low = zero.precision.compute < 4
     bucket = zero.bucket * (width * kinds * (1 + zero.overlap))
     if stage == 3:
         bucket = zero.bucket * (6 if kinds == 2 else width)
@@ -72,7 +74,7 @@ def state_bytes(net: Network, zero: ZeroSettings, world: int) -> dict[str, float
         "gradients": width * (shard if stage >= 2 else count),
         "master": 4 * shard if stage else 0,
         "optimizer": 8 * (shard if stage else count),
-        "target": (4 + 2 * (zero.precision.compute < 4)) * net.target_parameters,
+        "target": (4 + 2 * low) * net.target_parameters + low * net.fp8_weights,
         "buckets": bucket if stage else 0,
         "gathered": width * min(count, zero.live) if stage == 3 else 0,
     }

@@ -107,6 +107,8 @@ class Network:
     parts: Architecture
     passes: tuple[int, ...]
     """Blocks per image in each call of a predictor; the last call is the noised one."""
+    fp8: bool = False
+    """The target encoder's blocks multiply in fp8, where the run computes in bf16."""
 
     @property
     def patches(self) -> int:
@@ -192,6 +194,12 @@ class Network:
         """The target encoder with its position table, on every rank, in fp32."""
         return self.encoder_parameters + self.patches * self.encoder.width
 
+    @property
+    def fp8_weights(self) -> int:
+        """Of the target encoder; it holds them in bf16, too."""
+        d, h = self.encoder.width, self.encoder.hidden
+        return self.encoder.depth * (4 * d * d + 2 * d * h) if self.fp8 else 0
+
 
 def network(config: Config) -> Network:
     """Shapes of a configuration.
@@ -203,7 +211,7 @@ def network(config: Config) -> Network:
     passes: tuple[int, ...] = (blocks,)
     if parts.clean and parts.noised:
         passes = (blocks, blocks) if parts.two_predictors else (2 * blocks,)
-    return Network(parts, passes)
+    return Network(parts, passes, config.model.target_dtype == "fp8")
 
 
 def vicreg_rows(config: Config, batch: int) -> int:

@@ -129,6 +129,16 @@ class _Engine(PlainEngine):
             yield whole
 
 
+class _State(TrainState):
+    """Tells the recorder what follows the average."""
+
+    recorder: _Recorder
+
+    def refresh(self) -> None:
+        with self.recorder.at("EMA"):
+            super().refresh()
+
+
 def trace_step(
     config: Config, shape: Shape, batch: int, low: bool, attention: Attention = FLASH
 ) -> list[Operator]:
@@ -166,8 +176,9 @@ def trace_step(
             with recorder.at("target encoder"):
                 return encode_with(engine, state.running, images)
 
-        copies = low_target(target) if low else None
-        state = TrainState(engine, target, attention, "triton", encode, copies)
+        copies = low_target(target, fp8=config.model.target_dtype == "fp8") if low else None
+        state = _State(engine, target, attention, "triton", encode, copies)
+        state.recorder = recorder
         with modules, recorder.at("monitors"):
             training_step(state, [_batch(config, shape, batch)], _RATES)
     return recorder.operators

@@ -21,10 +21,10 @@ from njepa.data.errors import DataError
 from njepa.runs.folder import existing_part, run_dir
 from njepa.runs.ranks import Ranks
 from njepa.runs.room import free_memory
+from njepa.training.engine import Engine
 from njepa.training.masks_text import masks_text
 from njepa.training.setup import Setup, set_up
 from njepa.training.start_table import start_table, table
-from njepa.training.zero import ZeroEngine
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def _first_batch(setup: Setup) -> Batch | None:
     return batch
 
 
-def _parameters(engine: ZeroEngine) -> str:
+def _parameters(engine: Engine) -> str:
     parts: dict[str, int] = {}
     for name, parameter in engine.module.jepa.named_parameters():
         if parameter.requires_grad:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from njepa.models.block import GeluLinear
 from njepa.models.encoder import Encoder
+from njepa.training.fp8_target import Fp8Weights, products, use_fp8
 
 
 def make_target(encoder: Encoder) -> Encoder:
@@ -28,17 +29,34 @@ class LowTarget:
     """
 
     encoder: Encoder
-    """The same features, bit for bit: layers whose weights autocast would round have them rounded,
-    all other parameters are the target's own."""
+    """The same features, bit for bit, unless products are in fp8: layers whose weights autocast
+    would round have them rounded, all other parameters are the target's own."""
     copies: list[Tensor]
     """bf16, in the order of ``ema_parameters(target)``: every update writes them."""
+    fp8: list[Fp8Weights] = field(default_factory=list)
+    """Made of the copies; none where products are in bf16."""
+
+    def refresh(self) -> None:
+        """Follow the copies: once for each time that they are written."""
+        for weights in self.fp8:
+            weights.refresh()
 
 
-def low_target(target: Encoder) -> LowTarget:
-    """Made on the device, before blocks are compiled; follows the target's ``load_state_dict``."""
+def low_target(target: Encoder, fp8: bool = False) -> LowTarget:
+    """Made on the device, before blocks are compiled; follows the target's ``load_state_dict``.
+
+    Args:
+        fp8: with ``model.target_dtype=fp8``.
+    """
     followed = [p.detach() for p in ema_parameters(target)]
-    copies = [p.bfloat16() for p in followed]
-    low = {id(p): copy for p, copy in zip(ema_parameters(target), copies, strict=True)}
+    low = {id(p): p.detach().bfloat16() for p in ema_parameters(target)}
+    stacks: list[Fp8Weights] = []
+    if fp8:
+        for layers in products(target.blocks):
+            keys = [id(layer.weight) for layer in layers]
+            stacks.append(Fp8Weights(torch.stack([low[key] for key in keys])))
+            low.update(zip(keys, stacks[-1].source.unbind(), strict=True))
+    copies = [low[id(p)] for p in ema_parameters(target)]
     encoder = deepcopy(target, {id(p): p for p in target.parameters()})
     for module in encoder.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -46,12 +64,16 @@ def low_target(target: Encoder) -> LowTarget:
             for name in ("weight",) if isinstance(module, GeluLinear) else ("weight", "bias"):
                 rounded = low[id(getattr(module, name))]
                 setattr(module, name, nn.Parameter(rounded, requires_grad=False))
+    if fp8:
+        use_fp8(encoder.blocks, stacks)
+    result = LowTarget(encoder, copies, stacks)
 
-    def refresh(*_: object) -> None:
+    def follow(*_: object) -> None:
         torch._foreach_copy_(copies, followed)
+        result.refresh()
 
-    target.register_load_state_dict_post_hook(refresh)
-    return LowTarget(encoder, copies)
+    target.register_load_state_dict_post_hook(follow)
+    return result
 
 
 def ema_parameters(encoder: Encoder) -> list[nn.Parameter]:
@@ -72,8 +94,10 @@ def frozen_copy(like: Encoder, sources: Sequence[Tensor]) -> Encoder:
     return copy
 
 
-def held_where(bad: Tensor, momentum: float) -> Tensor:
+def held_where(bad: Tensor, momentum: float | Tensor) -> Tensor:
     """m of an update that changes nothing where ``bad`` (0-dim), as ``update_target`` takes it."""
+    if isinstance(momentum, Tensor):
+        return momentum.masked_fill(bad != 0, 1.0)
     held = torch.full((), momentum, dtype=torch.float64, device=bad.device)
     return held.masked_fill_(bad != 0, 1.0)
 

@@ -18,6 +18,7 @@ from njepa.training.fused_update import FusedAdamW
 from njepa.training.health import gate, skip_where
 from njepa.training.module import TrainModule, adamw
 from njepa.training.schedules import Rates
+from njepa.training.sharding import Sharding
 
 
 class Update(NamedTuple):
@@ -64,7 +65,17 @@ class Engine(Protocol):
 
 
 class PlainEngine:
-    """Autocast and fused AdamW in one process, without clipping; needs no DeepSpeed."""
+    """Autocast, clipping and fused AdamW in one process, on the device alone; needs no DeepSpeed.
+
+    Gradients are clipped as DeepSpeed does it, to ``clipping / (norm + 1e-6)`` of themselves where
+    that is less than 1, with DeepSpeed's bits on a CPU.
+
+    Attributes:
+        stage: of ZeRO, for checkpoints: nothing is cut up.
+        between_steps: no micro-batch of an unfinished step has been taken, where a step has one.
+    """
+
+    stage, between_steps = 0, True
 
     def __init__(
         self,
@@ -74,10 +85,14 @@ class PlainEngine:
         *,
         low: bool = False,
         accumulation: int = 1,
+        clipping: float = 0.0,
     ) -> None:
-        """``low``: bf16 autocast. ``accumulation``: micro-batches of a step."""
+        """``low``: bf16 autocast. ``accumulation``: micro-batches of a step.
+
+        ``clipping``: limit of the gradient's norm; 0: none.
+        """
         self.module, self._device, self._low = module.to(device), device, low
-        self._accumulation = accumulation
+        self._accumulation, self._clipping = accumulation, clipping
         self.optimizer = adamw(self.module, optim)
         self.fused = self.optimizer if isinstance(self.optimizer, FusedAdamW) else None
 
@@ -97,13 +112,30 @@ class PlainEngine:
         norm, norms = gradient_norms(self.module)
         bad = ~norm.isfinite()
         skip_where(self.optimizer, bad)
+        if self._clipping:
+            total = norms.square().sum().sqrt()  # DeepSpeed sums in this order
+            self._clip((self._clipping / (total + 1e-6)).clamp(max=1.0))
         self.optimizer.step()
         self.optimizer.zero_grad()
         return Update(bad, norm, norms)
 
+    def _clip(self, factor: Tensor) -> None:
+        if self.fused is not None:
+            self.fused.scale = factor
+            return
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        torch._foreach_mul_(grads, factor)
+
     @contextmanager
     def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
         yield list(parameters)
+
+    def sharding(self) -> Sharding:
+        """What of the weights and moments lies on this rank, for checkpoints: everything."""
+        return Sharding(self, self.module, self.stage)
+
+    def close(self) -> None:
+        """Nothing stays behind."""
 
 
 def gradient_norms(module: nn.Module) -> tuple[Tensor, Tensor]:

@@ -33,9 +33,11 @@ class FusedAdamW(torch.optim.AdamW):
 
     Attributes:
         momentum: m of the next step.
+        scale: 0-dim factor of its gradients, or None.
     """
 
-    momentum = 1.0
+    momentum: float | Tensor = 1.0
+    scale: Tensor | None = None
 
     def follow(
         self,
@@ -72,7 +74,8 @@ class FusedAdamW(torch.optim.AdamW):
         adamw_ema_(
             params, grads, exp_avgs, exp_avg_sqs, steps, lr=group["lr"], betas=group["betas"],
             eps=group["eps"], weight_decay=group["weight_decay"], targets=targets,
-            momentum=self.momentum, targets_bf16=copies, found_inf=self._bad(), impl=self._impl,
+            momentum=self.momentum, targets_bf16=copies, scale=self.scale, found_inf=self._bad(),
+            impl=self._impl,
         )  # fmt: skip
 
     def _average(self, params: Sequence[Tensor]) -> None:

@@ -30,7 +30,7 @@ from njepa.training.health import BadReading, BadSteps, NonFiniteLoss, StepNote
 from njepa.training.scoring import Encoders
 from njepa.training.setup import Setup
 from njepa.training.start_table import start_table
-from njepa.training.step import StepResult, training_step
+from njepa.training.step import StepResult
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class Loop:
         rates = self._length.schedules.at(self.step)
         accumulation = self.setup.plan.sizes.accumulation
         batches = agreed_batches(self.setup.loader, self._ranks, accumulation, self.step + 1)
-        result = training_step(self.setup.state, batches, rates)
+        result = self.setup.take_step(batches, rates)
         terms = [seen.metrics for seen in result.micro_batches]
         self._bad.add(StepNote(self.step, result.update.bad, terms, result.update.norms))
         self.step += 1

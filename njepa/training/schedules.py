@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from njepa.config import ConfigError, OptimConfig
 
 
 class Rates(NamedTuple):
-    """What one optimizer step is made with."""
+    """What one optimizer step is made with: numbers, or fp64 tensors, 0-dim, on the device."""
 
-    lr: float
-    weight_decay: float
+    lr: float | Tensor
+    weight_decay: float | Tensor
     """Of the decayed group (``param_groups``)."""
-    momentum: float
+    momentum: float | Tensor
     """Of the target encoder, for its update after this step."""
 
     def write(self, groups: list[dict[str, Any]]) -> None:

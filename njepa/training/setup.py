@@ -7,13 +7,16 @@ network, a checkpoint, the loader.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from njepa.choice import Choice
 from njepa.config import Config, ConfigError
 from njepa.config.deepspeed_file import BatchSizes, DeepSpeedFile
+from njepa.data.batch import Batch
 from njepa.data.index import ImageIndex
 from njepa.data.loader import Loader, build_loader, choose_backend
 from njepa.draws.masks import MaskSampler
@@ -34,8 +37,11 @@ from njepa.runs.rollbacks import read_rollbacks
 from njepa.runs.saving import CheckpointWriter
 from njepa.training.compiling import GraphedForward, choose_compilation, compile_blocks
 from njepa.training.ema import low_target, make_target
+from njepa.training.engine import PlainEngine
 from njepa.training.fits import check_memory
+from njepa.training.fp8_target import choose_target_dtype
 from njepa.training.fused_update import check_fused_update
+from njepa.training.graphed_step import GraphedStep, check_graphed_step
 from njepa.training.impls import choose_impls
 from njepa.training.module import TrainModule
 from njepa.training.precision import (
@@ -45,9 +51,9 @@ from njepa.training.precision import (
     matrix_units,
     recorded_precision,
 )
-from njepa.training.schedules import Schedules
+from njepa.training.schedules import Rates, Schedules
 from njepa.training.scoring import Scoring
-from njepa.training.step import TrainState
+from njepa.training.step import StepResult, TrainState, training_step
 from njepa.training.zero import ZeroEngine, compute_dtype
 
 log = logging.getLogger(__name__)
@@ -64,6 +70,8 @@ class Plan:
     sizes: BatchSizes
     parts: Architecture
     precision: Choice
+    target: Choice
+    """What the target encoder's layers compute in: ``fp32``, ``bf16`` or ``fp8``."""
     impl: dict[str, Choice]
     """By op."""
     attention: Attention
@@ -92,8 +100,10 @@ class Setup:
     salt: int
     """Rollbacks before."""
     length: Length
-    engine: ZeroEngine
+    engine: ZeroEngine | PlainEngine
     state: TrainState
+    take_step: Callable[[Iterable[Batch], Rates], StepResult]
+    """``training_step`` of ``state``, or its CUDA graphs."""
     scoring: Scoring
     recorder: Recorder
     writer: CheckpointWriter
@@ -151,7 +161,13 @@ def set_up(
             config.run.keep_every,
             config.run.grace_s,
         )
-        engine.before_update = writer.await_copy
+        take_step: Callable[[Iterable[Batch], Rates], StepResult]
+        if isinstance(engine, PlainEngine):
+            take_step = graphs = GraphedStep(state, ranks.device)
+            graphs.before_update = writer.await_copy
+        else:
+            take_step = partial(training_step, state)
+            engine.before_update = writer.await_copy
         stop = min(first + 1, length.total_steps) if dry else length.total_steps
         loader = build_loader(config, index, order, plan.masks, ranks.device, first, stop)
     except BaseException:
@@ -159,8 +175,8 @@ def set_up(
         raise
     weights = f"from {initial.told}" if initial is not None else "from the seed"
     return Setup(
-        plan, index, order, salt, length, engine, state, scoring, recorder, writer, loader, first,
-        weights, online_probe,
+        plan, index, order, salt, length, engine, state, take_step, scoring, recorder, writer,
+        loader, first, weights, online_probe,
     )  # fmt: skip
 
 
@@ -178,6 +194,9 @@ def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
     precision = ranks.on_main(lambda: _precision(config, ds, device, parts, sizes.micro))
     ds = replace(ds, precision=as_precision(precision))
     check_fused_update(config, ds)
+    check_graphed_step(config, ds, sizes)
+    dtype = compute_dtype(ds, device)
+    low = dtype != torch.float32
     # Kc is the minimum over all ranks, or, as published, over each on its own.
     together = ranks.world if config.mask.compat == "fixed" else 1
     return Plan(
@@ -187,13 +206,14 @@ def decide(config: Config, ds: DeepSpeedFile, ranks: Ranks) -> Plan:
         sizes=sizes,
         parts=parts,
         precision=precision,
+        target=choose_target_dtype(config.model.target_dtype, low, device, parts.encoder),
         impl=choose_impls(config, device),
         attention=choose_attention(
             config.model,
             config.mask,
             {stack.width // stack.heads for stack in (parts.encoder, parts.predictor)},
             device,
-            compute_dtype(ds, device),
+            dtype,
         ),
         compilation=choose_compilation(config, ds.stage, device),
         masks=MaskSampler(config.mask, config.grid, config.run.seed, sizes.micro * together),
@@ -242,7 +262,9 @@ def decide_length(config: Config, steps_per_epoch: int) -> Length:
     return Length(total, steps_per_epoch, Schedules(config.optim, total, warmup))
 
 
-def build_state(plan: Plan, initial: InitialWeights | None = None) -> tuple[ZeroEngine, TrainState]:
+def build_state(
+    plan: Plan, initial: InitialWeights | None = None
+) -> tuple[ZeroEngine | PlainEngine, TrainState]:
     """Network, target encoder and engine, with their first weights; None: from the seed."""
     config, device = plan.config, plan.ranks.device
     module = TrainModule(config, plan.ranks.group, plan.attention)
@@ -250,11 +272,17 @@ def build_state(plan: Plan, initial: InitialWeights | None = None) -> tuple[Zero
     if initial is not None:
         initial.load_into(module.jepa, target)
     target.to(device)
-    low = low_target(target) if compute_dtype(plan.ds, device) != torch.float32 else None
+    dtype = plan.target.name
+    low = low_target(target, fp8=dtype == "fp8") if dtype != "fp32" else None
     running = target if low is None else low.encoder
     if plan.compilation.name == "blocks":
         compile_blocks((module, running), config.mask.static_shapes)
-    engine = ZeroEngine(module, config.optim, plan.ds, plan.sizes, device)
+    engine: ZeroEngine | PlainEngine
+    if config.run.cuda_graphs == "step":
+        clipping = plan.ds.clipping
+        engine = PlainEngine(module, config.optim, device, low=low is not None, clipping=clipping)
+    else:
+        engine = ZeroEngine(module, config.optim, plan.ds, plan.sizes, device)
     graph = GraphedForward(running, engine.autocast) if config.run.cuda_graphs == "target" else None
     return engine, TrainState(engine, target, plan.attention, config.impl.default, graph, low)
 
@@ -274,7 +302,9 @@ def _open_evaluator(
     return [] if test is None else [evaluator(config, index, test, ranks.device)]
 
 
-def _resume(plan: Plan, index: ImageIndex, engine: ZeroEngine, state: TrainState, dry: bool) -> int:
+def _resume(
+    plan: Plan, index: ImageIndex, engine: ZeroEngine | PlainEngine, state: TrainState, dry: bool
+) -> int:
     """Load the last good checkpoint; returns the steps that were done."""
     saved = find_checkpoint(run_dir(plan.config), plan.ranks, rename=not dry)
     if saved is None:

@@ -37,6 +37,7 @@ def start_table(run: Setup) -> str:
         "device": device_name(plan.ranks.device),
         "threads": str(plan.ranks.threads),
         "precision": str(plan.precision),
+        "target": str(plan.target),
         "ops": "; ".join(f"{choice}: {', '.join(ops)}" for choice, ops in by_choice.items()),
         "attention": str(plan.attention),
         "compile": str(plan.compilation),

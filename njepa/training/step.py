@@ -54,6 +54,11 @@ class TrainState:
         """What every update of the target writes in bf16."""
         return None if self.low is None else self.low.copies
 
+    def refresh(self) -> None:
+        """What is made of the copies follows them, once a step."""
+        if self.low is not None:
+            self.low.refresh()
+
     def encode(self, images: Tensor) -> Tensor:
         """Target features [B, N, D], without gradient."""
         if self.target_forward is not None:
@@ -101,6 +106,7 @@ def training_step(state: TrainState, batches: Iterable[Batch], rates: Rates) -> 
         momentum = held_where(update.bad, rates.momentum)
         with engine.whole(state.online) as online:
             update_target(state.target, online, momentum, state.impl, state.copies)
+    state.refresh()
     return StepResult(update, seen)
 
 

@@ -1,4 +1,4 @@
-"""The whole step on a GPU: no host sync, compiled blocks, the target's CUDA graph."""
+"""The whole step on a GPU: no host sync, compiled blocks, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from njepa.models.encoder import build_encoder  # noqa: E402
 from njepa.runs.ranks import Ranks, join_ranks, leave_ranks  # noqa: E402
 from njepa.training.compiling import GraphedForward, compile_blocks  # noqa: E402
 from njepa.training.ema import ema_parameters, make_target, update_target  # noqa: E402
+from njepa.training.graphed_step import GraphedStep  # noqa: E402
 from njepa.training.loop import Loop  # noqa: E402
 from njepa.training.setup import set_up  # noqa: E402
+from njepa.training.step import training_step  # noqa: E402
 from tests.support.jobs import TINY, make_images  # noqa: E402
 from tests.support.tiny import tiny_config  # noqa: E402
 
@@ -43,6 +45,8 @@ VARIANTS: dict[str, list[str]] = {
     "compiled-and-recomputed": ["run.compile=blocks", "model.checkpoint_blocks=true"],
     "graph": ["run.compile=off", "run.cuda_graphs=target"],
     "compiled-graph": ["run.compile=blocks", "run.cuda_graphs=target"],
+    "whole": ["run.compile=off", "run.cuda_graphs=step", "optim.fused_update=true"],
+    "compiled-whole": ["run.compile=blocks", "run.cuda_graphs=step", "optim.fused_update=true"],
 }
 #: Other networks and objectives, all eager.
 OTHERS: dict[str, list[str]] = {
@@ -111,6 +115,37 @@ def test_losses_are_the_eager_ones_up_to_rounding(
     expected = losses(build(images, ranks, tmp_path / "eager", VARIANTS["eager"], {}))
     got = losses(build(images, ranks, tmp_path / variant, VARIANTS[variant], {}))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["ijepa", "cjepa", "njepa", "ncjepa"])
+def test_twenty_captured_steps_are_twenty_eager_ones(
+    ranks: Ranks, images: Path, tmp_path: Path, method: str, autocast: bool
+) -> None:
+    """Of several shapes."""
+    ds = {"gradient_clipping": 0.5, "torch_autocast": {"enabled": autocast}}
+    overrides = [
+        f"method={method}", "run.max_steps=20", "run.compile=off", "run.cuda_graphs=step",
+        "optim.fused_update=true", "mask.target_scale=[0.15, 0.25]",
+    ]  # fmt: skip
+    found = []
+    for captured in (True, False):
+        loop = build(images, ranks, tmp_path / str(captured), overrides, ds)
+        graphs = loop.setup.take_step
+        assert isinstance(graphs, GraphedStep)
+        if not captured:
+            object.__setattr__(loop.setup, "take_step", partial(training_step, loop.setup.state))
+        results = [loop.advance() for _ in range(20)]
+        if captured:
+            assert sum(graph is not None for graph in graphs._captured.values()) > 1
+        loop.setup.close()
+        seen = [result.micro_batches[0].metrics["loss"] for result in results]
+        weights = [p.detach().clone() for p in loop.setup.state.target.parameters()]
+        found.append((torch.stack([*seen, *(r.update.norm for r in results)]), weights))
+    (got, weights), (want, others) = found
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
+    for a, b in zip(weights, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

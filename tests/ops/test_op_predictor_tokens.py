@@ -41,6 +41,23 @@ def _inputs(seed: int = 0) -> dict[str, Any]:
     }
 
 
+@each_impl
+@pytest.mark.parametrize("step", [0, 5, 2**32 - 1, 2**40 + 9, -3])
+def test_a_step_that_is_a_tensor_has_the_bits_of_the_number(impl: str, step: int) -> None:
+    inputs = _inputs()
+    found = []
+    for value in (step, torch.tensor(step)):
+        inputs["sigma"] = inputs["sigma"].detach().requires_grad_()
+        inputs["noise"] = NoiseKey(11, value, IDS)
+        out = predictor_tokens(**inputs, impl=impl)
+        (dsigma,) = torch.autograd.grad(out.square().sum(), inputs["sigma"])
+        found.append((out, dsigma))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    inputs["noise"] = NoiseKey(11, torch.tensor(step + 1), IDS)
+    assert not torch.equal(predictor_tokens(**inputs, impl=impl), found[0][0])
+
+
 def _loop(
     context: torch.Tensor,
     pos: torch.Tensor,
@@ -256,7 +273,13 @@ def test_context_gradient_is_the_sum_over_blocks() -> None:
             "noise must be a NoiseKey(seed, step, sample_ids, shared=False",
         ),
         ({"noise": NoiseKey(1.0, 2, IDS)}, TypeError, "noise.seed must be an int, got float"),
-        ({"noise": NoiseKey(1, IDS[0], IDS)}, TypeError, "noise.step must be an int, got Tensor"),
+        (
+            {"noise": NoiseKey(1, 2.0, IDS)},
+            TypeError,
+            "noise.step must be an int or an int64 tensor, got float",
+        ),
+        ({"noise": NoiseKey(1, IDS.float()[0], IDS)}, TypeError, "noise.step must be int64"),
+        ({"noise": NoiseKey(1, IDS, IDS)}, ValueError, "noise.step must be []"),
         ({"noise": NoiseKey(1, 2, IDS, 1)}, TypeError, "noise.shared must be a bool, got int"),
         (
             {"noise": NoiseKey(1, 2, [1, 2, 3])},

@@ -19,7 +19,7 @@ from typing import Any
 #: Functions by a word.
 MOMENTS = {
     "set-up": ("njepa.training.loop", "start_table"),
-    "step": ("njepa.training.loop", "training_step"),
+    "step": ("njepa.training.setup", "training_step"),
     "save": ("njepa.runs.saving", "CheckpointWriter._write"),
     "stuck save": ("njepa.runs.saving", "CheckpointWriter._write"),
     "evaluation": ("njepa.evaluation.evaluate", "Evaluator.knn"),

@@ -23,13 +23,15 @@ class NoiseKey(NamedTuple):
     """What the noise of a batch is a function of, besides block, patch and channel.
 
     Attributes:
-        seed, step: any Python ints; they count modulo 2^32.
+        seed: any Python int; it counts modulo 2^32.
+        step: the same, or int64 on the device of the batch, 0-dim: a captured CUDA graph reads it
+            at every replay, where an int is that of the capture.
         sample_ids: int64 [B], on the device of the batch; they count modulo 2^32.
         shared: the noise of a patch is the same in all blocks of an image, that of block 0.
     """
 
     seed: int
-    step: int
+    step: int | torch.Tensor
     sample_ids: torch.Tensor
     shared: bool = False
 
@@ -46,8 +48,12 @@ def check_noise(op: str, noise: NoiseKey, batch: int, device: torch.device) -> N
         )
     for name in ("seed", "step"):
         value = getattr(noise, name)
+        if name == "step" and isinstance(value, torch.Tensor):
+            check_tensor(op, "noise.step", value, "[]", (), dtypes=INDEX, device=device)
+            continue
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{op}: noise.{name} must be an int, got {type(value).__name__}")
+            kinds = "an int" if name == "seed" else "an int or an int64 tensor"
+            raise TypeError(f"{op}: noise.{name} must be {kinds}, got {type(value).__name__}")
     if not isinstance(noise.shared, bool):
         raise TypeError(f"{op}: noise.shared must be a bool, got {type(noise.shared).__name__}")
     check_tensor(
@@ -55,11 +61,26 @@ def check_noise(op: str, noise: NoiseKey, batch: int, device: torch.device) -> N
     )
 
 
-def words_of(noise: NoiseKey | None) -> tuple[int, int, torch.Tensor | None, bool]:
-    """Seed and step modulo 2^32, sample ids, shared: what a kernel takes; zeros for no noise."""
+class Words(NamedTuple):
+    """What a kernel takes of a ``NoiseKey``."""
+
+    seed: int = 0
+    """Modulo 2^32."""
+    step: int = 0
+    """Modulo 2^32; 0 where it is a tensor."""
+    step_tensor: torch.Tensor | None = None
+    sample_ids: torch.Tensor | None = None
+    shared: bool = False
+
+
+def words_of(noise: NoiseKey | None) -> Words:
+    """Zeros for no noise."""
     if noise is None:
-        return 0, 0, None, False
-    return noise.seed & MASK32, noise.step & MASK32, noise.sample_ids, noise.shared
+        return Words()
+    seed, (ids, shared) = noise.seed & MASK32, noise[2:]
+    if isinstance(noise.step, torch.Tensor):
+        return Words(seed, 0, noise.step, ids, shared)
+    return Words(seed, noise.step & MASK32, None, ids, shared)
 
 
 def philox4x32(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, Any, Any, Any]:
@@ -118,9 +139,9 @@ def philox_normal(noise: NoiseKey, patches: torch.Tensor, dim: int) -> torch.Ten
     check_index_range(op, "patches", patches, MASK32 + 1)
     if dim < 0:
         raise ValueError(f"{op}: dim must be at least 0, got {dim}")
-    seed, step, _, shared = words_of(noise)
+    words = words_of(noise)
     blocks = torch.arange(n_blocks, device=patches.device)
-    if shared:
+    if words.shared:
         blocks = torch.zeros_like(blocks)
     groups = (dim + 3) // 4
     x0, x1, x2, x3 = philox4x32(
@@ -128,8 +149,8 @@ def philox_normal(noise: NoiseKey, patches: torch.Tensor, dim: int) -> torch.Ten
         blocks.view(1, -1, 1, 1),
         patches.unsqueeze(-1),
         torch.arange(groups, device=patches.device),
-        seed,
-        step,
+        words.seed,
+        words.step if words.step_tensor is None else words.step_tensor & MASK32,
     )
     normals = torch.stack((*_box_muller(x0, x1), *_box_muller(x2, x3)), dim=-1)
     return normals.flatten(-2)[..., :dim]

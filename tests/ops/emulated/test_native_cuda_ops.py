@@ -43,6 +43,16 @@ def test_noise_equals_the_reference() -> None:
             key,
         )
         expected = philox_normal(key, patches, d).transpose(0, 1)
+        again = predictor_native.forward(
+            torch.zeros(3, 0, d),
+            zeros,
+            zeros[0],
+            torch.zeros(3, 0, dtype=torch.int64),
+            patches,
+            torch.ones(3, 2),
+            key._replace(step=torch.tensor(step)),
+        )
+        assert torch.equal(again, got)
         worst = max(worst, float((got.view(2, 3, 9, d) - expected).abs().max()))
     assert 0.0 < worst <= 1e-6
 

@@ -88,6 +88,9 @@ def test_equal_to_1e_6(width: int, seed: int, step: int, shared: bool) -> None:
     expected = philox_normal(noise, idx, width)
     got = _noise(noise, idx, width)
     assert float(((got - expected).abs() / expected.abs().clamp_min(1.0)).max()) <= 1e-6
+    noise = noise._replace(step=torch.tensor(step))
+    assert torch.equal(_noise(noise, idx, width), got)
+    assert torch.equal(philox_normal(noise, idx, width), expected)
 
 
 def test_independent_of_the_batch() -> None:

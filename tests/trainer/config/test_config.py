@@ -262,9 +262,10 @@ def test_what_a_resumed_run_may_change():
     free = {key for key in keys if free_on_resume(key)}
     watched = {key for key in keys if key.split(".")[0] in ("run", "eval", "impl")}
     assert free == (watched - {"run.seed", "run.max_steps"}) | {
-        "recipe", "model.attention", "model.checkpoint_blocks", "model.fused_block", "data.path",
-        "data.eval_path", "data.backend", "data.workers", "data.prefetch", "data.hw_decoder_load",
-        "data.cache_dir", "data.on_error", "data.max_bad_frac", "data.reduced_decode",
+        "recipe", "model.attention", "model.checkpoint_blocks", "model.fused_block",
+        "model.target_dtype", "data.path", "data.eval_path", "data.backend", "data.workers",
+        "data.prefetch", "data.hw_decoder_load", "data.cache_dir", "data.on_error",
+        "data.max_bad_frac", "data.reduced_decode",
     }  # fmt: skip
     assert not free_on_resume("model.predictor.width")
     assert not free_on_resume("gone.key")

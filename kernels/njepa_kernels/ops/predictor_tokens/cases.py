@@ -51,11 +51,13 @@ def _case(
     d: int,
     *,
     noise: _Draw | None = "per_block",
+    step_tensor: bool = False,
     small: bool = True,
     devices: tuple[str, ...] = ("cpu", "cuda"),
 ) -> OpCase:
     def make_inputs(device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
         g = torch.Generator().manual_seed(seed)
+        step = torch.tensor(seed).to(device) if step_tensor else seed
         return {
             "context": torch.randn(b, kc, d, generator=g).to(device, dtype),
             "pos": torch.randn(n, d, generator=g).to(device),
@@ -65,7 +67,7 @@ def _case(
             "sigma": None if noise is None else (torch.rand(b, m, generator=g) * 2.0).to(device),
             "noise": NoiseKey(
                 7,
-                seed,
+                step,
                 torch.randint(0, 2**31, (b,), generator=g).to(device),
                 shared=noise == "shared",
             ),
@@ -101,6 +103,7 @@ CASES = [
     _case("b3-m4-kc10-kt6-n36-d48-clean", 3, 4, 10, 6, 36, 48, noise=None),
     _case("b3-m4-kc10-kt6-n36-d48-noise", 3, 4, 10, 6, 36, 48),
     _case("b2-m3-kc10-kt6-n36-d48-shared", 2, 3, 10, 6, 36, 48, noise="shared"),
+    _case("b3-m4-kc10-kt6-n36-d48-step", 3, 4, 10, 6, 36, 48, step_tensor=True),
     _case("b2-m1-kc1-kt1-n197-d100", 2, 1, 1, 1, 197, 100),
     _case("b2-m3-kc5-kt4-n16-d30-shared", 2, 3, 5, 4, 16, 30, noise="shared"),
     _case("b2-m3-kc0-kt4-n16-d48", 2, 3, 0, 4, 16, 48),

@@ -9,16 +9,25 @@ import torch
 from ..._runtime.checks import INDEX, check_index_range, check_tensor
 from ..._runtime.dispatch import Impl, backend, choose
 from ..._runtime.library import refuse_vmap, register
-from ..._runtime.philox import NoiseKey, check_noise
+from ..._runtime.philox import NoiseKey, check_noise, words_of
 from .reference import predictor_tokens_reference
 
 _OP = "predictor_tokens"
 _Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _key(seed: int, step: int, sample_ids: torch.Tensor | None, shared: bool) -> NoiseKey | None:
+def _key(
+    seed: int,
+    step: int,
+    step_tensor: torch.Tensor | None,
+    sample_ids: torch.Tensor | None,
+    shared: bool,
+) -> NoiseKey | None:
     """The key, of which an operator's schema knows the parts only; without ids nothing is drawn."""
-    return None if sample_ids is None else NoiseKey(seed, step, sample_ids.contiguous(), shared)
+    if sample_ids is None:
+        return None
+    when = step if step_tensor is None else step_tensor
+    return NoiseKey(seed, when, sample_ids.contiguous(), shared)
 
 
 def _forward(
@@ -30,6 +39,7 @@ def _forward(
     sigma: torch.Tensor | None,
     seed: int,
     step: int,
+    step_tensor: torch.Tensor | None,
     sample_ids: torch.Tensor | None,
     shared: bool,
     impl: str,
@@ -41,7 +51,7 @@ def _forward(
         context_idx.contiguous(),
         target_idx.contiguous(),
         None if sigma is None else sigma.contiguous(),
-        _key(seed, step, sample_ids, shared),
+        _key(seed, step, step_tensor, sample_ids, shared),
     )
     return out
 
@@ -64,6 +74,7 @@ def _backward(
     target_idx: torch.Tensor,
     seed: int,
     step: int,
+    step_tensor: torch.Tensor | None,
     sample_ids: torch.Tensor | None,
     shared: bool,
     n: int,
@@ -75,7 +86,7 @@ def _backward(
         grad.contiguous(),
         context_idx.contiguous(),
         target_idx.contiguous(),
-        _key(seed, step, sample_ids, shared),
+        _key(seed, step, step_tensor, sample_ids, shared),
         n,
         need_pos,
         need_sigma,
@@ -95,6 +106,7 @@ def _backward_fake(
     target_idx: torch.Tensor,
     seed: int,
     step: int,
+    step_tensor: torch.Tensor | None,
     sample_ids: torch.Tensor | None,
     shared: bool,
     n: int,
@@ -113,13 +125,13 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     _, pos, mask_token, context_idx, target_idx, _ = inputs[:6]
-    ctx.seed, ctx.step, sample_ids, ctx.shared, ctx.impl = inputs[6:]
-    ctx.save_for_backward(context_idx, target_idx, sample_ids)
+    ctx.seed, ctx.step, step_tensor, sample_ids, ctx.shared, ctx.impl = inputs[6:]
+    ctx.save_for_backward(context_idx, target_idx, step_tensor, sample_ids)
     ctx.n, ctx.pos_dtype, ctx.mask_token_dtype = pos.shape[0], pos.dtype, mask_token.dtype
 
 
 def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    context_idx, target_idx, sample_ids = ctx.saved_tensors
+    context_idx, target_idx, step_tensor, sample_ids = ctx.saved_tensors
     need = ctx.needs_input_grad
     dcontext, dmask_token, dpos, dsigma = _backward_op(
         grad,
@@ -127,6 +139,7 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         target_idx,
         ctx.seed,
         ctx.step,
+        step_tensor,
         sample_ids,
         ctx.shared,
         ctx.n,
@@ -141,21 +154,21 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         None,
         None,
         dsigma if need[5] else None,
-        *[None] * 5,
+        *[None] * 6,
     )
 
 
 _backward_op = register(
     "predictor_tokens_backward(Tensor grad, Tensor context_idx, Tensor target_idx,"
-    " SymInt seed, SymInt step, Tensor? sample_ids, bool shared, SymInt n, bool need_pos,"
-    " bool need_sigma, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    " SymInt seed, SymInt step, Tensor? step_tensor, Tensor? sample_ids, bool shared, SymInt n,"
+    " bool need_pos, bool need_sigma, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
 _forward_op = register(
     "predictor_tokens(Tensor context, Tensor pos, Tensor mask_token, Tensor context_idx,"
-    " Tensor target_idx, Tensor? sigma, SymInt seed, SymInt step, Tensor? sample_ids, bool shared,"
-    " str impl) -> Tensor",
+    " Tensor target_idx, Tensor? sigma, SymInt seed, SymInt step, Tensor? step_tensor,"
+    " Tensor? sample_ids, bool shared, str impl) -> Tensor",
     _forward,
     _forward_fake,
     setup_context=_setup_context,
@@ -208,7 +221,7 @@ def predictor_tokens(
 
     The fused implementations take their inputs contiguous (others are copied) and ignore
     autocast, as the reference: the types are those of the arguments. No fp64, no second derivative.
-    A captured CUDA graph keeps the seed and step of its capture.
+    A captured CUDA graph keeps the seed of its capture, and the step, unless that is a tensor.
 
     Raises:
         TypeError, ValueError: wrong type, shape or device, ``sigma`` without ``noise``, or an index
@@ -246,9 +259,7 @@ def predictor_tokens(
         return predictor_tokens_reference(
             context, pos, mask_token, context_idx, target_idx, sigma, noise
         )
-    key: tuple[int, int, torch.Tensor | None, bool] = (0, 0, None, False)
-    if sigma is not None and noise is not None:
-        key = noise
+    key = words_of(noise if sigma is not None else None)
     out: torch.Tensor = _forward_op(
         context, pos, mask_token, context_idx, target_idx, sigma, *key, name
     )

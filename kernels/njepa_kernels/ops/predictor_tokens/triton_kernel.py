@@ -39,6 +39,7 @@ def _predictor_tokens_fwd_kernel(
     sample_ids_ptr,
     seed,
     step,
+    step_ptr,
     batch,
     n_blocks,
     n,
@@ -51,6 +52,8 @@ def _predictor_tokens_fwd_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    if step_ptr is not None:
+        step = tl.load(step_ptr).to(tl.int32)
     pid = tl.program_id(0)
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_width = col < D
@@ -127,6 +130,7 @@ def _predictor_tokens_bwd_target_kernel(
     sample_ids_ptr,
     seed,
     step,
+    step_ptr,
     batch,
     n_blocks,
     n_context,
@@ -139,6 +143,8 @@ def _predictor_tokens_bwd_target_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """First stage of dmask_token: one partial sum per program; of dsigma: one per row and tile."""
+    if step_ptr is not None:
+        step = tl.load(step_ptr).to(tl.int32)
     pid, tile = tl.program_id(0), tl.program_id(1)
     col = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     in_width = col < D
@@ -176,7 +182,7 @@ def forward(
     noise: NoiseKey | None,
 ) -> torch.Tensor:
     """[M*B, Kc+Kt, D] in the type of ``context``; all contiguous, sigma fp32 [B, M] or None."""
-    seed, step, sample_ids, shared = words_of(noise)
+    seed, step, step_tensor, sample_ids, shared = words_of(noise)
     batch, n_context, width = context.shape
     _, n_blocks, n_targets = target_idx.shape
     out = context.new_empty(n_blocks * batch, n_context + n_targets, width)
@@ -199,6 +205,7 @@ def forward(
         sample_ids,
         as_int32(seed),
         as_int32(step),
+        step_tensor,
         batch,
         n_blocks,
         pos.shape[0],
@@ -228,7 +235,7 @@ def backward(
 
     The last two are None unless needed. The noise is drawn again; deterministic.
     """
-    seed, step, sample_ids, shared = words_of(noise)
+    seed, step, step_tensor, sample_ids, shared = words_of(noise)
     batch, n_blocks, n_targets = target_idx.shape
     n_context, width = context_idx.shape[1], grad.shape[2]
     sizes = (batch, n_blocks, n_context, n_targets)
@@ -265,6 +272,7 @@ def backward(
         sample_ids,
         as_int32(seed),
         as_int32(step),
+        step_tensor,
         *sizes,
         per_program,
         D=width,
