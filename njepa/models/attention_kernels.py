@@ -92,7 +92,7 @@ def load_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
         RuntimeError: it cannot run there, or is not installed; says why.
     """
     if name == "sdpa":
-        return Sdpa()
+        return Sdpa(products=_products_win(device, dtype))
     if name == "varlen":
         if device.type != "cuda":
             raise RuntimeError("needs CUDA")
@@ -110,6 +110,10 @@ def load_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
             continue
         return Xformers(fmha.memory_efficient_attention, fmha.BlockDiagonalMask.from_seqlens)
     raise RuntimeError("; ".join(broken) or "not installed")
+
+
+def _products_win(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and dtype == torch.bfloat16
 
 
 #: Where the kernel of xformers may be: the first is its new home.
@@ -227,6 +231,8 @@ def choose_attention(
             order, notes = FLASH_FIRST, [f"flash before cuDNN: {tried}"]
         else:
             notes = ["cuDNN before flash: static shapes"]
+    if _products_win(device, dtype):
+        notes = ["two products where a gradient is needed"]
     if model.attention != "auto":
         kernel = attempt(model.attention)
         if isinstance(kernel, str):
@@ -236,7 +242,7 @@ def choose_attention(
             )
         reason = ["as configured", *(notes if isinstance(kernel, Sdpa) else ())]
         return Attention(kernel, kernel, "; ".join(reason), order)
-    dense = Sdpa()
+    dense = Sdpa(products=_products_win(device, dtype))
     if not mask.ragged:
         installed = any(importlib.util.find_spec(module.split(".")[0]) for module in _XFORMERS)
         unused = f"xformers: {'for ragged masks only' if installed else 'not installed'}"

@@ -19,13 +19,16 @@ from njepa.choice import Choice
 from njepa.config import ConfigError
 from njepa.config.deepspeed_file import DeepSpeedFile, Precision
 from njepa.models.architecture import Architecture
-from njepa.models.attention import SDPA, Attention
+from njepa.models.attention import Attention, Sdpa
 from njepa.models.block import Block
 
 #: How much faster bf16 must be: it costs accuracy, and a trial is never quite quiet.
 _WORTH = 1.1
 _SECONDS, _ROUNDS = 1.5, 7  # of the trial, after a first pair
 _BLOCK_FLOPS = 4e9  # of the trial's forward pass: a tenth of a second on a small machine
+
+#: As ``choose_attention`` has it on a CPU in bf16; in fp32 it is the same SDPA.
+_IN_BF16 = Attention(Sdpa(products=True))
 
 #: Seconds of the same work in fp32 and in bf16.
 Trial = Callable[[], tuple[float, float]]
@@ -95,7 +98,7 @@ def recorded_precision(checkpoint: Path, ds: DeepSpeedFile, device_type: str) ->
 
 
 def block_trial(
-    parts: Architecture, images: int, attention: Attention = SDPA
+    parts: Architecture, images: int, attention: Attention = _IN_BF16
 ) -> tuple[float, float]:
     """Seconds of forward and backward of an encoder block in fp32 and in bf16, the median of each.
 

@@ -100,6 +100,25 @@ def test_auto_on_a_cpu(no_packages: pytest.MonkeyPatch):
     assert ragged.dense == ragged.ragged == Sdpa()
 
 
+def test_products_in_bf16_on_a_cpu(no_packages: pytest.MonkeyPatch):
+    """SDPA's backward is slow there; where no gradient is needed SDPA stays, with its bits."""
+    chosen = choose(dtype=torch.bfloat16)
+    assert chosen.dense == Sdpa(products=True)
+    assert str(chosen) == (
+        "sdpa (dense masks; two products where a gradient is needed; xformers: not installed)"
+    )
+    assert choose().dense == choose(dtype=torch.float16).dense == Sdpa()
+    for width in (32, 64):  # ragged and dense, values and gradients, against fp64
+        probe(chosen.dense, CPU, torch.bfloat16, width)
+    q, k, v = torch.randn(3, 2, 9, 4, 32).bfloat16()
+    sequences = chosen.sequences(2, 9)
+    plain = Sdpa()(q, k, v, sequences)
+    assert torch.equal(chosen.dense(q, k, v, sequences), plain)
+    with_gradient = chosen.dense(q.requires_grad_(), k, v, sequences)
+    assert with_gradient.dtype == torch.bfloat16
+    assert not torch.equal(with_gradient, plain)  # other roundings: it did run
+
+
 def test_auto_takes_xformers_where_it_works(no_packages: pytest.MonkeyPatch):
     module = install(no_packages, "xformers.ops.fmha")
     ragged = choose(ragged=True)
