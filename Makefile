@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Extra arguments: make train ARGS="method=ijepa run.dir=runs/ijepa", make test ARGS="-k masks"
 ARGS ?=
 # Tests side by side: one process a core, at most 8 (each takes up to 2 GB), one thread each.
-JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
+JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
 
 .PHONY: help setup native train test test-all fuzz soak bench docs lint types clean

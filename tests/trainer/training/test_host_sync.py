@@ -76,7 +76,7 @@ def test_a_step_does_not_wait_for_the_device(watched, name):
 def test_the_order_of_attention_is_set_once_a_step(watched, name):
     """And put back at its end: two steps, four settings, whatever number of calls."""
     within, outside = watched[name]["attended"]
-    assert within >= 10
+    assert within >= 8  # in bf16 on a CPU only the target encoder's are SDPA
     assert outside == 0
     assert watched[name]["ordered"] == 4
 
