@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from njepa_kernels._runtime import native
+from njepa_kernels._runtime.philox import words_of
 from njepa_kernels.ops.jepa_loss.cases import _case as loss_case
 from njepa_kernels.ops.predictor_tokens.cases import _case as predictor_case
 from njepa_kernels.testing import all_cases
@@ -124,7 +125,7 @@ def predictor_calls(
     inputs = inputs | {name: inputs[name].float() for name in ("pos", "mask_token")}
     names = "context", "pos", "mask_token", "context_idx", "target_idx", "sigma"
     indices = inputs["context_idx"], inputs["target_idx"]
-    noise = tuple(inputs["noise"])
+    noise = words_of(inputs["noise"])
 
     def forward() -> torch.Tensor:
         tensors = [inputs[name] for name in names]
