@@ -211,6 +211,11 @@ def test_a_disk_that_is_full_at_the_journal_and_at_the_list(tmp_path, decoded, c
         assert sorted(os.listdir(disk)) == ["filler", "good.txt"]
 
 
+def take_interrupts():
+    """Whoever starts the tests in the background makes all of their programs ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_the_command_is_stopped_three_times_and_loses_nothing(tmp_path):
     root = class_folders(tmp_path / "in", 1500)

@@ -142,7 +142,7 @@ def test_recomputed_activations_give_the_same_bits_under_every_zero_stage(root):
 def test_fused_blocks_train_alike_also_where_zero_3_gathers_their_weights(root):
     variants = {
         "plain": ([], 0), "fused": ([FUSED], 0), "fused3": ([FUSED], 3),
-        "recomputed3": ([FUSED, RECOMPUTE], 3),
+        "fused-recomputed3": ([FUSED, RECOMPUTE], 3),
     }  # fmt: skip
     deep = ["model.depth=3", "model.predictor.depth=2"]
     records = run_jobs(
